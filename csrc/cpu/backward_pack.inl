@@ -1,0 +1,172 @@
+// The backward's scratch, and the packing of one key tile and of one (query head, query tile) into the operands that
+// kernel.h draws. Cost: per query tile and key chunk once, against one matmul tile pair per key tile; 3% at 2048 keys.
+
+constexpr int kKeys = kKeyTileBackward;
+
+// dP operands: bf16 pairs where the CPU has bf16 dot products, else fp32. Both live in the same scratch.
+template <bool kHalf> struct Score;
+template <> struct Score<true> { typedef uint16_t type; static constexpr int group = 2; };
+template <> struct Score<false> { typedef float type; static constexpr int group = 1; };
+
+template <int kDim>
+struct QuerySide {            // one query tile of one head, packed
+  elem q[kDim * T];            // Q8  [Dp/G][T][G] (+U)
+  elem q_rows[kDim * T];       // Q8  [T/G][Dp][G]
+  elem d_o8[kDim * T];         // dO8 [T/G][Dp][G]
+  float d_o[kDim * T];         // dO' [D/2][T][2] bf16 or [D][T] fp32
+  float d_o_scale[kDim];       // sdO
+  int32_t q_sum[kDim];         // -U * sum_i Q8
+  float g[T], offset[T], cap[T], minus_delta[T], q_scale[T];
+};
+template <int kDim>
+struct KeySide {              // one key tile, packed
+  elem k[kKeys * kDim];        // K8   [64][Dp]
+  elem k_columns[kDim * kKeys];  // K8^T [Dp][64]
+  float v[kKeys * kDim];       // V'   [64][D] bf16 or fp32
+  int32_t bias[kKeys], k_sum[kDim];  // -U * sum_d K8, -U * sum_j K8
+  float scale[kKeys], signed_scale[kKeys];  // signed: with the sign of the softmax scale, as in the forward
+  float d_k[kKeys * kDim], d_v[kKeys * kDim];  // gradients, [64][Dp], dK still rotated
+};
+template <int kDim>
+struct TilePair {             // L1-sized working set of one thread
+  float a[kKeys * T];         // A = dS * k_scale [64 keys][T]
+  float p[MR * T], b[MR * T];  // a strip of P' and B = dS * q_scale
+  elem p8[kKeys * T], b8[kKeys * T], a8[kKeys * T];
+  float p_scale[kKeys], b_scale[kKeys], a_max[T], a_scale[T];
+  int32_t limit[T];
+  float x[kDim * T], rows[T * kDim];  // packing and unpacking
+};
+template <int kDim>
+struct BackwardScratch {
+  int64_t chunks;             // dQ partials
+  int64_t* query_tiles;       // [N + 1] running count
+  float* partial;             // [chunks][Hq][query tiles, all batches][Dp][T], only when chunks > 1
+  int64_t max_query_tiles, max_key_tiles;
+  TilePair<kDim>* pairs;            // [slots]
+  QuerySide<kDim>* queries;         // [slots][max_query_tiles]
+  KeySide<kDim>* keys;              // [slots][max_key_tiles]
+  float* d_q;                 // [slots][max_query_tiles][Dp][T]
+};
+
+template <int kDim>
+static BackwardScratch<kDim> backward_scratch(const Shape& s, const Parallel& parallel, Arena& arena) {
+  BackwardScratch<kDim> w{};
+  int64_t items = 0, query_tiles = 0;
+  for (int64_t n = 0; n < s.num_sequences; ++n) {
+    const Sequence q = sequence(s, n);
+    w.max_query_tiles = larger(w.max_query_tiles, ceil_div(q.tq, T));
+    w.max_key_tiles = larger(w.max_key_tiles, ceil_div(q.tk, kKeys));
+    query_tiles += ceil_div(q.tq, T);
+    items += q.tq && q.tk ? s.heads_kv : 0;
+  }
+  const int64_t threads = slots(parallel);
+  const bool few = threads > 1 && items < 2 * threads && items > 0;
+  w.chunks = few ? larger<int64_t>(1, smaller(ceil_div(2 * threads, items), w.max_key_tiles)) : 1;
+  w.query_tiles = arena.take<int64_t>(s.num_sequences + 1);
+  w.partial = arena.take<float>(w.chunks > 1 ? w.chunks * s.heads_q * query_tiles * T * kDim : 0);
+  w.pairs = arena.take<TilePair<kDim>>(threads);
+  w.queries = arena.take<QuerySide<kDim>>(threads * w.max_query_tiles);
+  w.keys = arena.take<KeySide<kDim>>(threads * ceil_div(w.max_key_tiles, w.chunks));
+  w.d_q = arena.take<float>(w.chunks > 1 ? 0 : threads * w.max_query_tiles * T * kDim);
+  return w;
+}
+
+// ---- packing ---------------------------------------------------------------------------------------------------
+template <int kDim, bool kHalf>
+static void pack_key_side(const BackwardParams& p, const Sequence& q, int64_t head, int64_t j0, const float* v_mean,
+                          KeySide<kDim>& k) {
+  typedef typename Score<kHalf>::type score;
+  const Shape& s = p.shape;
+  const int64_t row = (q.batch * s.heads_kv + head) * s.tokens_k + q.k0 + j0;
+  const int64_t count = smaller<int64_t>(kKeys, q.tk - j0);
+  __builtin_memset(&k, 0, sizeof k);
+  score* v8 = (score*)k.v;
+  const float limit = smaller(largest_finite(s.dtype), kAmaxMax);
+  for (int64_t j = 0; j < count; ++j) {
+    const int8_t* k8 = p.k8 + (row + j) * kDim;
+    int32_t sum = 0;
+    for (int64_t d = 0; d < kDim; ++d) {
+      k.k[j * kDim + d] = k.k_columns[d * kKeys + j] = (elem)k8[d];
+      k.k_sum[d] -= U * k8[d];
+      sum += k8[d];
+    }
+    k.bias[j] = -U * sum;
+    k.scale[j] = p.k_scale[row + j];
+    k.signed_scale[j] = s.scale < 0 ? -k.scale[j] : k.scale[j];
+    float v[128];
+    read_row(s.dtype, p.v, q.batch * p.v_strides.batch + head * p.v_strides.head +
+                               (q.k0 + j0 + j) * p.v_strides.token, s.head_dim, v);
+    for (int64_t d = 0; d < s.head_dim; ++d) v[d] = clamp(v[d] - v_mean[d], limit);
+    if (s.dtype == DType::float16) {  // V' is kept in the 16-bit type of the inputs
+      uint16_t half[128];
+      write_row(s.dtype, half, 0, s.head_dim, v);
+      read_row(s.dtype, half, 0, s.head_dim, v);
+    }
+    for (int64_t d = 0; d < s.head_dim; ++d) {
+      const uint16_t rounded = float_to_bf16(v[d]);
+      v8[j * kDim + d] = kHalf ? (score)rounded : (score)(s.dtype == DType::bfloat16 ? bf16_to_float(rounded) : v[d]);
+    }
+  }
+}
+
+template <int kDim, bool kHalf>
+static void pack_query_side(const BackwardParams& p, const Sequence& q, int64_t head, int64_t i0, const float* v_mean,
+                            TilePair<kDim>& t, QuerySide<kDim>& out) {
+  typedef typename Score<kHalf>::type score;
+  constexpr int group = Score<kHalf>::group;
+  const Shape& s = p.shape;
+  const int64_t row = (q.batch * s.heads_q + head) * s.tokens_q + q.q0 + i0;
+  const int64_t count = smaller<int64_t>(T, q.tq - i0);
+  const int64_t d_o = q.batch * p.d_o_strides.batch + head * p.d_o_strides.head + (q.q0 + i0) * p.d_o_strides.token;
+  const int64_t o = q.batch * p.o_strides.batch + head * p.o_strides.head + (q.q0 + i0) * p.o_strides.token;
+  __builtin_memset(&out, 0, sizeof out);
+  __builtin_memset(t.rows, 0, sizeof t.rows);
+  score* packed = (score*)out.d_o;
+  const float scale = s.scale < 0 ? -s.scale : s.scale;
+  for (int64_t i = 0; i < T; ++i) {
+    const bool live = i < count && p.lse_smooth[row + i] != -__builtin_inff();
+    out.offset[i] = -200.0f;  // a lane that takes part in nothing: P' = 2^-200 against dO' = delta = 0
+    if (!live) continue;
+    const int8_t* q8 = p.q8 + (row + i) * kDim;
+    for (int64_t d = 0; d < kDim; ++d) {
+      out.q[(d / G * T + i) * G + d % G] = (elem)q8[d];
+      out.q_rows[(i / G * kDim + d) * G + i % G] = (elem)q8[d];
+      out.q_sum[d] -= U * q8[d];
+    }
+    float *x = t.rows + i * kDim, output[128];
+    read_row(s.dtype, p.d_o, d_o + i * p.d_o_strides.token, s.head_dim, x);
+    read_row(s.dtype, p.o, o + i * p.o_strides.token, s.head_dim, output);
+    float largest = 0.0f;
+    int32_t exponent;
+    for (int64_t d = 0; d < s.head_dim; ++d) {
+      const float magnitude = x[d] < 0 ? -x[d] : x[d];
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    __builtin_memcpy(&exponent, &largest, 4);
+    exponent = largest > 0 ? ((exponent >> 23) - 127) >> 1 : 0;  // log2(rho): half the magnitude's exponent
+    const float inverse_rho = __builtin_ldexpf(1.0f, -exponent);
+    float delta = (p.d_lse ? -p.d_lse[row + i] * inverse_rho : 0.0f) + largest * 0.0f;  // NaN if dO has an infinity
+    for (int64_t d = 0; d < s.head_dim; ++d) {
+      x[d] *= inverse_rho;
+      delta += x[d] * clamp(output[d] - v_mean[d]);
+      packed[(d / group * T + i) * group + d % group] = kHalf ? (score)float_to_bf16(x[d]) : (score)x[d];
+    }
+    out.minus_delta[i] = -delta;
+    out.q_scale[i] = p.q_scale[row + i];
+    out.g[i] = out.q_scale[i] * (float)kDim * scale * kLog2e;
+    out.offset[i] = (float)exponent - p.lse_smooth[row + i] * kLog2e;
+    out.cap[i] = (float)exponent;  // P <= 1, whatever the rounding of huge logits says
+  }
+  if (U)
+    for (int64_t i = 0; i < kDim * T; ++i) out.q[i] = (elem)(out.q[i] + (elem)U);
+  for (int64_t d = 0; d < kDim; d += W) {
+    vf a = vf{};
+    for (int64_t i = 0; i < T; ++i) a = amax(a, load(t.rows + i * kDim + d));
+    const vf inverse = inverse_scale(a, a * 0.0f, out.d_o_scale + d);
+    for (int64_t i = 0; i < T; i += G) {
+      vf rows[G];
+      for (int r = 0; r < G; ++r) rows[r] = round_clip(load(t.rows + (i + r) * kDim + d) * inverse);
+      pack_signed(out.d_o8 + (i * kDim + d * G), rows);
+    }
+  }
+}

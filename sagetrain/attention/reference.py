@@ -1,0 +1,300 @@
+"""Attention in plain torch: exact, and the two INT8 presets, step by step.
+
+Method
+    `exact` is softmax(scale * Q K^T) V in FP64 (or any dtype), differentiable by autograd. `paper` follows Algorithms 1
+    and 2 of SageBwd (arXiv 2505.11594, 2603.02170). `sage` is what the compiled kernels compute: the same seven matmuls
+    in the same precisions, but every scale lies along an axis that is *not* contracted, Q and K are rotated, and V is
+    smoothed (docs/numerics.md gives the reasons and the measurements).
+Choice
+    An INT8 matmul of int8 operands with scales is written here as an FP32 matmul of `scale * round(x / scale)`. The
+    rounding happens exactly where a kernel rounds; the sums differ from INT32 sums by FP32 rounding only.
+Cost
+    Dense: O(Tq * Tk) memory per head. A yardstick, not a way to train. Runs on any device.
+
+Shapes: one sequence at a time, `q [H, Tq, D]`, `k, v [H, Tk, D]` with the KV heads already expanded; the public
+functions take the shapes of `sagetrain.attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+AMAX_MIN, AMAX_MAX = 2.0**-100, 2.0**55  # keeps scales and their products finite for any finite input
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Where a preset rounds. `forward_keys`: keys in a forward tile; `queries`, `keys`: rows of a backward tile."""
+
+    name: str
+    forward_keys: int
+    queries: int
+    keys: int
+    rotate: bool = True
+
+
+PAPER = Preset("paper", forward_keys=64, queries=128, keys=64, rotate=False)
+SAGE = Preset("sage", forward_keys=32, queries=64, keys=64)
+PRESETS = {preset.name: preset for preset in (PAPER, SAGE)}
+
+
+# ---------------------------------------------------------------------------------------------- rounding
+
+
+def tile_amax(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Largest value in each `rows x columns` tile of the last two dimensions, spread back over the tile."""
+    height, width = x.shape[-2:]
+    pad = (0, -width % columns, 0, -height % rows)
+    tiles = torch.nn.functional.pad(x, pad, value=-math.inf)
+    tiles = tiles.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).amax((-3, -1))
+    return tiles.repeat_interleave(rows, -2).repeat_interleave(columns, -1)[..., :height, :width]
+
+
+def int8_scale(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Scale that maps each tile's largest magnitude to 127. NaN where the tile is not finite."""
+    amax = tile_amax(x.abs(), rows, columns)
+    return torch.where(amax.isfinite(), amax.clamp(AMAX_MIN, AMAX_MAX), math.nan) / 127
+
+
+def int8(x: Tensor, scale: Tensor) -> Tensor:
+    """The integers -127..127 that stand for `x / scale`, held in floats."""
+    return (x / scale).round().clamp(-127, 127)
+
+
+def round_tiles(x: Tensor, rows: int, columns: int) -> Tensor:
+    """`x` after INT8 rounding with one scale per tile."""
+    scale = int8_scale(x, rows, columns)
+    return int8(x, scale) * scale
+
+
+def hadamard(size: int, like: Tensor) -> Tensor:
+    """Sylvester's Hadamard matrix: entries +-1, symmetric, H H = size * I."""
+    h = like.new_ones(1, 1)
+    while len(h) < size:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """64 or 128: the tile that holds `head_dim` channels."""
+    return 64 if head_dim <= 64 else 128
+
+
+def rotate(x: Tensor) -> Tensor:
+    """`x [.., D] -> (x / Dp) H [.., Dp]`: spreads outlier channels over all of them; undone by `unrotate`."""
+    size = padded_head_dim(x.shape[-1])
+    return torch.nn.functional.pad(x / size, (0, size - x.shape[-1])) @ hadamard(size, x)
+
+
+def unrotate(x: Tensor, head_dim: int) -> Tensor:
+    return (x @ hadamard(x.shape[-1], x))[..., :head_dim]
+
+
+# ---------------------------------------------------------------------------------------------- one sequence
+
+
+def visible(tq: int, tk: int, is_causal: bool, device: torch.device) -> Tensor:
+    """`[Tq, Tk]` True where query i sees key j; causal is aligned bottom-right."""
+    mask = torch.ones(tq, tk, dtype=torch.bool, device=device)
+    return mask.tril(tk - tq) if is_causal else mask
+
+
+def _softmax_tiles(s: Tensor, mask: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Base-2 softmax pieces: `p` against the key tile's own maximum, the factor to the row's, row sum, base-2 LSE."""
+    s = torch.where(mask, s, -math.inf)
+    m_tile = tile_amax(s, 1, tile)
+    m = s.amax(-1, keepdim=True)
+    p = torch.where(m_tile == -math.inf, 0.0, torch.exp2(s - m_tile))
+    factor = torch.where(m_tile == -math.inf, 0.0, torch.exp2(m_tile - m))
+    total = (p * factor).sum(-1, keepdim=True)
+    return p, factor, total, m + torch.log2(total)
+
+
+def paper_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> dict[str, Tensor]:
+    """Algorithm 1: per-block Q, K, V; per-token P; K smoothed."""
+    t, d = PAPER, q.shape[-1]
+    k_mean = k.mean(-2, keepdim=True)
+    q_hat = round_tiles(q, t.queries, d)
+    k_hat = round_tiles(k - k_mean, t.keys, d)
+    v_hat = round_tiles(v, t.keys, d)
+    p, factor, total, lse2 = _softmax_tiles(q_hat @ k_hat.mT * (scale * LOG2E), mask, t.forward_keys)
+    p_hat = round_tiles(p, 1, t.forward_keys)
+    return {"o": (p_hat * factor) @ v_hat / total, "lse2": lse2, "k_mean": k_mean, "q_hat": q_hat, "k_hat": k_hat}
+
+
+def paper_backward(
+    d_o: Tensor, d_lse: Tensor, o: Tensor, v: Tensor, saved: dict[str, Tensor], mask: Tensor, scale: float
+) -> dict[str, Tensor]:
+    """Algorithm 2: every operand but dO and V of dP per block."""
+    t, d = PAPER, v.shape[-1]
+    q_hat, k_hat = saved["q_hat"], saved["k_hat"]
+    p = torch.where(mask, torch.exp2(q_hat @ k_hat.mT * (scale * LOG2E) - saved["lse2"]), 0.0)
+    d_v = round_tiles(p, t.queries, t.keys).mT @ round_tiles(d_o, t.queries, d)
+    delta = (d_o * o).sum(-1, keepdim=True) - d_lse
+    d_s = p * (d_o @ v.mT - delta)
+    d_s_hat = round_tiles(d_s, t.queries, t.keys)
+    d_q = scale * (d_s_hat @ k_hat + d_lse * saved["k_mean"])
+    return {"d_q": d_q, "d_k": scale * d_s_hat.mT @ q_hat, "d_v": d_v, "d_s": d_s}
+
+
+def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, preset: Preset) -> dict[str, Tensor]:
+    """Per-token rotated Q and K; V centred, per channel and key tile; P against its tile's maximum, 8 unsigned bits."""
+    turn = rotate if preset.rotate else (lambda x: x)
+    gain = padded_head_dim(q.shape[-1]) if preset.rotate else 1  # Dp * rotate(q) . rotate(k) = q . k
+    k_mean, v_mean = k.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
+    q_turned, k_turned = turn(q), turn(k) - turn(k_mean)
+    width = q_turned.shape[-1]
+    q_scale, k_scale = int8_scale(q_turned, 1, width)[..., :1], int8_scale(k_turned, 1, width)[..., :1]
+    q8, k8 = int8(q_turned, q_scale), int8(k_turned, k_scale)
+    v_hat = round_tiles(v - v_mean, preset.forward_keys, 1)
+    v_mean = v_mean + (v - v_mean - v_hat).mean(-2, keepdim=True)  # what rounding lost on average comes back for free
+    s = (q8 @ k8.mT) * k_scale.mT * (q_scale * (gain * scale * LOG2E))
+    p, factor, total, lse2 = _softmax_tiles(s, mask, preset.forward_keys)
+    p_hat = (p * 255).round() / 255
+    o = (p_hat * factor) @ v_hat / total + v_mean
+    return {"o": o, "lse2": lse2, "s": s, "k_mean": k_mean, "v_mean": v_mean,
+            "q8": q8, "q_scale": q_scale, "k8": k8, "k_scale": k_scale}  # fmt: skip
+
+
+def sage_backward(
+    d_o: Tensor, d_lse: Tensor, o: Tensor, v: Tensor, saved: dict[str, Tensor], mask: Tensor, scale: float,
+    preset: Preset, operand_dtype: torch.dtype,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Natural scales: per row of dS for dQ, per column for dK and of P for dV; dP in the operands' own 16 bits."""
+    q8, q_scale, k8, k_scale, v_mean = (saved[name] for name in ("q8", "q_scale", "k8", "k_scale", "v_mean"))
+    # A power of two moves between P and dO, so that rows with large gradients do not set everybody's scale.
+    amax = d_o.abs().amax(-1, keepdim=True)
+    exponent = torch.frexp(torch.where(amax > 0, amax, 1.0)).exponent - 1  # floor(log2(amax))
+    rho = torch.where(amax > 0, torch.exp2(exponent.div(2, rounding_mode="floor").float()), 1.0)
+    delta = ((d_o * (o - v_mean)).sum(-1, keepdim=True) - d_lse) / rho
+    d_o = d_o / rho
+    p = torch.where(mask, torch.exp2(saved["s"] - saved["lse2"]), 0.0) * rho
+
+    column_max = tile_amax(p, preset.queries, 1).clamp(min=AMAX_MIN)
+    p_hat = (p / column_max * 255).round() / 255 * column_max
+    d_v = p_hat.mT @ round_tiles(d_o, preset.queries, 1)
+
+    d_p = d_o @ (v - v_mean).to(operand_dtype).to(v.dtype).mT
+    d_s = torch.where(mask, p * (d_p - delta), 0.0)
+    d_q = round_tiles(d_s * k_scale.mT, 1, preset.keys) @ k8
+    d_k = round_tiles(d_s * q_scale, preset.queries, 1).mT @ q8
+    if preset.rotate:
+        d_q, d_k = unrotate(d_q, v.shape[-1]), unrotate(d_k, v.shape[-1])
+    return {"d_q": scale * (d_q + d_lse * saved["k_mean"]), "d_k": scale * d_k, "d_v": d_v, "d_s": d_s}
+
+
+# ---------------------------------------------------------------------------------------------- whole calls
+
+
+def sequences(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> Iterator[tuple[int, slice, slice]]:
+    """(batch, query tokens, key tokens) of every sequence that has both."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        yield from ((b, slice(0, q.shape[2]), slice(0, k.shape[2])) for b in range(q.shape[0]))
+        return
+    edges_q, edges_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(edges_q) - 1):
+        if edges_q[i] < edges_q[i + 1] and edges_k[i] < edges_k[i + 1]:
+            yield 0, slice(edges_q[i], edges_q[i + 1]), slice(edges_k[i], edges_k[i + 1])
+
+
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Exact attention in `dtype`. Shapes as `sagetrain.attention`; returns (o, lse) in `dtype`; differentiable."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    o, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf)
+    for b, rows, keys in sequences(q, k, cu_seqlens_q, cu_seqlens_k):
+        qs, ks, vs = q[b, :, rows], *(x[b, :, keys].repeat_interleave(group, 0) for x in (k, v))
+        mask = visible(qs.shape[1], ks.shape[1], is_causal, q.device)
+        alive = mask.any(-1, keepdim=True)
+        s = torch.where(mask, scale * qs @ ks.mT, -math.inf)
+        s = torch.where(alive, s, 0.0)  # rows that see nothing: any finite score, then zeroed
+        o[b, :, rows] = torch.where(alive, s.softmax(-1) @ vs, 0.0)
+        lse[b, :, rows] = torch.where(alive[:, 0], s.logsumexp(-1), -math.inf)
+    return o, lse
+
+
+class _Reference(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, preset: Preset, is_causal: bool, scale: float,
+                cu_q: Tensor | None, cu_k: Tensor | None, record: list | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        group = q.shape[1] // k.shape[1]
+        o, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+        ctx.pieces = []
+        for b, rows, keys in sequences(q, k, cu_q, cu_k):
+            qs, ks, vs = q[b, :, rows].float(), *(x[b, :, keys].float().repeat_interleave(group, 0) for x in (k, v))
+            mask = visible(qs.shape[1], ks.shape[1], is_causal, q.device)
+            run = paper_forward if preset.name == "paper" else sage_forward
+            saved = run(qs, ks, vs, mask, scale, *(() if preset.name == "paper" else (preset,)))
+            alive = mask.any(-1, keepdim=True)
+            o[b, :, rows] = torch.where(alive, saved.pop("o"), 0.0).to(q.dtype)
+            shift = scale * (qs @ saved["k_mean"].mT)  # the true LSE has the key mean's share
+            lse[b, :, rows] = torch.where(alive, saved["lse2"] / LOG2E + shift, -math.inf)[..., 0]
+            ctx.pieces.append((b, rows, keys, mask, saved))
+        ctx.save_for_backward(q, k, v, o)
+        ctx.options = preset, scale, group, record
+        return o, lse
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, o = ctx.saved_tensors
+        preset, scale, group, record = ctx.options
+        d_q, d_k, d_v = (torch.zeros_like(x) for x in (q, k, v))
+        for b, rows, keys, mask, saved in ctx.pieces:
+            zero = torch.zeros((), device=q.device)
+            grad_lse = zero if d_lse is None else torch.where(mask.any(-1), d_lse[b, :, rows], 0.0).float()[..., None]
+            operands = (d_o[b, :, rows].float(), grad_lse, o[b, :, rows].float(),
+                        v[b, :, keys].float().repeat_interleave(group, 0), saved, mask, scale)  # fmt: skip
+            grads = paper_backward(*operands) if preset.name == "paper" else sage_backward(*operands, preset, q.dtype)
+            if record is not None:
+                record.append(grads["d_s"])
+            d_q[b, :, rows] = grads["d_q"].to(q.dtype)
+            for target, name in ((d_k, "d_k"), (d_v, "d_v")):
+                target[b, :, keys] = grads[name].unflatten(0, (-1, group)).sum(1).to(q.dtype)
+        return d_q, d_k, d_v, *(None,) * 6
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, preset: str | Preset = "sage", is_causal: bool = False,
+    scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False, record: list | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """`sagetrain.attention` in plain torch, by the preset named (`paper` or `sage`); differentiable once.
+
+    `record`: a list that receives dS `[Hq, Tq, Tk]` of each sequence during the backward.
+    """
+    chosen = PRESETS[preset] if isinstance(preset, str) else preset
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, lse = _Reference.apply(q, k, v, chosen, is_causal, scale, cu_seqlens_q, cu_seqlens_k, record)
+    return (o, lse) if return_lse else o
+
+
+def ds_rowsum_residual(q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, *, is_causal: bool = True) -> float:
+    """How far the rows of dS are from summing to zero under `sage`: ||row sums|| / ||dS|| (unitless, 0 is exact).
+
+    The leak that arXiv 2609.34272 traces instability to. Shapes as `sagetrain.attention`; one head at a time, so that
+    memory stays at Tq * Tk floats.
+    """
+    group = q.shape[1] // k.shape[1]
+    leak = total = 0.0
+    for h in range(q.shape[1]):
+        qh, kh, vh = (x[:, i : i + 1].detach() for x, i in ((q, h), (k, h // group), (v, h // group)))
+        record: list[Tensor] = []
+        with torch.enable_grad():
+            o = attention(qh.requires_grad_(), kh, vh, is_causal=is_causal, record=record)
+        o.backward(d_o[:, h : h + 1])
+        leak += sum(float(d_s.sum(-1).square().sum()) for d_s in record)
+        total += sum(float(d_s.square().sum()) for d_s in record)
+    return math.sqrt(leak / total) if total else 0.0

@@ -1,0 +1,1 @@
+"""Training with Lightning: strategies, the module around a Hugging Face model, callbacks, the run."""
