@@ -1,0 +1,180 @@
+"""Fine-tuning examples: both layouts give the same text, the loss is on the answer, nothing of the answer is cut."""
+
+from __future__ import annotations
+
+import json
+import logging
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+
+from sagetrain.data import ByteTokenizer, build, build_tokenizer
+from sagetrain.data.collate import IGNORE
+from sagetrain.data.tasks import TASKS
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+TOK = ByteTokenizer()
+HUB = {
+    "gsm8k": {"question": "How many?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"},
+    "mmlu": {"question": " Which? ", "subject": "high_school_physics", "choices": ["w", "x", "y", "z"], "answer": 2},
+    "hellaswag": {"ind": 1, "activity_label": "Cooking", "ctx_a": "A man cooks.", "ctx_b": "he",
+                  "ctx": "A man cooks. he", "endings": ["runs.", "stirs [substeps] it."], "label": "1"},
+    "drop": {"section_id": "n", "query_id": "q", "passage": "A beat B and C.", "question": "Who lost?",
+             "answers_spans": {"spans": ["B", "C"], "types": ["span", "span"]}},
+}  # fmt: skip
+LOCAL = {
+    "gsm8k": HUB["gsm8k"],
+    "mmlu": HUB["mmlu"],
+    "hellaswag": {"activity_label": "Cooking", "ctx": "A man cooks. he", "endings": ["runs.", "stirs it."], "label": 1},
+    "drop": {"passage": "A beat B and C.", "question": "Who lost?", "answers": ["B and C", "C and B"]},
+}
+TEXT = {
+    "gsm8k": ("Question: How many?\nAnswer:", " 1 + 1 = <<1+1=2>>2\n#### 2"),
+    "mmlu": (
+        "The following are multiple choice questions (with answers) about high school physics.\n\n"
+        "Which?\nA. w\nB. x\nC. y\nD. z\nAnswer:",
+        " C",
+    ),
+    "hellaswag": ("Cooking: A man cooks. he", " stirs it."),
+    "drop": ("Passage: A beat B and C.\nQuestion: Who lost?\nAnswer:", " B and C"),
+}
+
+
+def write(path: Path, records) -> str:
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "wt") as f:
+        f.writelines(json.dumps(record) + "\n" for record in records)
+    return str(path)
+
+
+def first(cfg, tokenizer=TOK, seq_len=400, **kwargs):
+    return next(iter(build({"val_fraction": 0} | cfg, tokenizer, seq_len, 0, **kwargs).train_dataloader()))
+
+
+def questions(count: int, start: int = 0):
+    return [{"question": f"q{i}" * (1 + i % 5), "answer": f"#### {i}"} for i in range(start, start + count)]
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("layout", [HUB, LOCAL], ids=["hub", "local"])
+def test_prompt_and_answer(kind, layout, tmp_path):
+    batch = first({"kind": kind, "path": write(tmp_path / "x.jsonl.xz", [layout[kind]])})
+    ids, labels, (prompt, answer) = batch["input_ids"][0], batch["labels"][0], TEXT[kind]
+    assert TOK.decode(ids) == prompt + answer and ids[-1] == TOK.eos_token_id
+    assert torch.equal(labels == IGNORE, torch.arange(len(ids)) < len(prompt))
+    assert torch.equal(labels[labels >= 0], ids[len(prompt) :])
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_hub_splits(kind, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def fake(repo, config, split, streaming):
+        calls.append((repo, config, split, streaming))
+        return datasets.Dataset.from_list([HUB[kind]] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    data = build({"kind": kind}, TOK, 400, 0)
+    task = TASKS[kind]
+    assert calls == [(task.repo, task.config, split, False) for split in (task.train, task.val)]
+    assert len(data.train_dataloader()) == len(data.val_dataloader()) == 3
+    with pytest.raises(ValueError, match="no gsm8k example is left|no .* example is left"):
+        build({"kind": kind, "source": "my/copy", "split": "dev", "val_fraction": 0.9999999}, TOK, 400, 0)
+    assert calls[2:] == [("my/copy", None, "dev", False)]
+
+
+def test_padding_is_on_the_right_and_masked(tmp_path):
+    batch = first({"kind": "gsm8k", "path": write(tmp_path / "x.jsonl", questions(6))}, batch_size=6)
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    lengths = mask.sum(1)
+    assert len(set(lengths.tolist())) > 2 and ids.shape[1] == lengths.max()
+    assert torch.equal(mask.bool(), torch.arange(ids.shape[1]) < lengths[:, None])
+    assert (ids[mask == 0] == TOK.pad_token_id).all() and (labels[mask == 0] == IGNORE).all()
+    assert (ids[torch.arange(6), lengths - 1] == TOK.eos_token_id).all()
+
+
+def test_packed_examples_are_whole_and_apart(tmp_path):
+    path = write(tmp_path / "x.jsonl", questions(20))
+    loader = build({"kind": "gsm8k", "path": path, "val_fraction": 0, "packing": True}, TOK, 120, 0).train_dataloader()
+    assert 1 < len(loader) < 20
+    got = []
+    for batch in loader:
+        ids, labels, cu = batch["input_ids"][0], batch["labels"][0], batch["cu_seq_lens_q"].tolist()
+        assert len(ids) == 120 == cu[-1] and batch["position_ids"][0][cu[:-1]].tolist() == [0] * (len(cu) - 1)
+        for a, b in zip(cu, cu[1:], strict=False):
+            if ids[a] == TOK.pad_token_id:
+                assert (ids[a:b] == TOK.pad_token_id).all() and (labels[a:b] == IGNORE).all() and b == 120
+            else:
+                got.append(TOK.decode(ids[a:b]))
+                assert ids[b - 1] == TOK.eos_token_id and TOK.decode(labels[a:b][labels[a:b] >= 0]).startswith(" ####")
+    assert sorted(got) == sorted(f"Question: {q['question']}\nAnswer: {q['answer']}" for q in questions(20))
+
+
+def test_long_prompt_loses_its_beginning_and_is_counted(tmp_path, caplog):
+    record = {"passage": "long " * 100, "question": "Who?", "answers": ["the answer"]}
+    with caplog.at_level(logging.WARNING):
+        batch = first({"kind": "drop", "path": write(tmp_path / "x.jsonl", [record])}, seq_len=40)
+    text = TOK.decode(batch["input_ids"][0])
+    assert batch["input_ids"].shape == (1, 40) and text.endswith("Who?\nAnswer: the answer")
+    assert int((batch["labels"] >= 0).sum()) == len(" the answer") + 1
+    assert "1 of 1 prompts lost their beginning" in caplog.text
+    with pytest.raises(ValueError, match="the answer 'the answer...' alone has 11 tokens .* raise seq_len to 13"):
+        first({"kind": "drop", "path": str(tmp_path / "x.jsonl")}, seq_len=12)
+    assert first({"kind": "drop", "path": str(tmp_path / "x.jsonl")}, seq_len=13)["input_ids"].shape == (1, 13)
+
+
+def test_hash_split_keeps_passages_together_and_ignores_the_seed(tmp_path):
+    records = [{"passage": f"passage {i // 3}", "question": f"question {i}", "answers": [str(i)]} for i in range(120)]
+    cfg = {"kind": "drop", "path": write(tmp_path / "x.jsonl", records), "val_fraction": 0.3}
+
+    def sides(seed):
+        data = build(cfg, TOK, 200, seed)
+        loaders = data.train_dataloader(), data.val_dataloader()
+        text = [[TOK.decode(b["input_ids"][0]) for b in loader] for loader in loaders]
+        return [{t.split("\n")[0] for t in side} for side in text], [len(side) for side in text]
+
+    (train, val), (n_train, n_val) = sides(0)
+    assert not train & val and n_train + n_val == 120 and n_train == 3 * len(train) and 10 < n_val < 70
+    assert sides(5) == ([train, val], [n_train, n_val])
+
+
+def test_val_path_and_max_examples(tmp_path):
+    path, val = write(tmp_path / "x.jsonl", questions(30)), write(tmp_path / "v.jsonl", questions(30, 100))
+    data = build({"kind": "gsm8k", "path": path, "val_path": val, "max_examples": 7}, TOK, 200, 0)
+    assert len(data.train_dataloader()) == len(data.val_dataloader()) == 7
+    assert all("#### 1" in TOK.decode(b["input_ids"][0]) for b in data.val_dataloader())
+
+
+def test_epochs_are_permutations_shared_out_among_ranks(tmp_path):
+    path = write(tmp_path / "x.jsonl", questions(10))
+    stream = build({"kind": "gsm8k", "path": path, "val_fraction": 0}, TOK, 200, 0).stream
+    epoch = lambda e, rank=0, ranks=1: [  # noqa: E731
+        TOK.decode(b["input_ids"][0]) for b, _ in stream.batches({"epoch": e, "row": 0}, rank, ranks)
+    ]
+    assert sorted(epoch(0)) == sorted(epoch(1)) and epoch(0) != epoch(1) and len(set(epoch(0))) == 10
+    assert [epoch(0, r, 3) for r in range(3)] == [epoch(0)[r:9:3] for r in range(3)] and stream.length(3) == 3
+    with pytest.raises(ValueError, match="11 rank"):
+        stream.length(11)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets do not lie beside this checkout")
+@pytest.mark.parametrize("kind, file", [("gsm8k", "gsm8k-train"), ("mmlu", "mmlu-dev"), ("hellaswag", "hellaswag-val"),
+                                        ("drop", "drop-dev")])  # fmt: skip
+def test_real_files(kind, file):
+    tokenizer = build_tokenizer(str(SHARED / "tokenizer-mistral-v1"))
+    cfg = {"kind": kind, "path": str(SHARED / f"{file}.jsonl.xz"), "max_examples": 40, "val_fraction": 0.1}
+    data = build(cfg, tokenizer, 1024, 0, batch_size=4)
+    for batch in data.train_dataloader():
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            ids, labels = ids[mask == 1], labels[mask == 1]
+            assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+            answer = labels[labels >= 0]
+            assert 2 <= len(answer) < len(ids) and torch.equal(answer, ids[-len(answer) :])
+            # the prompt's tokens are those of the prompt alone, and together they read as one text
+            prompt = tokenizer.decode(ids[: -len(answer)], skip_special_tokens=True)
+            assert tokenizer(prompt)["input_ids"] == ids[: -len(answer)].tolist()
+            whole = tokenizer.decode(ids, skip_special_tokens=True)
+            assert whole.startswith(prompt) and whole[len(prompt)] == " " and whole[len(prompt) + 1] != " "
