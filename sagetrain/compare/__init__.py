@@ -1,0 +1,10 @@
+"""Several ways of training, same seeds and data, held against each other: curves, gaps, the seed band, a report.
+
+`report(runs, out)` reads run directories (or parents of them) and writes report.html, metrics.csv and comparison.json.
+"""
+
+from sagetrain.compare.report import report
+from sagetrain.compare.runs import Run, find_runs
+from sagetrain.compare.stats import Arm, Comparison
+
+__all__ = ["Arm", "Comparison", "Run", "find_runs", "report"]

@@ -1,0 +1,214 @@
+"""The panels of the report: matplotlib figures as inline SVG.
+
+Method: each panel is its own small figure, so that the page has two columns of them on a screen and one on a phone.
+Text stays text (searchable, sharp); three sentinel colours become CSS variables, so that dark mode reaches the
+pictures.
+Cost: a curve is drawn with at most POINTS points, so that the report of very long runs stays below a few MB.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from sagetrain.compare.runs import EMPTY, Run, Series
+from sagetrain.compare.stats import Arm, Comparison, on_common_steps, window_mean
+
+COLOURS = {"bf16": "#6482a6", "sage_int8": "#e8772e"}
+MORE_COLOURS = ("#2e9e6b", "#a15cc0", "#d1495b", "#1b9aaa", "#b08900")
+INK, GRID, SHADE = "#27313d", "#dfe4ea", "#c9d3df"  # sentinels for var(--ink), var(--grid), var(--shade)
+POINTS, SMOOTH = 600, 50  # points drawn per curve; curves are smoothed over 1/SMOOTH of their steps
+STYLE = {
+    **{name: INK for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")},
+    **{f"axes.{name}": False for name in ("spines.top", "spines.right", "formatter.useoffset")},
+    **{"svg.fonttype": "none", "svg.hashsalt": "sagetrain", "text.parse_math": False, "legend.frameon": False},
+    **{"axes.grid": True, "grid.color": GRID, "font.size": 10.5, "legend.fontsize": 9.5},
+}
+NATS = "loss (nats per token)"
+PROBE = "Drift probe: the same weights and held batch under both kinds of attention."
+ZERO = "Rows of dS sum to zero in exact arithmetic; what is left is error."
+Draw = Callable[[Axes, Comparison], None]
+
+
+def colours(comparison: Comparison) -> dict[str, str]:
+    """Colour per arm: fixed for bf16 and sage_int8, in order for the others."""
+    free = [arm.name for arm in comparison.arms if arm.name not in COLOURS]
+    return COLOURS | {name: MORE_COLOURS[i % len(MORE_COLOURS)] for i, name in enumerate(free)}
+
+
+def panels(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
+    """Title, caption and <svg> element of each picture for which the runs have measurements, in reading order."""
+    measured = {name for run in comparison.runs for name in run.columns}
+    held_out, norm = _curves_of("val_loss", sparse=True, wide=True), _curves_of("grad_norm", log=True)
+    speed, cosine = _curves_of("tokens_per_s", zero=True), _curves_of("probe/grad_cosine", sparse=True)
+    rowsum = _curves_of("probe/ds_rowsum", sparse=True, log=True)
+    several = any(len(arm.runs) > 1 for arm in comparison.arms)
+    seeds = "Thin lines: one per seed, smoothed; bold: their mean." if several else "Smoothed."
+    base = comparison.label(comparison.baseline or "")
+    band = f"one {base} seed, so its band is unknown" if comparison.band is None else f"shaded: ± the {base} seed band"
+    difference = (
+        f"Against the {base} run of the same seed, mean over a tenth of the steps, so that the right end is the gap"
+    )
+    rows: list[tuple[str, str, str, str, Draw]] = [
+        ("loss", "Training loss", seeds, NATS, _draw_loss),
+        ("gap", "Difference in loss", f"{difference} in the table; {band}.", f"loss − {base} {NATS}", _draw_difference),
+        ("grad_norm", "Gradient norm", seeds, "gradient norm", norm),
+        ("tokens_per_s", "Speed", f"{seeds} The table gives medians.", "tokens per second", speed),
+        ("val_loss", "Validation loss", "Measured on held-out data.", NATS, held_out),
+        ("probe/loss_int8", "Probe: loss gap", PROBE, "INT8 − BF16 (nats per token)", _draw_probe_gap),
+        ("probe/grad_cosine", "Probe: gradient agreement", f"{PROBE} 1: they point the same way.", "cosine", cosine),
+        ("probe/ds_rowsum", "Probe: dS row-sum residual", ZERO, "residual", rowsum),
+    ]
+    for arm, which in ((arm, which) for arm in comparison.arms for which in "qk"):
+        names = {name for run in arm.runs for name in run.columns if name.startswith(f"probe/sigma_{which}_layer")}
+        layers = sorted((int(re.sub(r"\D", "", name)), name) for name in names)
+        title, caption = (
+            f"Probe: sigma of {which}, {comparison.label(arm.name)}",
+            "Standard deviation in each layer, mean over seeds.",
+        )
+        rows += [(layers[0][1], title, caption, f"sigma of {which}", _layers_of(arm, layers))] if layers else []
+    for needs, title, caption, unit, draw in rows:
+        if needs in measured or (needs == "gap" and any(arm.pairs for arm in comparison.others)):
+            yield title, caption, _svg(title, unit, comparison, draw)
+
+
+def _svg(title: str, unit: str, comparison: Comparison, draw: Draw) -> str:
+    """The <svg> element: ids unique in the page, sentinel colours as CSS variables, its size left to the page."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.0, 3.7), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel=unit)
+        draw(axes, comparison)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+        axes.margins(x=0.01)
+        if comparison.cut_short:
+            axes.axvline(comparison.common_step, color=INK, lw=0.8, ls=":")
+        if axes.get_legend_handles_labels()[0] and not axes.get_legend():
+            axes.legend()
+        out = io.StringIO()
+        figure.savefig(
+            out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    svg = out.getvalue()[out.getvalue().index("<svg") :]
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
+    prefix = re.sub(r"\W+", "-", title)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    for colour, name in ((INK, "ink"), (GRID, "grid"), (SHADE, "shade")):
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
+
+
+def _smoothed(run: Run, column: str) -> Series:
+    steps, values = run.series(column)
+    return steps, window_mean(steps, values, run.last_step / SMOOTH)
+
+
+def _thin(curve: Series) -> Series:
+    """At most POINTS of its points, what is not finite as a hole."""
+    keep = np.unique(np.linspace(0, len(curve[0]) - 1, min(len(curve[0]), POINTS)).astype(int))
+    return curve[0][keep], np.where(np.isfinite(curve[1]), curve[1], np.nan)[keep]
+
+
+def _mean(curves: list[Series], until: int) -> Series:
+    steps, values = on_common_steps(curves)
+    keep = steps <= until
+    return (steps[keep], values[:, keep].mean(axis=0)) if keep.any() else EMPTY
+
+
+def _draw_arm(
+    axes: Axes,
+    comparison: Comparison,
+    arm: Arm,
+    curves: list[Series],
+    text: str,
+    sparse: bool = False,
+    wide: bool = False,
+) -> None:
+    """Thin lines per seed and their mean in bold. `wide` lets the baseline show below a curve that covers it."""
+    colour, curves = colours(comparison)[arm.name], [curve for curve in curves if len(curve[0])]
+    for curve in curves if len(curves) > 1 else []:
+        axes.plot(*_thin(curve), color=colour, lw=0.8, alpha=0.5)
+    if curves:
+        mean = _thin(_mean(curves, comparison.common_step) if len(curves) > 1 else curves[0])
+        width = 3.6 if wide and arm.name == comparison.baseline else 1.8
+        mark = "o" if sparse or len(mean[0]) < 3 else ""
+        axes.plot(*mean, color=colour, lw=width, label=text, marker=mark, ms=2 + width)
+
+
+def _curves_of(column: str, sparse: bool = False, wide: bool = False, log: bool = False, zero: bool = False) -> Draw:
+    """Draws a column of all runs: smoothed unless `sparse`, `log` where it spans enough, from 0 with `zero`."""
+
+    def draw(axes: Axes, comparison: Comparison) -> None:
+        for arm in comparison.arms:
+            curves = [run.series(column) if sparse else _smoothed(run, column) for run in arm.runs]
+            _draw_arm(axes, comparison, arm, curves, comparison.label(arm.name), sparse, wide)
+        if log and axes.dataLim.ymax > 3 * axes.dataLim.minposy:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if zero:
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.5g}")
+
+    return draw
+
+
+def _draw_loss(axes: Axes, comparison: Comparison) -> None:
+    _curves_of("loss", wide=True)(axes, comparison)
+    entropies = {run.info["unigram_entropy"] for run in comparison.runs if run.info.get("unigram_entropy")}
+    for entropy in sorted(entropies):
+        axes.axhline(entropy, color=INK, lw=1, ls=(0, (5, 4)), label=f"unigram entropy {entropy:.2f}")
+    shown, first = list(entropies), []
+    for run in comparison.runs:
+        steps, values = _thin(_smoothed(run, "loss"))
+        shown += list(values[(steps >= comparison.common_step / SMOOTH) & np.isfinite(values)])
+        first += list(values[:1][np.isfinite(values[:1])])
+    highest = 1.05 * min(max(shown, default=np.inf), max([*first, *entropies], default=np.inf))
+    if axes.get_ylim()[1] > highest:  # neither the first steps nor a run that blows up may flatten the rest
+        axes.set_ylim(top=highest)
+
+
+def _draw_difference(axes: Axes, comparison: Comparison) -> None:
+    steps, band = _thin(comparison.band_curve())
+    base, settled = comparison.baseline or "", comparison.common_step / 10
+    if len(steps):
+        text = f"{comparison.label(base)} seed band"
+        axes.fill_between(steps, -band, band, color=SHADE, alpha=0.55, lw=0, label=text)
+    axes.axhline(0, color=colours(comparison)[base], lw=1.5)
+    shown = [band[steps >= settled]]
+    for arm in (arm for arm in comparison.others if arm.gap is not None):
+        curves = comparison.differences(arm)
+        _draw_arm(axes, comparison, arm, curves, f"{comparison.label(arm.name)}: {arm.gap:+.4f}")
+        shown += [np.abs(values[at >= settled]) for at, values in curves]
+    sizes = np.concatenate(shown)
+    if (sizes := sizes[np.isfinite(sizes)]).any():  # the first tenth, where losses fall fast, may leave the picture
+        axes.set_ylim(-1.3 * sizes.max(), 1.3 * sizes.max())
+
+
+def _draw_probe_gap(axes: Axes, comparison: Comparison) -> None:
+    axes.axhline(0, color=INK, lw=0.8)
+    for arm in comparison.arms:
+        pairs = [on_common_steps([run.series("probe/loss_int8"), run.series("probe/loss_bf16")]) for run in arm.runs]
+        gaps = [(steps, both[0] - both[1]) for steps, both in pairs]
+        _draw_arm(axes, comparison, arm, gaps, comparison.label(arm.name), sparse=True)
+
+
+def _layers_of(arm: Arm, layers: list[tuple[int, str]]) -> Draw:
+    def draw(axes: Axes, comparison: Comparison) -> None:
+        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
+        named = {layers[int(i)][0] for i in np.linspace(0, len(layers) - 1, min(len(layers), 6))}
+        for shade, (layer, column) in zip(shades, layers, strict=True):
+            curve = _mean([run.series(column) for run in arm.runs if column in run.columns], comparison.common_step)
+            text = f"layer {layer}" if layer in named else None
+            axes.plot(*_thin(curve), color=shade, lw=1.5, marker="o", ms=2.5, label=text)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return draw

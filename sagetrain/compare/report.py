@@ -1,0 +1,113 @@
+"""Writes what a comparison found: report.html (one self-contained page), metrics.csv (all rows), comparison.json.
+
+Choice: Jinja2 (it comes with torch) fills the page, matplotlib draws it; the page loads nothing, its content policy
+forbids it. Each file is replaced in one move, so that a report being read, or an interrupted one, is never half of a
+file.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from sagetrain.compare.figures import colours, panels
+from sagetrain.compare.runs import Run, find_runs
+from sagetrain.compare.stats import TABLE_COLUMNS, Comparison
+
+PAGE = Path(__file__).with_name("page.html")  # the Jinja2 template
+APART = (
+    "name",
+    "arm",
+    "seed",
+    "status",
+    "command",
+    "error",
+    "wandb_id",
+)  # of run.json: shown elsewhere, or of no use here
+
+
+def report(runs: Iterable[str | Path], out: str | Path, baseline: str | None = None) -> Comparison:
+    """Compares run directories (or parents of them) and writes report.html, metrics.csv and comparison.json into `out`.
+
+    Raises FileNotFoundError or ValueError, before anything is written, for runs that cannot be read or compared.
+    """
+    comparison, out = Comparison(find_runs(runs), baseline), Path(out)
+    if (out / "run.json").exists():
+        raise ValueError(f"{out} is a run: a report would overwrite its metrics.csv; choose another folder with --out")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose another folder with --out")
+    files = {
+        "metrics.csv": _all_rows(comparison.runs),
+        "comparison.json": json.dumps(comparison.as_dict(), indent=2, allow_nan=False) + "\n",
+        "report.html": render(comparison),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        part = out / f".{name}.part"
+        part.write_text(text, encoding="utf-8", newline="")
+        os.replace(part, out / name)
+    return comparison
+
+
+def render(comparison: Comparison) -> str:
+    """The page as HTML text."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    runs, inside = comparison.runs, {arm.inside for arm in comparison.others}
+    tone = (
+        "bad"
+        if False in inside
+        else "open"
+        if inside != {True} or comparison.mismatches or comparison.cut_short
+        else "good"
+    )
+    return environment.from_string(PAGE.read_text(encoding="utf-8")).render(
+        comparison=comparison,
+        title=", ".join(sorted({run.recipe for run in runs})),
+        names=", ".join(comparison.label(arm.name) for arm in comparison.arms),
+        tone=tone,
+        columns=TABLE_COLUMNS,
+        rows=list(zip(comparison.arms, comparison.cells(), strict=True)),
+        colours=colours(comparison),
+        label=comparison.label,
+        panels=list(panels(comparison)),
+        conditions=_conditions(comparison),
+        runs=runs,
+        finals={run.path: arm.finals[run.seed] for arm in comparison.arms for run in arm.runs},
+    )
+
+
+def _conditions(comparison: Comparison) -> dict[str, list[str]]:
+    """What the runs ran on and with: what their run.json say, each name with its distinct values over all runs."""
+    found: dict[str, list[str]] = {}
+    for run in comparison.runs:
+        for key, value in run.info.items():
+            if key in APART or value is None:
+                continue
+            if isinstance(value, dict):
+                text = ", ".join(f"{name} {version}" for name, version in value.items() if version)
+            else:
+                text = f"{value:,}" if isinstance(value, int | float) else str(value)
+            text = f"{comparison.label(run.arm)}: {text}" if key == "kernel" else text
+            if text not in found.setdefault(key.replace("_", " "), []):
+                found[key.replace("_", " ")].append(text)
+    return {"compared": [f"up to step {comparison.common_step:,}"], **found}
+
+
+def _all_rows(runs: list[Run]) -> str:
+    """All rows of all runs as CSV, recipe, arm and seed first; a column that a run lacks is empty there."""
+    columns = list(dict.fromkeys(column for run in runs for column in run.header))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["recipe", "arm", "seed", *columns])
+    for run in runs:
+        place = {column: index for index, column in enumerate(run.header)}
+        for cells in run.rows.values():
+            row = [cells[place[column]] if column in place else "" for column in columns]
+            writer.writerow([run.recipe, run.arm, run.seed, *row])
+    return out.getvalue()

@@ -1,0 +1,290 @@
+"""The statistics of a comparison: is the gap between two ways of training larger than what a change of seed does?
+
+Method: the final loss of a run is its mean over the last 10% of the steps (at least 5 rows), of an arm the mean over
+its seeds. Runs with the same seed see the same weights and batches, so the gap is the mean over paired seeds of arm -
+baseline: most of the noise cancels. The yardstick is the baseline's seed-to-seed band, max - min over its seeds of
+the final loss.
+Choice: a trailing mean of the same width draws the difference curve, so that its right end is the number in the
+table.
+Limits: a band of two seeds is a rough estimate of chance, of one seed none at all; both are said beside the verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from sagetrain.compare.runs import EMPTY, Run, Series
+
+LABELS = {"bf16": "BF16", "sage_int8": "INT8"}
+TAIL, LEAST_ROWS = 10, 5  # the final loss is over the last 1/TAIL of the steps, but at least LEAST_ROWS rows
+MOST_SETTINGS = 12  # differing settings that are listed one by one
+TABLE_COLUMNS = ("arm", "seeds", "final loss", "gap", "band", "inside?", "tokens/s", "ratio")
+IDENTITY = {
+    "recipe": "recipe",
+    "parameters": "model size",
+    "unigram_entropy": "unigram entropy of the data",
+}
+CONDITIONS = {"device": "device", "versions": "versions", "git_commit": "commit"}
+# Settings that the runs of one comparison may differ in: top-level groups, and names at any depth.
+FREE_SETTINGS = ("recipe", "seed", "out", "resume", "attention", "logger", "compare", "probe", "checkpoint")
+FREE_LEAVES = (
+    "seed",
+    "max_steps",
+    "attn_implementation",
+    "default_root_dir",
+    "enable_progress_bar",
+    "log_every_n_steps",
+)
+
+
+def window_mean(steps: np.ndarray, values: np.ndarray, width: float, rows: int = 1) -> np.ndarray:
+    """Trailing mean: at step s over the values of steps in (s - width, s], but over at least `rows` rows if there are.
+
+    A window that holds a value that is not finite gives NaN. Float64, same length as `values`.
+    """
+    end = np.arange(1, len(steps) + 1)
+    start = np.clip(np.minimum(np.searchsorted(steps, steps - width, side="right"), end - rows), 0, None)
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    bad = np.concatenate([[0], np.cumsum(~finite)])
+    return np.where(bad[end] > bad[start], np.nan, (total[end] - total[start]) / (end - start))
+
+
+def on_common_steps(curves: list[Series]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that all the curves share, and their values there: [curves, steps]."""
+    if not curves:
+        return EMPTY[0], np.empty((0, 0))
+    steps = reduce(np.intersect1d, [curve[0] for curve in curves])
+    return steps, np.stack([values[np.searchsorted(own, steps)] for own, values in curves])
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One way of training: final loss per seed and what follows from it (nats; None = these runs cannot tell)."""
+
+    name: str
+    runs: list[Run]
+    finals: dict[int, float]
+    loss: float
+    tokens_per_s: float | None
+    speed_ratio: float | None = None
+    pairs: list[int] = field(default_factory=list)
+    gap: float | None = None
+    inside: bool | None = None
+
+
+class Comparison:
+    """What a set of runs says about its arms, up to the last step that all of them reached.
+
+    `baseline=None` takes the arm `bf16` if there is one and else compares nothing; an arm without runs: ValueError.
+    """
+
+    def __init__(self, runs: list[Run], baseline: str | None = None) -> None:
+        names = sorted({run.arm for run in runs})
+        if baseline is not None and baseline not in names:
+            raise ValueError(f"no run of the baseline arm {baseline!r}; these runs have the arms {', '.join(names)}")
+        self.baseline = baseline or ("bf16" if "bf16" in names else None)
+        names.sort(key=lambda name: (name != self.baseline, name))
+        self.runs = sorted(runs, key=lambda run: (names.index(run.arm), run.seed))
+        self.common_step = min(run.last_step for run in runs)
+        arms = [self._arm(name) for name in names]
+        base = arms[0] if self.baseline else None
+        known = base is not None and len(base.runs) > 1 and math.isfinite(base.loss)
+        self.band = float(np.ptp(list(base.finals.values()))) if known else None
+        self.arms = [self._against(arm, base) if base and arm is not base else arm for arm in arms]
+        self.mismatches = list(self._mismatches())
+        self.notes = list(self._notes())
+
+    @property
+    def others(self) -> list[Arm]:
+        """The arms that are held against the baseline."""
+        return [arm for arm in self.arms if self.baseline and arm.name != self.baseline]
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the runs are compared up to an earlier step than planned for some of them."""
+        return not all(run.finished and run.last_step == self.common_step for run in self.runs)
+
+    def trailing(self, run: Run) -> Series:
+        """The loss as a trailing mean over a tenth of the compared steps; its last value is the run's final loss."""
+        steps, values = run.series("loss", self.common_step)
+        return steps, window_mean(steps, values, self.common_step / TAIL, LEAST_ROWS)
+
+    def differences(self, arm: Arm) -> list[Series]:
+        """Per paired seed: trailing loss of the arm - trailing loss of the baseline, on the steps both logged."""
+        base = {run.seed: run for run in self.arms[0].runs}
+        paired = [run for run in arm.runs if run.seed in arm.pairs]
+        curves = [on_common_steps([self.trailing(run), self.trailing(base[run.seed])]) for run in paired]
+        return [(steps, both[0] - both[1]) for steps, both in curves]
+
+    def band_curve(self) -> Series:
+        """max - min over the baseline's seeds of the trailing loss, per step; empty where the band is unknown."""
+        if self.band is None:
+            return EMPTY
+        steps, values = on_common_steps([self.trailing(run) for run in self.arms[0].runs])
+        return steps, np.ptp(values, axis=0)
+
+    def label(self, arm: str) -> str:
+        """The name of an arm as readers see it; the arm `bf16` is called what it was where it ran in FP32."""
+        full = any(run.arm == arm and str(run.info.get("precision", "")).startswith("32") for run in self.runs)
+        return "FP32 SDPA" if full and arm == "bf16" else LABELS.get(arm, arm)
+
+    def sentences(self) -> list[str]:
+        """The verdict in plain language, one sentence per arm that is held against the baseline."""
+        if not self.others:
+            what = " and ".join(f"{self.label(arm.name)} (final loss {arm.loss:.4f} nats)" for arm in self.arms)
+            why = "there is no other arm to hold it against" if len(self.arms) == 1 else "name one arm with --baseline"
+            return [f"No verdict on {what}: {why}."]
+        prefix = "These runs are not the same experiment: more than the arm differs. " if self.mismatches else ""
+        if self.cut_short:
+            longest = max((run.planned for run in self.runs if run.planned), default=None)
+            prefix += f"Up to step {self.common_step:,}{f' of {longest:,}' if longest else ''}: "
+        said = [prefix + self._sentence(arm) for arm in self.others]
+        if any(str(run.info.get("precision", "")).startswith("32") for run in self.runs):
+            said.append("Everything but INT8 attention ran in FP32 (trainer.precision=32-true), the arm bf16 too.")
+        return said
+
+    def cells(self) -> list[list[str]]:
+        """The summary table as text, columns as in TABLE_COLUMNS."""
+        rows = []
+        for arm in self.arms:
+            seeds = ", ".join(str(run.seed) for run in arm.runs)
+            gap = "baseline" if arm.name == self.baseline else _show(arm.gap, "+.4f")
+            band = "unknown" if self.baseline and self.band is None else _show(self.band, ".4f")
+            inside = {True: "yes", False: "no", None: "unknown"}[arm.inside] if arm in self.others else "–"
+            speed = [_show(arm.tokens_per_s, ",.0f"), _show(arm.speed_ratio, ".2f", "x")]
+            rows.append([self.label(arm.name), seeds, f"{arm.loss:.4f}", gap, band, inside, *speed])
+        return rows
+
+    def table(self) -> Table:
+        """The summary for a terminal."""
+        recipes = ", ".join(sorted({run.recipe for run in self.runs}))
+        verdict = escape("\n".join(self.sentences()))
+        table = Table(title=escape(f"{recipes}, step {self.common_step:,}"), caption=verdict, caption_justify="left")
+        table.add_column(TABLE_COLUMNS[0], overflow="fold")
+        for column in TABLE_COLUMNS[1:]:
+            table.add_column(column, justify="right", no_wrap=True)
+        for cells in self.cells():
+            table.add_row(*map(escape, cells))
+        return table
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers of the table as strict JSON values: a number that is not finite becomes null."""
+        arms = {}
+        for arm in self.arms:
+            final = {"final_loss": _finite(arm.loss), "final_losses": {s: _finite(x) for s, x in arm.finals.items()}}
+            against = {"paired_seeds": arm.pairs, "gap": _finite(arm.gap), "inside_band": arm.inside}
+            arms[arm.name] = final | against | {"tokens_per_s": arm.tokens_per_s, "speed_ratio": arm.speed_ratio}
+        runs = {r.name: {"path": str(r.path), "status": r.info["status"], "last_step": r.last_step} for r in self.runs}
+        said = {"verdict": self.sentences(), "mismatches": self.mismatches, "notes": self.notes}
+        shared = {"baseline": self.baseline, "common_step": self.common_step, "band": self.band}
+        return shared | {"arms": arms, "runs": runs} | said
+
+    def _arm(self, name: str) -> Arm:
+        runs = [run for run in self.runs if run.arm == name]
+        finals = {run.seed: float(self.trailing(run)[1][-1]) for run in runs}
+        speeds = np.concatenate([run.series("tokens_per_s", self.common_step)[1] for run in runs])
+        speeds = speeds[np.isfinite(speeds)]
+        speed = float(np.median(speeds)) if len(speeds) else None
+        return Arm(name, runs, finals, float(np.mean(list(finals.values()))), speed)
+
+    def _against(self, arm: Arm, base: Arm) -> Arm:
+        pairs = sorted(arm.finals.keys() & base.finals.keys())
+        gap = float(np.mean([arm.finals[seed] - base.finals[seed] for seed in pairs])) if pairs else None
+        inside = None
+        if not math.isfinite(arm.loss):
+            inside = False if math.isfinite(base.loss) else None
+        elif gap is not None and self.band is not None:
+            inside = abs(gap) <= self.band
+        ratio = arm.tokens_per_s / base.tokens_per_s if arm.tokens_per_s and base.tokens_per_s else None
+        return replace(arm, pairs=pairs, gap=gap, inside=inside, speed_ratio=ratio)
+
+    def _sentence(self, arm: Arm) -> str:
+        name, base = self.label(arm.name), self.label(self.baseline or "")
+        alike = len({str(run.info.get("device")) for run in self.runs}) == 1
+        speed = f" It runs at {arm.speed_ratio:.2f} times the speed of {base}." if arm.speed_ratio and alike else ""
+        for one in (arm, self.arms[0]):
+            if not math.isfinite(one.loss):
+                seeds = ", ".join(str(seed) for seed, loss in one.finals.items() if not math.isfinite(loss))
+                return f"{self.label(one.name)} diverged: its final loss is not a finite number (seed {seeds})."
+        if arm.gap is None:
+            return f"{name} and {base} have no seed in common, so no gap can be given.{speed}"
+        seeds = f"{len(arm.pairs)} paired seed{'s' if len(arm.pairs) > 1 else ''}"
+        where = f"final loss {abs(arm.gap):.4f} nats {'above' if arm.gap > 0 else 'below'} {base} ({seeds})"
+        if self.band is None:
+            why = f"one {base} seed gives no seed-to-seed band; run at least two (compare.seeds=2)"
+            return f"{name} has a {where}; whether that is more than chance is unknown: {why}.{speed}"
+        what = "trains as well as" if arm.inside else "does not train as well as" if arm.gap > 0 else "ends lower than"
+        side = "inside" if arm.inside else "outside"
+        return f"{name} {what} {base}: {where}, {side} the {base} seed-to-seed band of {self.band:.4f}.{speed}"
+
+    def _mismatches(self) -> Iterator[str]:
+        """What differs between the runs although it has to be the same for a like-for-like comparison."""
+        for key, what in IDENTITY.items():
+            recorded = {run.name: run.info[key] for run in self.runs if run.info.get(key) is not None}
+            yield from self._difference(what, recorded)
+        yield from self._difference("number of steps", {run.name: run.planned for run in self.runs if run.planned})
+        for seed in sorted({run.seed for run in self.runs}):
+            same = [run for run in self.runs if run.seed == seed]
+            steps, tokens = on_common_steps([run.series("tokens", self.common_step) for run in same])
+            if len(steps):
+                seen = {run.name: int(count) for run, count in zip(same, tokens[:, -1], strict=True)}
+                yield from self._difference(f"number of tokens up to step {steps[-1]:,}", seen)
+        settings = {run.name: dict(_flat(run.config)) for run in self.runs if run.config}
+        keys = sorted({key for flat in settings.values() for key in flat})
+        each = ({name: flat.get(key) for name, flat in settings.items()} for key in keys)
+        found = [text for key, values in zip(keys, each, strict=True) for text in self._difference(key, values)]
+        yield from found[:MOST_SETTINGS]
+        if len(found) > MOST_SETTINGS:
+            yield f"{len(found) - MOST_SETTINGS} more settings differ; see config.yaml of each run"
+
+    def _notes(self) -> Iterator[str]:
+        for run in self.runs:
+            if not run.finished:
+                why = f" ({run.info['error']})" if run.info.get("error") else ""
+                yield f"{run.name} is unfinished: {run.info['status']}, step {run.progress}{why}"
+            steps, values = run.series("loss")
+            if not np.isfinite(values).all():
+                yield f"{run.name}: the loss is not finite at step {steps[~np.isfinite(values)][0]:,}"
+            yield from (f"{run.name}: {note}" for note in run.notes)
+        if any(run.last_step > self.common_step for run in self.runs):
+            yield f"Everything is compared up to step {self.common_step:,}, the last that all runs reached."
+        for key, what in CONDITIONS.items():
+            yield from self._difference(what, {run.name: run.info.get(key) for run in self.runs})
+        if self.band is not None and len(self.arms[0].runs) == 2:
+            yield "The band comes from two seeds, which is a rough estimate of chance; more seeds make it firmer."
+
+    @staticmethod
+    def _difference(what: str, values: dict[str, Any]) -> Iterator[str]:
+        groups: dict[str, list[str]] = {}
+        for name, value in values.items():
+            groups.setdefault("not set" if value is None else str(value), []).append(name)
+        if len(groups) > 1:
+            yield f"{what} differs: " + "; ".join(f"{value} ({', '.join(names)})" for value, names in groups.items())
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of the settings that have to agree between runs."""
+    for key, value in settings.items():
+        if key in FREE_LEAVES or (not prefix and key in FREE_SETTINGS):
+            continue
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _show(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else format(value, form) + unit
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

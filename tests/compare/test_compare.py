@@ -1,0 +1,404 @@
+"""sagetrain.compare: statistics on hand-computed numbers, the report's content, the command line, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from sagetrain.compare import Comparison, Run, find_runs, report
+from sagetrain.compare.__main__ import main
+from sagetrain.compare.stats import window_mean
+
+STEPS = 20  # so that a tenth is 2 rows and the rule "at least 5 rows" decides
+
+
+def write_run(parent: Path, arm: str, seed: int, losses: list, *, columns: dict | None = None, **changes) -> Path:
+    """A run directory as training writes it; `columns` maps further columns to values (None: not measured).
+
+    `changes` go into run.json, but for `config` (into config.yaml) and `tokens` (per step, into metrics.csv).
+    """
+    path = parent / f"{arm}-seed{seed}"
+    path.mkdir(parents=True)
+    tokens = changes.pop("tokens", 64)
+    config = {"recipe": "tiny", "seed": seed, "out": str(path), "attention": {"name": arm}, "data": {"seq_len": 64}}
+    (path / "config.yaml").write_text(yaml.safe_dump(config | changes.pop("config", {})))
+    info = {"name": path.name, "recipe": "tiny", "arm": arm, "seed": seed, "status": "finished", "steps": len(losses)}
+    info |= {"max_steps": len(losses), "tokens_per_step": 64, "wandb_id": f"id{seed}{arm}", "parameters": 1234}
+    info |= {"kernel": "sdpa", "device": "cpu", "versions": {"torch": "2.13.0"}}
+    info |= {"command": f"python -m sagetrain recipe=tiny attention={arm} seed={seed}"}
+    (path / "run.json").write_text(json.dumps(info | changes))
+    columns = {"tokens_per_s": [100.0 * (1 + (arm != "bf16"))] * len(losses)} | (columns or {})
+    with open(path / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "tokens", "loss", *columns])
+        for index, loss in enumerate(losses):
+            extra = ["" if values[index] is None else values[index] for values in columns.values()]
+            writer.writerow([index + 1, tokens * (index + 1), loss, *extra])
+    return path
+
+
+def falling(end: float, steps: int = STEPS) -> list[float]:
+    """A loss that falls and whose last five values lie evenly around `end`, which is their mean."""
+    return [end + 1 - index / steps for index in range(steps - 5)] + [end + d / 100 for d in (-2, -1, 0, 1, 2)]
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Path:
+    """Two arms, two seeds: finals 2.0 and 2.1 for BF16 (band 0.1), 2.03 and 2.11 for INT8 (gap (0.03 + 0.01) / 2)."""
+    for arm, ends in (("bf16", (2.0, 2.1)), ("sage_int8", (2.03, 2.11))):
+        for seed, end in enumerate(ends):
+            write_run(tmp_path / "runs", arm, seed, falling(end), unigram_entropy=3.125)
+    return tmp_path / "runs"
+
+
+def printed(comparison: Comparison) -> str:
+    """The table as a terminal shows it."""
+    console = Console(width=100, file=io.StringIO())
+    console.print(comparison.table())
+    return console.file.getvalue()
+
+
+def one_line_error(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """Runs the command, which has to fail with status 2 and one line that holds no traceback."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    return captured.err
+
+
+class Page(HTMLParser):
+    """Collects the text of a page and every attribute, and checks that tags are closed in order."""
+
+    VOID = ("meta", "br", "hr", "img", "link", "input")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.attributes, self.tags, self.open = "", [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_statistics_by_hand(parent: Path):
+    comparison = Comparison(find_runs([parent]))
+    base, int8 = comparison.arms
+    assert (base.name, int8.name, comparison.baseline, comparison.common_step) == ("bf16", "sage_int8", "bf16", STEPS)
+    assert base.finals == pytest.approx({0: 2.0, 1: 2.1}) and base.loss == pytest.approx(2.05)
+    assert comparison.band == pytest.approx(0.1)
+    assert int8.gap == pytest.approx(0.02) and int8.pairs == [0, 1] and int8.inside is True
+    assert (base.tokens_per_s, int8.tokens_per_s, int8.speed_ratio) == (100.0, 200.0, 2.0)
+    (sentence,) = comparison.sentences()
+    assert (
+        sentence.startswith("INT8 trains as well as BF16") and "0.0200 nats above" in sentence and "0.1000" in sentence
+    )
+    assert "2.00 times the speed" in sentence and comparison.mismatches == []
+
+
+def test_a_baseline_that_ran_in_fp32_is_not_called_bf16(tmp_path: Path):
+    for arm, end in (("bf16", 2.0), ("sage_int8", 2.01)):
+        write_run(tmp_path, arm, 0, falling(end), precision="32-true")
+    comparison = report([tmp_path / "bf16-seed0", tmp_path / "sage_int8-seed0"], tmp_path / "out")
+    verdict, note = comparison.sentences()
+    assert "FP32 SDPA" in verdict and "BF16" not in verdict and "trainer.precision=32-true" in note
+    assert "FP32 SDPA" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_final_loss_is_the_last_tenth_once_that_is_five_rows(tmp_path: Path):
+    losses = [9.0] * 90 + [float(index) for index in range(10)]
+    comparison = Comparison([Run(write_run(tmp_path, "bf16", 0, losses))])
+    assert comparison.arms[0].loss == pytest.approx(4.5)
+
+
+def test_difference_curve_ends_at_the_gap_and_band_curve_at_the_band(parent: Path):
+    comparison = Comparison(find_runs([parent]))
+    ends = [values[-1] for _, values in comparison.differences(comparison.others[0])]
+    assert np.mean(ends) == pytest.approx(comparison.others[0].gap)
+    assert comparison.band_curve()[1][-1] == pytest.approx(comparison.band)
+
+
+def test_window_mean_against_a_plain_loop():
+    steps = np.array([1, 2, 5, 6, 7, 20])
+    values = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    for width, rows in ((0, 1), (3, 1), (3, 2), (100, 1), (0, 9)):
+        expected = []
+        for index, step in enumerate(steps):
+            inside = [v for s, v in zip(steps, values, strict=True) if step - width < s <= step]
+            expected.append(np.mean(inside if len(inside) >= rows else values[max(0, index + 1 - rows) : index + 1]))
+        # the empty window of width 0 keeps its own row
+        assert window_mean(steps, values, width, rows) == pytest.approx(expected)
+
+
+def test_outside_the_band_both_ways(tmp_path: Path):
+    for seed in (0, 1):
+        write_run(tmp_path, "bf16", seed, falling(2.0 + 0.01 * seed))
+        write_run(tmp_path, "worse", seed, falling(2.5))
+        write_run(tmp_path, "better", seed, falling(1.5))
+    comparison = Comparison(find_runs([tmp_path]))
+    assert [arm.name for arm in comparison.arms] == ["bf16", "better", "worse"]
+    assert [arm.inside for arm in comparison.others] == [False, False]
+    assert [arm.gap for arm in comparison.others] == pytest.approx([-0.505, 0.495])
+    better, worse = comparison.sentences()
+    assert "better ends lower than BF16" in better and "worse does not train as well as BF16" in worse
+
+
+def test_report_is_self_contained_and_complete(parent: Path, tmp_path: Path):
+    comparison = report([parent], tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    page = Page(html)
+    assert "://" not in html and "@import" not in html and "<script" not in html
+    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+    assert all(value.startswith("#") for _, name, value in page.attributes if name in ("href", "src", "xlink:href"))
+    assert not re.search(r"url\((?!#)", html)
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert {value[1:] for _, name, value in page.attributes if name == "xlink:href"} <= set(ids)
+    for run in comparison.runs:
+        assert run.name in page.text and run.info["command"] in page.text
+    for text in (
+        "Training loss",
+        "Difference in loss",
+        "Speed",
+        "unigram entropy 3.12",
+        "BF16 seed band",
+        "torch 2.13.0",
+    ):
+        assert text in page.text
+    assert comparison.sentences()[0] in page.text
+    assert "Validation loss" not in page.text and "Probe" not in page.text and "Gradient norm" not in page.text
+    assert page.tags.count("svg") == 3
+
+
+def test_panels_of_sparse_columns(tmp_path: Path):
+    sparse = [None if index % 5 else 1.0 + index for index in range(STEPS)]
+    probe = {
+        name: sparse for name in ("probe/loss_bf16", "probe/grad_cosine", "probe/ds_rowsum", "probe/sigma_q_layer0")
+    }
+    probe |= {"probe/loss_int8": [None if value is None else value + 0.5 for value in sparse], "val_loss": sparse}
+    probe |= {"probe/sigma_q_layer10": sparse, "grad_norm": [0.1 * (index + 1) for index in range(STEPS)]}
+    write_run(tmp_path, "sage_int8", 0, falling(2.0), columns=probe)
+    comparison = report([tmp_path], tmp_path / "out")
+    steps, values = comparison.runs[0].series("val_loss")
+    assert steps.tolist() == [1, 6, 11, 16] and values.tolist() == [1.0, 6.0, 11.0, 16.0]
+    text = Page((tmp_path / "out" / "report.html").read_text()).text
+    for title in ("Validation loss", "Probe: loss gap", "Probe: gradient agreement", "Probe: dS row-sum residual"):
+        assert title in text
+    assert "Probe: sigma of q, INT8" in text and "layer 10" in text and "Probe: sigma of k" not in text
+
+
+def test_metrics_csv_and_json_hold_everything(parent: Path, tmp_path: Path):
+    write_run(parent, "sage_int8", 2, falling(2.0), columns={"val_loss": [None] * (STEPS - 1) + [2.5]})
+    comparison = report([parent], tmp_path)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:4] == ["recipe", "arm", "seed", "step"] and len(rows) == 5 * STEPS
+    last = rows[-1]
+    assert (last["recipe"], last["arm"], last["seed"], last["step"]) == ("tiny", "sage_int8", "2", str(STEPS))
+    assert last["val_loss"] == "2.5" and rows[0]["val_loss"] == ""
+    numbers = json.loads((tmp_path / "comparison.json").read_text())
+    assert numbers["band"] == comparison.band and numbers["arms"]["sage_int8"]["gap"] == comparison.others[0].gap
+    assert numbers["arms"]["sage_int8"]["paired_seeds"] == [0, 1] and len(numbers["runs"]) == 5
+    assert numbers["arms"]["bf16"]["final_losses"] == pytest.approx({"0": 2.0, "1": 2.1})
+
+
+def test_table_for_the_terminal(parent: Path):
+    text = printed(Comparison(find_runs([parent])))
+    for cell in ("BF16", "INT8", "2.0500", "2.0700", "+0.0200", "0.1000", "yes", "200", "2.00x"):
+        assert cell in text
+
+
+def test_one_seed_has_no_band(tmp_path: Path):
+    write_run(tmp_path, "bf16", 3, falling(2.0))
+    write_run(tmp_path, "sage_int8", 3, falling(2.01))
+    comparison = report([tmp_path], tmp_path / "out")
+    assert comparison.band is None and comparison.others[0].inside is None
+    assert comparison.others[0].gap == pytest.approx(0.01)
+    assert "unknown: one BF16 seed gives no seed-to-seed band" in comparison.sentences()[0]
+    assert "its band is unknown" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_picture_of_a_run_that_blows_up_or_never_had_a_loss(tmp_path: Path):
+    write_run(tmp_path, "bf16", 0, falling(2.0))
+    write_run(tmp_path, "sage_int8", 0, [*falling(2.0)[:-2], 1e9, math.nan])
+    write_run(tmp_path, "other", 0, [math.nan, math.inf])
+    comparison = report([tmp_path], tmp_path / "out")
+    assert comparison.common_step == 2 and [arm.inside for arm in comparison.others] == [False, None]
+    Page((tmp_path / "out" / "report.html").read_text())
+
+
+def test_seeds_that_do_not_pair(tmp_path: Path):
+    for seed, arm in enumerate(("bf16", "bf16", "sage_int8")):
+        write_run(tmp_path, arm, seed, falling(2.0))
+    comparison = Comparison(find_runs([tmp_path]))
+    assert comparison.others[0].gap is None and comparison.others[0].inside is None
+    assert "no seed in common" in comparison.sentences()[0]
+
+
+def test_single_arm_and_missing_baseline(tmp_path: Path):
+    write_run(tmp_path, "a", 0, falling(2.0))
+    alone = Comparison(find_runs([tmp_path]))
+    assert alone.others == [] and "no other arm" in alone.sentences()[0]
+    write_run(tmp_path, "b", 0, falling(2.1))
+    both = report([tmp_path], tmp_path / "out")
+    assert both.baseline is None and "--baseline" in both.sentences()[0]
+    chosen = Comparison(find_runs([tmp_path]), "b")
+    assert chosen.others[0].gap == pytest.approx(-0.1)
+
+
+def test_unfinished_run_is_compared_up_to_the_common_step(parent: Path):
+    write_run(parent, "sage_int8", 2, falling(2.0)[:12], status="failed", max_steps=STEPS, error="OSError: disk full")
+    with open(parent / "sage_int8-seed2" / "metrics.csv", "a") as file:
+        file.write("13,832,2.")  # killed while it wrote
+    comparison = report([parent], parent)
+    assert comparison.common_step == 12 and comparison.cut_short
+    assert comparison.arms[0].finals[0] == pytest.approx(np.mean(falling(2.0)[7:12]))
+    assert comparison.sentences()[0].startswith("Up to step 12 of 20: ")
+    notes = " ".join(comparison.notes)
+    assert (
+        "sage_int8-seed2 is unfinished: failed, step 12 of 20 (OSError: disk full)" in notes
+        and "half-written last line" in notes
+    )
+    html = (parent / "report.html").read_text()
+    assert "Dotted" in html and "disk full" in html
+
+
+def test_resumed_run_counts_a_step_once(tmp_path: Path):
+    path = write_run(tmp_path, "bf16", 0, [5.0, 4.0, 3.0])
+    with open(path / "metrics.csv", "a") as file:
+        file.write("2,128,4.5,100\n3,192,3.5,100\n")
+    steps, losses = Run(path).series("loss")
+    assert steps.tolist() == [1, 2, 3] and losses.tolist() == [5.0, 4.5, 3.5]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_divergence_is_said(tmp_path: Path, value: float):
+    for seed in (0, 1):
+        write_run(tmp_path, "bf16", seed, falling(2.0 + seed / 10))
+        write_run(tmp_path, "sage_int8", seed, [*falling(2.0)[:-2], value, value] if seed else falling(2.0))
+    comparison = Comparison(find_runs([tmp_path]))
+    assert comparison.others[0].inside is False
+    assert "INT8 diverged" in comparison.sentences()[0] and "(seed 1)" in comparison.sentences()[0]
+    assert any("sage_int8-seed1: the loss is not finite at step 19" in note for note in comparison.notes)
+    numbers = json.loads(json.dumps(comparison.as_dict(), allow_nan=False))
+    assert numbers["arms"]["sage_int8"]["final_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"recipe": "other"}, "recipe differs: tiny (bf16-seed0); other (sage_int8-seed0)"),
+        ({"max_steps": 40}, "number of steps differs: 20 (bf16-seed0); 40 (sage_int8-seed0)"),
+        ({"tokens": 128}, "number of tokens up to step 20 differs: 1280 (bf16-seed0); 2560 (sage_int8-seed0)"),
+        ({"config": {"data": {"seq_len": 128}}}, "data.seq_len differs: 64 (bf16-seed0); 128 (sage_int8-seed0)"),
+        ({"config": {"optim": {"lr": 0.1}}}, "optim.lr differs: not set (bf16-seed0); 0.1 (sage_int8-seed0)"),
+    ],
+)
+def test_not_the_same_experiment_is_said_loudly(tmp_path: Path, changes: dict, expected: str):
+    write_run(tmp_path, "bf16", 0, falling(2.0))
+    write_run(tmp_path, "sage_int8", 0, falling(2.0), **changes)
+    comparison = Comparison(find_runs([tmp_path]))
+    assert len(comparison.mismatches) == 1 and expected in comparison.mismatches[0]
+    assert comparison.sentences()[0].startswith("These runs are not the same experiment")
+
+
+def test_text_from_runs_is_escaped_and_mismatches_stand_out(tmp_path: Path):
+    write_run(tmp_path, "bf16", 0, falling(2.0), command="python <script>alert(1)</script> [/red]")
+    write_run(tmp_path, "<b>$x$[red]", 0, falling(2.0), recipe="a&b")
+    comparison = report([tmp_path], tmp_path / "out")
+    assert "<b>$x$[red]" in printed(comparison)
+    html = (tmp_path / "out" / "report.html").read_text()
+    page = Page(html)
+    assert "<script" not in html and "<b>" not in html
+    assert "Not the same experiment" in page.text and "recipe differs: tiny" in page.text
+
+
+def test_command_line(parent: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "sagetrain.compare"]
+    done = subprocess.run([*command, parent], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "INT8 trains as well as BF16" in done.stdout and str(parent / "report.html") in done.stdout
+    assert {"report.html", "metrics.csv", "comparison.json"} <= {file.name for file in parent.iterdir()}
+
+
+def test_command_line_paths(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [str(parent / name) for name in ("bf16-seed0", "sage_int8-seed0")]
+    assert main(runs) == 0 and (tmp_path / "comparison" / "report.html").exists()
+    assert main([*runs, str(parent), str(parent.parent), "--out", "all", "--baseline", "sage_int8"]) == 0
+    numbers = json.loads((tmp_path / "all" / "comparison.json").read_text())
+    assert numbers["baseline"] == "sage_int8" and len(numbers["runs"]) == 4
+
+
+def test_command_line_names_mistakes(parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    error = one_line_error(capsys, parent / "bf16-sed0", tmp_path / "nowhere" / "x", parent / "bf16-seed0")
+    assert "bf16-sed0 (did you mean bf16-seed0" in error and "nowhere" in error
+    assert "is a file" in one_line_error(capsys, parent / "bf16-seed0" / "run.json")
+    (tmp_path / "empty").mkdir()
+    assert "neither a run" in one_line_error(capsys, tmp_path / "empty")
+    assert "arms bf16, sage_int8" in one_line_error(capsys, parent, "--baseline", "fp16")
+    assert "is a run" in one_line_error(capsys, parent, "--out", parent / "bf16-seed0")
+    assert "is a file" in one_line_error(capsys, parent, "--out", parent / "bf16-seed0" / "run.json")
+    assert not (parent / "report.html").exists()
+    write_run(tmp_path / "again", "bf16", 0, falling(2.0))
+    assert "two runs of arm 'bf16' and seed 0" in one_line_error(capsys, parent, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("run.json", None, "run.json is missing"),
+        ("run.json", '{"name": "x", "arm"', "run.json: not valid JSON"),
+        ("run.json", "[]", "run.json: holds list"),
+        ("run.json", '{"arm": "bf16", "seed": 0, "status": "finished"}', "run.json: recipe, steps missing"),
+        ("run.json", '{"recipe": "r", "arm": "a", "seed": "0", "status": "failed", "steps": 1}', "'seed' is '0'"),
+        ("run.json", '{"recipe": "r", "arm": "a", "seed": 0, "status": "done", "steps": 1}', "status is 'done'"),
+        ("config.yaml", "a: [1", "config.yaml: not valid YAML"),
+        ("config.yaml", "", "config.yaml: holds no mapping"),
+        ("metrics.csv", None, "metrics.csv is missing"),
+        ("metrics.csv", "", "metrics.csv: empty"),
+        ("metrics.csv", "step,tokens\n1,2\n", "the header must name step and loss"),
+        ("metrics.csv", "step,loss,x,x\n1,2,3,4\n", "no column twice: step,loss,x,x"),
+        ("metrics.csv", "step,loss\n", "no loss was logged yet"),
+        ("metrics.csv", "step,loss\n1,\n", "no loss was logged yet"),
+        ("metrics.csv", "step,loss\n1,2.0\n2\n", "line 3 has 1 cells, the header has 2"),
+        ("metrics.csv", "step,loss\n1,2.0\n2,x\n", "line 3: loss is 'x', not a number"),
+        ("metrics.csv", "step,loss\n1.5,2.0\n", "line 2: step 1.5 is not a count"),
+        ("metrics.csv", "step,loss\nnan,2.0\n", "line 2: step nan is not a count"),
+        ("metrics.csv", "step,loss\n1,2.0\n2,1.", "the last line is cut off"),
+        ("metrics.csv", b"step,loss\n\xff\xfe", "metrics.csv: not UTF-8"),
+    ],
+)
+def test_corrupt_files_are_named(parent: Path, capsys: pytest.CaptureFixture, file: str, content, expected: str):
+    target = parent / "sage_int8-seed1" / file
+    target.unlink() if content is None else target.write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+    error = one_line_error(capsys, parent)
+    assert expected in error and str(target) in error
