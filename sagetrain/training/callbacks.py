@@ -1,0 +1,303 @@
+"""What a run writes down: metrics.csv, run.json, the progress bar, and the drift probe.
+
+Method: one row per logged optimizer step goes to metrics.csv and is flushed at once; what is measured later in the same
+step (validation, probe) is written over that row in one system call. After a resume, rows beyond the checkpoint are
+dropped, so every step stands there once. The probe compares INT8 with BF16 attention on one held batch.
+Choice: loss as the mean over ranks and micro-batches of that step alone, never smoothed, printed with all its digits,
+so that two runs can be compared bit for bit.
+Cost: reading the loss waits for the step to finish on the device (every `trainer.log_every_n_steps`); a probe costs
+about two training steps and the memory of two sets of gradients.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sagetrain.training.module import CausalLM
+
+COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "val_loss")
+PROBE = ("probe/loss_bf16", "probe/loss_int8", "probe/grad_cosine", "probe/ds_rowsum")
+
+
+def probe_columns(layers: int) -> tuple[str, ...]:
+    return PROBE + tuple(f"probe/sigma_{x}_layer{i}" for x in "qk" for i in range(layers))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace `path` in one step, so that a reader or a kill never meets half a file."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+class RunLog(L.Callback):
+    """Writes metrics.csv and keeps run.json up to date; sends the same rows to the Trainer's loggers.
+
+    folder: the run directory. facts: what run.json says besides status and steps. extra: columns beyond `COLUMNS`.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any], extra: tuple[str, ...] = ()) -> None:
+        self.folder = folder
+        self.facts = facts
+        self.columns = COLUMNS + extra
+        self.row: dict[str, Any] = {}  # of the last logged step
+        self._tokens = 0
+        self._seen = 0
+        self._file: io.BufferedRandom | None = None
+        self._last_row = 0  # its offset in the file
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self._tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._tokens = state["tokens"]
+
+    def on_train_start(self, trainer: L.Trainer, module: CausalLM) -> None:
+        self._seen = trainer.global_step
+        if trainer.is_global_zero:
+            self.facts["parameters"] = module.parameter_count()
+            self._open(trainer.global_step)
+            self.write_status("running", trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._seen:
+            return
+        self._seen = step
+        tokens = torch.as_tensor(sum(module.tokens), device=module.device)
+        tokens = int(trainer.strategy.reduce(tokens, reduce_op="sum"))
+        self._tokens += tokens
+        if step % trainer.log_every_n_steps and step != trainer.max_steps:
+            return
+        loss = float(trainer.strategy.reduce(torch.stack(module.losses).mean(), reduce_op="mean"))
+        seconds = time.perf_counter() - module.clock
+        values = (step, self._tokens, loss, module.grad_norm(), module.step["lr"], tokens / seconds, 1e3 * seconds)
+        self.row = dict(zip(COLUMNS, values, strict=False))
+        if trainer.is_global_zero:
+            self.facts.setdefault("tokens_per_step", tokens)
+            self._last_row = self._file.seek(0, os.SEEK_END)
+            self._write()
+        for logger in trainer.loggers:
+            logger.log_metrics(self.row, step)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of step {step} is {loss}. The last good checkpoint is kept: start from it with a lower "
+                "optim.lr (resume=CHECKPOINT out=NEW_FOLDER), or look at the data of that step"
+            )
+
+    def amend(self, trainer: L.Trainer, values: dict[str, float]) -> None:
+        """Add columns to the row of the last step."""
+        self.row.update(values)
+        if trainer.is_global_zero and self.row:
+            self._file.seek(self._last_row)
+            self._write()
+        for logger in trainer.loggers:
+            logger.log_metrics(values, trainer.global_step)
+
+    def on_validation_end(self, trainer: L.Trainer, module: CausalLM) -> None:
+        if "val_loss" in trainer.callback_metrics and self.row:
+            self.amend(trainer, {"val_loss": float(trainer.callback_metrics["val_loss"])})
+
+    def write_status(self, status: str, steps: int, **more: Any) -> None:
+        write_json(self.folder / "run.json", self.facts | {"status": status, "steps": steps} | more)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self) -> None:
+        self._file.write(self._line([self.row.get(c, "") for c in self.columns]))
+        self._file.flush()
+
+    @staticmethod
+    def _line(values: list[Any]) -> bytes:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(values)
+        return text.getvalue().encode()
+
+    def _open(self, step: int) -> None:
+        """Open metrics.csv with the rows up to `step`, without what an interrupted run wrote after its checkpoint."""
+        path = self.folder / "metrics.csv"
+        lines = [self._line(list(self.columns))]
+        if path.exists():
+            rows = csv.DictReader(line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
+            kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
+            lines += [self._line([row.get(c, "") for c in self.columns]) for row in kept]
+        aside = self.folder / ".metrics.csv.partial"
+        aside.write_bytes(b"".join(lines))
+        os.replace(aside, path)
+        self.close()
+        self._file = open(path, "r+b")  # noqa: SIM115 (closed in close())
+
+
+class Probe(L.Callback):
+    """Every `every` steps: how far INT8 attention is from BF16 on one held batch, with the weights of the moment.
+
+    The batch is the first of the run (kept in the checkpoint). Gradients are taken with `torch.autograd.grad`, so
+    neither `.grad`, optimizer nor random state change: a run with the probe has the losses of a run without. Needs
+    whole parameters on every rank; with FSDP2 or ZeRO-3 it says so and stays off.
+    """
+
+    def __init__(self, record: RunLog, every: int, max_tokens: int) -> None:
+        self.record = record
+        self.every = every
+        self.max_tokens = max_tokens
+        self.batch: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batch = state["batch"]
+
+    def on_train_start(self, trainer: L.Trainer, module: CausalLM) -> None:
+        if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters()):
+            self.every = 0
+            if trainer.is_global_zero:
+                Console(stderr=True).print("drift probe off: it needs whole parameters, and this strategy shards them")
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: CausalLM, batch: dict[str, Any], batch_idx: int) -> None:
+        if self.batch is None:
+            self.batch = {k: v.detach().clone().cpu() if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        step, row = trainer.global_step, self.record.row
+        if self.every and step % self.every == 0 and row.get("step") == step and PROBE[0] not in row:
+            self.record.amend(trainer, self.measure(trainer, module))
+
+    def measure(self, trainer: L.Trainer, module: CausalLM) -> dict[str, float]:
+        """All columns of `probe_columns` for the held batch and the weights of now."""
+        from sagetrain.attention.reference import ds_rowsum_residual
+
+        batch = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in self.batch.items()}
+        devices = [module.device] if module.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            trainer.precision_plugin.forward_context(),
+        ):
+            loss_bf16, grads_bf16 = self._gradients(module, batch, "sdpa")
+            with captured(module.model) as layers:
+                loss_int8, grads_int8 = self._gradients(module, batch, CAPTURE)
+        norm = math.sqrt(sum(_dot(a, a) for a in grads_bf16) * sum(_dot(b, b) for b in grads_int8))
+        cosine = sum(_dot(a, b) for a, b in zip(grads_bf16, grads_int8, strict=True)) / norm
+        length = min(first_document(batch), self.max_tokens)
+        residuals = [ds_rowsum_residual(*(x[:1, :, :length] for x in tensors), is_causal=True) for tensors in layers]
+        values = dict(zip(PROBE, (loss_bf16, loss_int8, cosine, max(residuals)), strict=True))
+        for i, (q, k, *_) in enumerate(layers):
+            values[f"probe/sigma_q_layer{i}"] = float(q.float().std())
+            values[f"probe/sigma_k_layer{i}"] = float(k.float().std())
+        return values
+
+    @staticmethod
+    def _gradients(module: CausalLM, batch: dict[str, Any], attention: str) -> tuple[float, list[Tensor]]:
+        before = module.model.config._attn_implementation
+        module.model.set_attn_implementation(attention)
+        try:
+            loss = module.model(**batch, use_cache=False).loss
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            return float(loss.detach()), list(torch.autograd.grad(loss, parameters))
+        finally:
+            module.model.set_attn_implementation(before)
+
+
+CAPTURE = "sage_int8_captured"
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a.double() * b.double()).sum())
+
+
+def first_document(batch: dict[str, Any]) -> int:
+    """Length of the first document of row 0: up to where positions restart, or where padding begins."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"][0].sum())
+    if "position_ids" in batch:
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        return starts[1] if len(starts) > 1 else batch["input_ids"].shape[1]
+    return batch["input_ids"].shape[1]
+
+
+@contextmanager
+def captured(model: torch.nn.Module) -> Iterator[list[list[Tensor]]]:
+    """Registers an attention that is sage_int8, but keeps q, k, v and dO `[B, H, T, D]` of each layer."""
+    layers: list[list[Tensor]] = []
+
+    def attention(layer: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        kept = [x.detach() for x in (q, k, v)]
+        layers.append(kept)
+        out, weights = ALL_ATTENTION_FUNCTIONS["sage_int8"](layer, q, k, v, mask, **options)
+        out.register_hook(lambda grad: kept.append(grad.detach().transpose(1, 2)))  # [B, T, H, D] in transformers
+        return out, weights
+
+    AttentionInterface.register(CAPTURE, attention)
+    AttentionMaskInterface.register(CAPTURE, ALL_MASK_ATTENTION_FUNCTIONS["sage_int8"])
+    yield layers
+
+
+class Bar(L.Callback):
+    """Progress with loss, tokens/s and time left; when the output is no terminal, a line every tenth of the run."""
+
+    def __init__(self, record: RunLog, title: str) -> None:
+        self.record = record
+        self.title = title
+        self.console = Console(stderr=True)
+        self.progress: Progress | None = None
+        self._seen = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: CausalLM) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._total, self._seen = int(trainer.estimated_stepping_batches), trainer.global_step
+        shown = "loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tokens/s · left"
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(shown))
+        if self.console.is_terminal:
+            self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
+            fields = {"loss": math.nan, "speed": 0.0}
+            self.task = self.progress.add_task(self.title, total=self._total, completed=self._seen, **fields)
+            self.progress.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        step, row = trainer.global_step, self.record.row
+        if not trainer.is_global_zero or step == self._seen or not row:
+            return
+        self._seen = step
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, loss=row["loss"], speed=row["tokens_per_s"])
+        elif step * 10 // self._total > (step - 1) * 10 // self._total:
+            left = (self._total - step) * row["step_ms"] / 1e3
+            self.console.print(
+                f"{self.title}  step {step}/{self._total}  loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s"
+                f"  {left:.0f} s left",
+                highlight=False,
+            )
+
+    def stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,310 @@
+"""One run, or a comparison of several: from the composed configuration to finished run directories.
+
+Method: `run(cfg)` checks everything that can be known beforehand (names, lengths, kernels, an `out` that holds another
+run), then hands Lightning's Trainer the model, the data and the callbacks. A comparison is the same thing once per arm
+and seed, in this process, one after the other: equal seeds give equal weights and an equal order of the data, so the
+arms differ in the attention alone. Runs that are finished are skipped and interrupted ones go on from their last
+checkpoint.
+Choice: a run directory says all there is to know (run.json, config.yaml, metrics.csv, checkpoints/); nothing is kept
+elsewhere.
+Cost: several devices without an outer launcher run one run per command, because Lightning can start its helpers only
+once.
+"""
+
+import contextlib
+import difflib
+import gc
+import json
+import logging
+import os
+import subprocess
+import sys
+import uuid
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+import sagetrain
+import sagetrain.data
+from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups
+from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
+from sagetrain.training.checkpoint import Checkpoint, DirectCheckpointIO, newest
+from sagetrain.training.module import CausalLM, check_length, model_config
+
+PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "datasets", "hydra-core")
+# What may change between the two commands of one run without making it another run.
+FREE = ("out", "resume", "logger", "checkpoint", "compare", "trainer.enable_progress_bar")
+MESSAGES = (".*does not have many workers.*", ".*srun.*", ".*treespec, LeafSpec.*", ".*across ranks is zero.*")
+
+
+def run(cfg: DictConfig) -> list[Path]:
+    """Train what `cfg` (conf/train.yaml with a recipe) describes. Returns the run directories.
+
+    Raises ValueError, TypeError, NotImplementedError, OSError and their kin with one line that says what to do.
+    """
+    out = Path(cfg.out).absolute()
+    console = Console(highlight=False)
+    _quiet()
+    if cfg.compare.seeds < 1:
+        raise ValueError(f"compare.seeds={cfg.compare.seeds}: give the number of runs per arm, at least 1")
+    if _global_rank() == 0:
+        console.print(f"run directory: {out} (after an interruption: the same command with out={out})", soft_wrap=True)
+    if not cfg.compare.arms:
+        return [_train(_arm(cfg, cfg.attention, cfg.seed, out), group=None)]
+    plans = []
+    for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
+        for name in cfg.compare.arms:
+            arm = _arm(cfg, OmegaConf.load(attention_file(name)), seed, out / f"{name}-seed{seed}")
+            arm.probe.every = 0  # a comparison measures the real thing
+            plans.append(arm)
+    _check_launch(cfg, len(plans))
+    for plan in plans:
+        _prepare(plan)
+    runs = [_train(plan, group=f"{cfg.recipe}-{out.name}") for plan in plans]
+    if _global_rank() == 0:
+        from sagetrain.compare import report
+
+        comparison = report(runs, out)
+        console.print(comparison.table())
+        console.print(f"report: {out / 'report.html'}", soft_wrap=True)
+    return runs
+
+
+def attention_file(arm: str) -> Path:
+    """The file of an arm. Raises ValueError with the choices for an unknown name."""
+    choices = groups()["attention"]
+    if arm not in choices:
+        close = difflib.get_close_matches(str(arm), choices, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"compare.arms: unknown arm {arm!r}, choose from {', '.join(choices)}{hint}")
+    return CONF_DIR / "attention" / f"{arm}.yaml"
+
+
+def _arm(cfg: DictConfig, attention: DictConfig, seed: int, out: Path) -> DictConfig:
+    """The configuration of one run of a comparison (or of the only run)."""
+    arm = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    OmegaConf.set_struct(arm, False)
+    arm.attention, arm.seed, arm.out, arm.compare = attention, seed, str(out), {"arms": None, "seeds": 1}
+    if arm.trainer.precision == "auto":
+        arm.trainer.precision = "bf16-mixed" if quick_bf16(device(cfg)) else "32-true"
+    if attention.implementation != "sage_int8":
+        arm.probe.every = 0
+    return arm
+
+
+def _prepare(cfg: DictConfig) -> Path | None:
+    """Everything that can be checked before any time is spent. Returns the checkpoint to go on from, if any."""
+    check_length(model_config(cfg.model), cfg.data.seq_len)
+    kernel(cfg)
+    out = Path(cfg.out)
+    before = out / "config.yaml"
+    if before.exists():
+        if cfg.resume == "never":
+            raise ValueError(f"{out} holds a run already and resume=never: choose another out=FOLDER, or resume=auto")
+        old, new = (_flat(c) for c in (OmegaConf.load(before), cfg))
+        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        if changed:
+            listed = ", ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in changed[:3])
+            raise ValueError(f"{out} holds a run with another configuration ({listed}): choose another out=FOLDER")
+        if (found := newest(out / "checkpoints")) is not None:
+            return found
+    if cfg.resume not in ("auto", "never"):
+        start = Path(cfg.resume)
+        start = newest(start / "checkpoints") if (start / "checkpoints").is_dir() else start
+        if start is None or not start.exists():
+            raise FileNotFoundError(
+                f"resume={cfg.resume}: no checkpoint there; give auto, never, a checkpoint or a run"
+            )
+        return start.resolve()
+    return None
+
+
+def _flat(cfg: DictConfig) -> dict[str, Any]:
+    """{dotted key: value} of all that makes this run what it is."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if prefix.rstrip(".") in FREE:
+            return
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(f"{prefix}{key}.", value)
+        else:
+            flat[prefix.rstrip(".")] = node
+
+    walk("", OmegaConf.to_container(cfg, resolve=True))
+    return flat
+
+
+def kernel(cfg: DictConfig) -> str:
+    """Name of what computes attention in this run. Raises RuntimeError when no INT8 kernel serves the device."""
+    if cfg.attention.implementation != "sage_int8":
+        return cfg.attention.implementation
+    return sagetrain.kernel_name(device(cfg))
+
+
+def device(cfg: DictConfig) -> torch.device:
+    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def quick_bf16(where: torch.device) -> bool:
+    """Whether bf16 matrix products are quicker than fp32 there: all GPUs we serve, CPUs with instructions for them."""
+    if where.type == "cuda":
+        return True
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.12 and later
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def _global_rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+
+
+def _check_launch(cfg: DictConfig, runs: int) -> None:
+    devices = cfg.trainer.devices
+    single = devices in (1, "1") or (devices == "auto" and torch.cuda.device_count() < 2)
+    if runs > 1 and not single and not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys():
+        raise ValueError(
+            f"a comparison on trainer.devices={devices} needs an outer launcher: "
+            f"torchrun --nproc-per-node {devices} -m sagetrain {' '.join(sys.argv[1:])}"
+        )
+
+
+def _train(cfg: DictConfig, group: str | None) -> Path:
+    """Train one run, or go on with it; return its directory."""
+    checkpoint, out = _prepare(cfg), Path(cfg.out)
+    facts = _facts(cfg)
+    past = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {}
+    title = facts["name"]
+    if past.get("status") == "finished":
+        Console().print(f"{title}: finished already ({past['steps']} steps), skipped", highlight=False)
+        return out
+    facts["wandb_id"] = past.get("wandb_id", facts["wandb_id"])
+    if cfg.data.get("source") == "stdlib" and cfg.model.tokenizer == "byte":  # a floor that every reader can place
+        facts["unigram_entropy"] = sagetrain.data.unigram_entropy(sagetrain.data.stdlib_documents())
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    tokenizer = sagetrain.data.build_tokenizer(cfg.model.tokenizer)
+    data = sagetrain.data.build(cfg.data, tokenizer, cfg.data.seq_len, cfg.seed, cfg.data.batch_size)
+    module = CausalLM(cfg)
+    if len(tokenizer) > module.hf_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {cfg.model.tokenizer!r} has {len(tokenizer)} tokens and the model only "
+            f"{module.hf_config.vocab_size}: set model.tokenizer, or model.config.vocab_size={len(tokenizer)}"
+        )
+    layers = module.hf_config.get_text_config().num_hidden_layers
+    log = RunLog(out, facts, extra=probe_columns(layers) if cfg.probe.every else ())
+    trainer, bar = _trainer(cfg, log, facts, group)
+    if trainer.is_global_zero:
+        out.mkdir(parents=True, exist_ok=True)
+        log.write_status("running", past.get("steps", 0))
+        OmegaConf.save(cfg, out / "config.yaml", resolve=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except BaseException as error:
+        if trainer.is_global_zero:
+            with contextlib.suppress(OSError):  # the disk may be the very problem
+                log.write_status("failed", trainer.global_step, error=f"{type(error).__name__}: {error}")
+        raise
+    else:
+        if trainer.is_global_zero:
+            log.write_status("finished", trainer.global_step)
+    finally:
+        bar.stop()
+        log.close()
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
+        del trainer, module, data
+        gc.collect()
+    return out
+
+
+def _trainer(cfg: DictConfig, log: RunLog, facts: dict[str, Any], group: str | None) -> tuple[L.Trainer, Bar]:
+    options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    bar = Bar(log, facts["name"])
+    save = Checkpoint(Path(cfg.out) / "checkpoints", cfg.checkpoint.every_n_steps, cfg.checkpoint.every_minutes)
+    callbacks: list[L.Callback] = [log, save]
+    if cfg.probe.every:
+        callbacks.insert(1, Probe(log, cfg.probe.every, cfg.probe.max_tokens))
+    if options.pop("enable_progress_bar", True):
+        callbacks.insert(1, bar)
+    target = cfg.strategy.get("_target_")
+    strategy = instantiate(cfg.strategy, attention=cfg.attention.implementation) if target else "auto"
+    whole_files = not target or target.endswith("SageDDPStrategy")
+    trainer = L.Trainer(
+        **{"enable_checkpointing": False, "enable_model_summary": False, "use_distributed_sampler": False} | options,
+        default_root_dir=cfg.out,
+        strategy=strategy,
+        callbacks=callbacks,
+        plugins=[DirectCheckpointIO()] if whole_files else None,
+        enable_progress_bar=False,
+        logger=_logger(cfg, facts, group) or False,
+    )
+    return trainer, bar
+
+
+def _logger(cfg: DictConfig, facts: dict[str, Any], group: str | None) -> Any:
+    """The logger beside metrics.csv, started (so that it fails now or not at all); None when there is none."""
+    target = cfg.logger.get("_target_")
+    if not target:
+        return None
+    if not target.endswith("WandbLogger"):
+        return instantiate(cfg.logger, save_dir=cfg.out, name=None, version="tensorboard")
+    os.environ.setdefault("WANDB_MODE", cfg.logger.mode)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    options = {k: v for k, v in cfg.logger.items() if k not in ("mode", "group")}
+    group, identity = cfg.logger.group or group, facts["wandb_id"]
+    logger = instantiate(options, name=facts["name"], group=group, save_dir=cfg.out, id=identity, resume="allow")
+    try:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    except Exception as error:  # wandb's errors have no common kind
+        raise ValueError(f"Weights & Biases did not start: {error}. Try wandb login, or logger.mode=offline") from error
+    return logger
+
+
+def _facts(cfg: DictConfig) -> dict[str, Any]:
+    """What run.json says about a run, whatever becomes of it."""
+    where = device(cfg)
+    facts = {
+        "name": f"{cfg.attention.name}-seed{cfg.seed}",
+        "recipe": cfg.recipe,
+        "arm": cfg.attention.name,
+        "seed": cfg.seed,
+        "max_steps": cfg.trainer.max_steps,
+        "kernel": kernel(cfg),
+        "precision": cfg.trainer.precision,
+        "device": torch.cuda.get_device_name() if where.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
+        "versions": versions(),
+        "command": " ".join(["python -m sagetrain", *sys.argv[1:]]),
+        "wandb_id": uuid.uuid4().hex[:8],
+    }
+    if (PACKAGE_DIR.parent / ".git").exists():
+        git = subprocess.run(["git", "-C", PACKAGE_DIR.parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if git.returncode == 0:
+            facts["git_commit"] = git.stdout.strip()
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Installed version of each package that matters here ("" when absent)."""
+    found = {"python": sys.version.split()[0], "sagetrain": sagetrain.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says on every run and nobody can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in MESSAGES:
+        warnings.filterwarnings("ignore", message)

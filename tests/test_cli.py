@@ -1,0 +1,134 @@
+"""The command line: one clear line for what cannot work, and a run from any directory without stray files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sagetrain.__main__ import compose, main
+from sagetrain.paths import PACKAGE_DIR, groups, recipes
+
+HERE = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent)}  # also where nothing is installed
+
+TINY = [
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "model.config.hidden_size=64",
+    "model.config.intermediate_size=64",
+    "model.config.num_hidden_layers=1",
+    "model.config.num_attention_heads=1",
+    "model.config.num_key_value_heads=1",
+    "data.seq_len=32",
+    "data.batch_size=2",
+    "trainer.max_steps=2",
+]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Runs the command line in an empty directory; gives (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sagetrain", *arguments])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trainer.max_steps=2"], ["no recipe given", "recipe=NAME", *recipes()]),
+        (["receipe=quickstart"], ["no recipe given", "receipe= is no key", "quickstart"]),
+        (["quickstart"], ["did you mean recipe=quickstart"]),
+        (["recipe=quickstrat"], ["unknown recipe", "Did you mean quickstart", *recipes()]),
+        (["recipe=quickstart", "attention=int8"], ["unknown attention", "bf16, sage_int8"]),
+        (["recipe=quickstart", "strategy=fsdp"], ["unknown strategy", "Did you mean fsdp2", "deepspeed"]),
+        (["recipe=quickstart", "logger=wanbd"], ["unknown logger", "Did you mean wandb", "tensorboard"]),
+        (["recipe=quickstart", "data=c4"], ["unknown data", "fineweb_edu"]),
+        (["recipe=quickstart", "optim.learning_rate=1"], ["unknown key optim.learning_rate", "weight_decay"]),
+        (["recipe=quickstart", "optin.lr=1"], ["unknown key optin.lr", "Did you mean optim"]),
+        (["recipe=quickstart", "trainer.max_step=1"], ["unknown key trainer.max_step", "Did you mean max_steps"]),
+        (["recipe=quickstart", "seed.x=1"], ["seed is a single value"]),
+        (["recipe=quickstart", "optim.lr=1,2"], ["optim.lr=1,2", "--multirun"]),
+        (["recipe=quickstart", "optim.lr=[1"], ["optim.lr=[1"]),
+        (["-m", "recipe=quickstart,quickstrat"], ["Did you mean quickstart"]),
+        (["recipe=quickstart", "compare.arms=[bf16,sage]"], ["unknown arm 'sage'", "bf16, sage_int8"]),
+        (["recipe=quickstart", "model.config.hiden_size=64"], ["model.config.hiden_size", "hidden_size"]),
+        (["recipe=quickstart", "data.seq_len=5000"], ["5000", "max_position_embeddings=4096"]),
+        (["recipe=quickstart", "data.pth=x"], ["data.pth"]),
+        (["recipe=quickstart", "data.path=nowhere.txt"], ["nowhere.txt"]),
+        (["recipe=quickstart", "resume=gone.ckpt"], ["gone.ckpt", "no checkpoint"]),
+        (["recipe=quickstart", "trainer.precision=7"], ["7"]),
+        (["recipe=gsm8k_finetune", "model=quickstart", "data.path=nowhere.jsonl"], ["nowhere.jsonl"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    cli, tmp_path: Path, arguments: list[str], said: list[str]
+) -> None:
+    code, out, err = cli(*arguments)
+    assert code == 2
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("sagetrain: error: "), err
+    for words in said:
+        assert words in err
+    assert "Traceback" not in out + err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_recipes_with_what_they_do(cli) -> None:
+    code, out, _ = cli("--help")
+    assert code == 0
+    for name, text in recipes().items():
+        assert f"{name:<20} {text}" in out
+    for options in groups().values():
+        assert all(option in out for option in options)
+
+
+def test_no_arguments_lists_recipes(cli) -> None:
+    code, out, err = cli()
+    assert code == 2 and all(name in out + err for name in recipes())
+
+
+def test_cfg_shows_the_configuration(cli, tmp_path: Path) -> None:
+    code, out, _ = cli("recipe=quickstart", "--cfg", "job", "trainer.accumulate_grad_batches=7")
+    assert code == 0 and "recipe: quickstart" in out and "accumulate_grad_batches: 7" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unlisted_trainer_and_model_keys_pass_through() -> None:
+    cfg = compose(["recipe=quickstart", "trainer.overfit_batches=3", "model.config.attention_bias=true"])
+    assert cfg.trainer.overfit_batches == 3 and cfg.model.config.attention_bias is True
+
+
+def test_sweep_trains_from_any_directory_and_writes_only_its_runs(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "sagetrain",
+        "-m",
+        "recipe=quickstart",
+        "compare.arms=null",
+        "attention=bf16",
+        "seed=0,1",
+    ]
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
+    command += [*TINY, "out=here", "data.path=text.txt"]
+    done = subprocess.run(command, cwd=tmp_path, env=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "text.txt"]
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["0", "1", "multirun.yaml"]
+    for seed in "01":
+        run = tmp_path / "here" / seed
+        assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv", "run.json"]
+        assert len((run / "metrics.csv").read_text().splitlines()) == 3
+        assert f'"name": "bf16-seed{seed}"' in (run / "run.json").read_text()

@@ -1,0 +1,203 @@
+"""From the checkout to an sdist, from that to a wheel, from that to a clean environment, used from another directory.
+
+Everything is built in a copy: the checkout stays as it is, and nothing that lies about in it can help.
+"""
+
+import json
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+JUNK = (".*", "build", "dist", "outputs", "multirun", "wandb", "*.egg-info", "__pycache__", "*.so")
+PATHS = {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+
+if not (CHECKOUT / "setup.py").exists():
+    pytest.skip("needs the sources of the package", allow_module_level=True)
+
+
+def call(*command: str | Path, cwd: Path, **env: str) -> str:
+    """Run a command that has to succeed; what it wrote to both streams."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd=cwd, env=os.environ | PATHS | env, text=True, **streams)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}"
+    return done.stdout
+
+
+def copy(where: Path) -> Path:
+    """A copy of the sources as a clone has them."""
+    shutil.copytree(CHECKOUT, where, ignore=shutil.ignore_patterns(*JUNK))
+    return where
+
+
+def pip_wheel(source: Path, out: Path, **env: str) -> str:
+    options = ["--no-cache-dir", "--no-index", "--no-deps", "--no-build-isolation"]
+    return call(sys.executable, "-m", "pip", "wheel", "-v", *options, "-w", out, source, cwd=out, **env)
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = copy(tmp_path_factory.mktemp("sdist") / "sagetrain")
+    call(sys.executable, "-c", "from setuptools.build_meta import build_sdist as b; b('..')", cwd=tree)
+    (archive,) = tree.parent.glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> tuple[Path, str]:
+    """The wheel built from the sdist without CUDA, and what the build said."""
+    said = pip_wheel(sdist, sdist.parent, SAGETRAIN_CUDA="0")
+    (path,) = sdist.parent.glob("*.whl")
+    return path, said
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Python of a clean environment with the wheel in it, and its site-packages.
+
+    It sees the packages of the environment that runs the tests, but not an editable sagetrain among them.
+    """
+    root = tmp_path_factory.mktemp("installed")
+    venv.create(root / "venv", with_pip=False, symlinks=True)
+    python = root / "venv" / "bin" / "python"
+    call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel[0], cwd=root)
+    (packages,) = (root / "venv" / "lib").glob("python*/site-packages")
+    (packages / "outer.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    return python, packages
+
+
+def test_sdist_has_all_that_is_needed_to_build_and_test(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
+    folders = ("sagetrain", "csrc", "conf", "recipes", "tests")
+    tree = copy(sdist.parent / "again")
+    wanted = {str(p.relative_to(tree)) for folder in folders for p in (tree / folder).glob("**/*") if p.is_file()}
+    assert wanted | {"setup.py", "pyproject.toml", "Makefile", "constraints.txt", "README.md", "LICENSE"} <= names
+
+
+def test_wheel_is_one_for_every_python_and_holds_the_package_only(wheel: tuple[Path, str]) -> None:
+    path, _ = wheel
+    assert re.fullmatch(r"sagetrain-[\d.]+-cp311-abi3-linux_\w+\.whl", path.name)
+    names = {name for name in zipfile.ZipFile(path).namelist() if ".dist-info/" not in name}
+    sources = [p for p in (CHECKOUT / "sagetrain").glob("**/*") if p.is_file() and p.suffix in (".py", ".html")]
+    yaml = [p for folder in ("conf", "recipes") for p in (CHECKOUT / folder).glob("**/*.yaml")]
+    expected = {str(p.relative_to(CHECKOUT)) for p in sources} | {f"sagetrain/{p.relative_to(CHECKOUT)}" for p in yaml}
+    assert names == expected | {"sagetrain/_C.abi3.so"}
+    licences = [name for name in zipfile.ZipFile(path).namelist() if name.endswith("LICENSE")]
+    assert len(licences) == 1
+
+
+def test_build_without_cuda_says_so(wheel: tuple[Path, str]) -> None:
+    assert re.search(r"sagetrain: CPU kernel; CUDA kernels: none \(.*SAGETRAIN_CUDA=0\)", wheel[1])
+
+
+def test_extension_uses_stable_interfaces_only(installed: tuple[Path, Path]) -> None:
+    library = installed[1] / "sagetrain" / "_C.abi3.so"
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", call("readelf", "-d", library, cwd=library.parent))
+    assert "libtorch.so" in needed
+    assert not [name for name in needed if re.search("python|cud|c10", name)]
+    symbols = re.findall(r" U (.+)", call("nm", "-DC", "--undefined-only", library, cwd=library.parent))
+    assert [s for s in symbols if "aoti_torch" in s]  # torch's C interface
+    assert not [s for s in symbols if re.search(r"\b(at|c10|torch)::", s)], "these change with torch"
+    assert not [s for s in symbols if s.startswith("_Py")], "these change with Python"
+
+
+USE = """
+import json, torch, sagetrain
+from sagetrain.__main__ import compose
+from sagetrain.paths import recipes
+q, k, v = (torch.randn(1, 2, 40, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+sagetrain.attention(q, k, v, is_causal=True).float().square().sum().backward()
+print(json.dumps({
+    "file": sagetrain.__file__, "extension": sagetrain._C.__file__, "kernel": sagetrain.kernel_name("cpu"),
+    "gradients": [float(x.grad.float().norm()) for x in (q, k, v)],
+    "recipes": {name: compose([f"recipe={name}"]).recipe for name in recipes()},
+}))
+"""
+
+
+def test_wheel_works_from_another_directory(installed: tuple[Path, Path], tmp_path: Path) -> None:
+    python, packages = installed
+    used = json.loads(call(python, "-c", USE, cwd=tmp_path).splitlines()[-1])
+    assert Path(used["file"]).parent == Path(used["extension"]).parent == packages / "sagetrain"
+    assert used["kernel"].startswith("cpu/")
+    assert all(norm > 0 for norm in used["gradients"])
+    assert list(used["recipes"]) == sorted(p.stem for p in (CHECKOUT / "recipes").glob("*.yaml"))
+    assert all(name == composed for name, composed in used["recipes"].items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_wheel_brings_the_command_line(installed: tuple[Path, Path], tmp_path: Path) -> None:
+    python, _ = installed
+    said = call(python, "-m", "sagetrain", "--help", cwd=tmp_path)
+    assert all(p.stem in said for p in (CHECKOUT / "recipes").glob("*.yaml"))
+
+
+def test_wheel_brings_the_doctor(installed: tuple[Path, Path], tmp_path: Path) -> None:
+    python, packages = installed
+    said = call(python, "-m", "sagetrain.doctor", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert str(packages / "sagetrain") in said and "cpu/" in said and "CUDA" in said
+
+
+# A backend that only shows that it was compiled and linked: what csrc/attention.h asks of every folder.
+STUB = """#include "attention.h"
+{kernel}
+namespace sagetrain::{backend} {{
+size_t forward_workspace_bytes(const ForwardParams&) {{ return 0; }}
+size_t backward_workspace_bytes(const BackwardParams&) {{ return 0; }}
+const char* forward(const ForwardParams&) {{ {launch} return "stub of {backend}"; }}
+const char* backward(const BackwardParams&) {{ return "stub of {backend}"; }}
+{more}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def cuda_build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A tree whose kernels are stubs, one of them CUDA, built in place; and what the build said."""
+    if not shutil.which("nvcc") and not {"CUDA_HOME", "CUDA_PATH", "NVCC"} & os.environ.keys():
+        pytest.skip("no nvcc here")
+    tree = copy(tmp_path_factory.mktemp("cuda") / "sagetrain")
+    for backend in ("cpu", "sm80", "sm90"):
+        shutil.rmtree(tree / "csrc" / backend, ignore_errors=True)
+    cpu = STUB.format(backend="cpu", kernel="", launch="", more='const char* isa(const char**) { return "stub"; }')
+    cuda = STUB.format(backend="sm80", kernel="__global__ void touch() {}", launch="touch<<<1, 1>>>();", more="")
+    for name, text in (("cpu/stub.cpp", cpu), ("sm80/stub.cu", cuda)):
+        (tree / "csrc" / name).parent.mkdir()
+        (tree / "csrc" / name).write_text(text)
+    return tree, call(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree, SAGETRAIN_CUDA="1")
+
+
+def test_cuda_sources_are_built_for_their_architectures(cuda_build: tuple[Path, str]) -> None:
+    _, said = cuda_build
+    assert "CUDA kernels: sm80" in said
+    assert {f"sm_{arch}" for arch in (80, 86, 89, 90, 120)} <= set(re.findall(r"touch\w*' for '(sm_\w+)'", said))
+
+
+TRY_CUDA = """
+import torch, sagetrain
+assert sagetrain.kernel_name("cpu") == "cpu/stub", sagetrain.kernel_name("cpu")
+x = torch.randn(1, 1, 8, 8, requires_grad=True)
+try: sagetrain.attention(x, x, x)
+except RuntimeError as error: assert "stub of cpu" in str(error), error
+else: raise AssertionError("an error of the kernel was lost")
+if torch.cuda.is_available(): assert sagetrain.kernel_name("cuda") == "sm80"
+else:
+    for name in (lambda: sagetrain.kernel_name("cuda"), lambda: torch.ops.sagetrain.kernel_name(0)):
+        try: raise AssertionError(name())
+        except RuntimeError as error: print(error)
+"""
+
+
+def test_build_with_cuda_runs_beside_any_torch(cuda_build: tuple[Path, str]) -> None:
+    tree, _ = cuda_build
+    call(sys.executable, "-c", TRY_CUDA, cwd=tree)

@@ -1,0 +1,94 @@
+"""metrics.csv keeps one row per step whatever happens, and the drift probe only looks."""
+
+import csv
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sagetrain.__main__ import compose
+from sagetrain.training.callbacks import PROBE, RunLog, first_document, probe_columns
+from sagetrain.training.train import run
+
+TINY = [
+    "recipe=quickstart",
+    "compare.arms=null",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "trainer.max_steps=6",
+    "model.config.hidden_size=64",
+    "model.config.intermediate_size=64",
+    "model.config.num_hidden_layers=2",
+    "model.config.num_attention_heads=1",
+    "model.config.num_key_value_heads=1",
+    "data.seq_len=64",
+    "data.batch_size=2",
+    "trainer.enable_progress_bar=false",
+]
+
+
+def train(folder: Path, *changes: str) -> list[dict[str, str]]:
+    text = folder / "text.txt"
+    text.write_text("".join(f"{i} and {i} is {i + i}.\n" for i in range(500)))
+    (out,) = run(compose([*TINY, f"data.path={text}", *changes]))
+    with open(out / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_probe_measures_and_leaves_training_untouched(tmp_path: Path) -> None:
+    probed = train(tmp_path, "probe.every=2", f"out={tmp_path / 'probed'}")
+    plain = train(tmp_path, "probe.every=0", f"out={tmp_path / 'plain'}")
+    for column in ("step", "loss", "grad_norm", "lr"):
+        assert [r[column] for r in probed] == [r[column] for r in plain]
+    assert not any(c.startswith("probe/") for c in plain[0])
+    assert [bool(r["probe/loss_int8"]) for r in probed] == [False, True] * 3
+    for row in probed[1::2]:
+        values = {c: float(row[c]) for c in probe_columns(layers=2)}
+        assert all(map(math.isfinite, values.values()))
+        assert 0.9 < values["probe/grad_cosine"] < 1.0
+        assert 0 < abs(values["probe/loss_bf16"] - values["probe/loss_int8"]) < 0.05
+        assert all(values[f"probe/sigma_{x}_layer{i}"] > 0 for x in "qk" for i in range(2))
+        assert values["probe/ds_rowsum"] >= 0
+
+
+def test_probe_on_packed_documents_and_off_in_bf16(tmp_path: Path) -> None:
+    packed = train(
+        tmp_path, "probe.every=3", "data.document_boundaries=true", "data.batch_size=1", f"out={tmp_path / 'p'}"
+    )
+    assert all(packed[2][c] for c in PROBE)
+    plain = train(tmp_path, "probe.every=3", "attention=bf16", f"out={tmp_path / 'b'}")
+    assert not any(c.startswith("probe/") for c in plain[0])
+
+
+def test_rows_beyond_the_checkpoint_and_half_rows_are_dropped(tmp_path: Path) -> None:
+    trainer = SimpleNamespace(global_step=2, is_global_zero=True, loggers=[])
+    (tmp_path / "metrics.csv").write_text("step,tokens,loss\n1,10,0.5\n2,20,0.25\n3,30,0.125\n4,40,0.0")
+    log = RunLog(tmp_path, {}, extra=("probe/grad_cosine",))
+    log._open(trainer.global_step)
+    for step in (3, 4):
+        log.row = {"step": step, "loss": 1 / step}
+        log._last_row = log._file.seek(0, 2)
+        log._write()
+        if step == 3:
+            log.amend(trainer, {"val_loss": 7.0})
+    log.close()
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["step"] for r in rows] == ["1", "2", "3", "4"]
+    assert [r["val_loss"] for r in rows] == ["", "", "7.0", ""]
+    assert rows[1]["loss"] == "0.25" and rows[3]["loss"] == "0.25" and rows[0]["probe/grad_cosine"] == ""
+
+
+@pytest.mark.parametrize(
+    ("batch", "length"),
+    [
+        ({"input_ids": torch.zeros(1, 6)}, 6),
+        ({"input_ids": torch.zeros(1, 6), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0]])}, 3),
+        ({"input_ids": torch.zeros(1, 4), "position_ids": torch.tensor([[0, 1, 2, 3]])}, 4),
+        ({"input_ids": torch.zeros(1, 4), "attention_mask": torch.tensor([[1, 1, 0, 0]])}, 2),
+    ],
+)
+def test_first_document(batch: dict[str, torch.Tensor], length: int) -> None:
+    assert first_document(batch) == length

@@ -1,0 +1,93 @@
+"""A run killed at any moment goes on as if nothing had happened; a failed checkpoint costs nothing that was there.
+
+The kills are real: this file, run as a script, trains in forked children and ends them with SIGKILL.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STEPS = 12
+RUN = (
+    "recipe=quickstart compare.arms=null trainer.accelerator=cpu trainer.precision=32-true probe.every=4 resume=auto "
+    "model.config.hidden_size=64 model.config.intermediate_size=64 model.config.num_hidden_layers=1 "
+    "model.config.num_attention_heads=1 model.config.num_key_value_heads=1 model.config.attention_dropout=0.0 "
+    f"data.seq_len=64 data.batch_size=2 trainer.max_steps={STEPS} checkpoint.every_n_steps=3 "
+    "trainer.enable_progress_bar=false trainer.accumulate_grad_batches=2 optim.warmup_steps=4"
+).split()
+
+
+def train(out: Path, *more: str) -> None:
+    from sagetrain.__main__ import compose
+    from sagetrain.training.train import run
+
+    run(compose([*RUN, f"out={out}", *more]))
+
+
+def rows(out: Path) -> list[list[str]]:
+    """metrics.csv without its timings."""
+    lines = [line.split(",") for line in (out / "metrics.csv").read_text().splitlines()]
+    timed = [lines[0].index("tokens_per_s"), lines[0].index("step_ms")]
+    return [[x for i, x in enumerate(line) if i not in timed] for line in lines]
+
+
+def in_child(out: Path, *more: str) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            train(out, *more)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def killed_again_and_again(folder: Path, data: str) -> None:
+    """Train once undisturbed, and once with a kill a moment after each of these rows or inside a checkpoint."""
+    os.waitpid(in_child(folder / "whole", data), 0)
+    out, chance, kills = folder / "killed", random.Random(0), 0
+    for row in (1, 3, 5, 6, 8, 11):
+        pid = in_child(out, data)
+        delay = chance.uniform(0.0, 0.05)
+        while os.waitpid(pid, os.WNOHANG)[0] == 0:
+            written = (out / "metrics.csv").read_text().count("\n") - 1 if (out / "metrics.csv").exists() else 0
+            saving = row % 3 == 0 and any(out.glob("checkpoints/.partial-step*"))
+            if written >= row or saving:
+                time.sleep(0.0 if saving else delay)
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                kills += json.loads((out / "run.json").read_text())["status"] == "running"
+                break
+    assert os.waitpid(in_child(out, data), 0)[1] == 0, "the resumed run failed"
+    (folder / "kills").write_text(str(kills))
+
+
+def test_killed_run_repeats_the_losses_of_an_undisturbed_one(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(3000)))
+    from sagetrain.paths import PACKAGE_DIR
+
+    env = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent)}
+    subprocess.run([sys.executable, __file__, tmp_path, f"data.path={text}"], env=env, check=True, timeout=400)
+    assert int((tmp_path / "kills").read_text()) >= 3
+    whole, killed = (rows(tmp_path / name) for name in ("whole", "killed"))
+    assert [line[0] for line in whole[1:]] == [str(i + 1) for i in range(STEPS)]
+    assert killed == whole
+    info = json.loads((tmp_path / "killed" / "run.json").read_text())
+    assert info["status"] == "finished" and info["steps"] == STEPS
+    assert sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        f"step-{STEPS:08d}.ckpt",
+    ]
+
+
+if __name__ == "__main__":
+    import sagetrain.training.train  # noqa: F401 (once, for all children)
+
+    killed_again_and_again(Path(sys.argv[1]), sys.argv[2])

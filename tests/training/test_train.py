@@ -1,0 +1,188 @@
+"""Runs and comparisons: what they write, what they refuse, and that they go on where they stopped."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from sagetrain.__main__ import compose
+from sagetrain.training import checkpoint
+from sagetrain.training.train import run
+
+TINY = [
+    "recipe=quickstart",
+    "compare.arms=null",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "probe.every=0",
+    "model.config.hidden_size=64",
+    "model.config.intermediate_size=64",
+    "model.config.num_hidden_layers=1",
+    "model.config.num_attention_heads=1",
+    "model.config.num_key_value_heads=1",
+    "data.seq_len=32",
+    "data.batch_size=2",
+    "trainer.max_steps=4",
+    "trainer.enable_progress_bar=false",
+]
+
+
+@pytest.fixture
+def train(tmp_path: Path):
+    """Trains a tiny model on a small text with the given changes; returns the run directories."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} and {i} is {i + i}.\n" for i in range(500)))
+
+    def go(*changes: str, out: str = "out") -> list[Path]:
+        return run(compose([*TINY, f"data.path={text}", f"out={tmp_path / out}", *changes]))
+
+    return go
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder: Path) -> list[str]:
+    return [row["loss"] for row in rows(folder)]
+
+
+def test_a_run_directory_says_all_there_is_to_know(train) -> None:
+    (out,) = train("seed=3", "attention=bf16")
+    info = json.loads((out / "run.json").read_text())
+    assert {k: info[k] for k in ("name", "recipe", "arm", "seed", "status", "steps", "kernel")} == {
+        "name": "bf16-seed3", "recipe": "quickstart", "arm": "bf16", "seed": 3, "status": "finished", "steps": 4,
+        "kernel": "sdpa",
+    }  # fmt: skip
+    assert (
+        info["versions"]["torch"] == torch.__version__ and info["tokens_per_step"] == 64 and info["parameters"] > 10_000
+    )
+    assert [row["step"] for row in rows(out)] == ["1", "2", "3", "4"]
+    assert [row["tokens"] for row in rows(out)] == ["64", "128", "192", "256"]
+    assert all(float(row[c]) > 0 for row in rows(out) for c in ("loss", "grad_norm", "tokens_per_s", "step_ms"))
+    config = OmegaConf.load(out / "config.yaml")
+    assert config.seed == 3 and config.trainer.precision == "32-true" and (out / "checkpoints" / "last.ckpt").exists()
+
+
+def test_the_same_command_gives_the_same_bits(train) -> None:
+    assert losses(train(out="a")[0]) == losses(train(out="b")[0])
+    assert losses(train(out="c")[0]) != losses(train("seed=1", out="d")[0])
+
+
+def test_comparison_trains_each_arm_and_seed_then_reports(train, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["compare.arms=[bf16,sage_int8]", "compare.seeds=2", "trainer.max_steps=6"]
+    runs = train(*changes)
+    assert [r.name for r in runs] == ["bf16-seed0", "sage_int8-seed0", "bf16-seed1", "sage_int8-seed1"]
+    first = {r.name: float(losses(r)[0]) for r in runs}
+    # Same weights, same batch: the first losses of the arms differ by the rounding of the attention only.
+    assert abs(first["bf16-seed0"] - first["sage_int8-seed0"]) < abs(first["bf16-seed0"] - first["bf16-seed1"])
+    assert first["bf16-seed0"] != first["sage_int8-seed0"]
+    parent = runs[0].parent
+    assert {p.name for p in parent.iterdir()} >= {"report.html", "metrics.csv", "comparison.json"}
+    assert "report.html" in capsys.readouterr().out
+    # Once more with another seed: what is finished stays as it is.
+    stamps = {r: (r / "metrics.csv").stat().st_mtime_ns for r in runs}
+    shutil.rmtree(runs[1])
+    more = train(*changes[:1], "compare.seeds=3", *changes[2:])
+    assert len(more) == 6 and len(rows(runs[1])) == 6
+    assert all((r / "metrics.csv").stat().st_mtime_ns == stamps[r] for r in runs if r != runs[1])
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_another_configuration_does_not_mix_into_a_run(train) -> None:
+    (out,) = train()
+    before = losses(out)
+    with pytest.raises(ValueError, match=r"another configuration \(optim.lr was 0.005 and is now 0.1\)"):
+        train("optim.lr=0.1")
+    with pytest.raises(ValueError, match="resume=never"):
+        train("resume=never")
+    assert losses(out) == before
+    train("trainer.enable_progress_bar=true", "checkpoint.every_n_steps=7")  # says nothing about what is trained
+
+
+def test_resume_from_a_path_starts_a_new_run_from_it(train) -> None:
+    (first,) = train()
+    (second,) = train(f"resume={first}", "trainer.max_steps=6", out="second")
+    assert [row["step"] for row in rows(second)] == ["5", "6"]
+    assert json.loads((second / "run.json").read_text())["steps"] == 6
+
+
+def test_vocabulary_too_small_for_the_tokenizer(train) -> None:
+    with pytest.raises(ValueError, match="264 tokens and the model only 100"):
+        train("model.config.vocab_size=100")
+
+
+def test_no_room_for_a_checkpoint_is_said_before_the_first_step(train, monkeypatch, tmp_path: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(
+        OSError, match="no room for the checkpoints.*they need 1.* MB and .* has 0.0 MB free.*out=FOLDER"
+    ):
+        train()
+    assert not (tmp_path / "out" / "metrics.csv").exists()
+    monkeypatch.undo()
+    assert len(rows(train()[0])) == 4
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_failed_checkpoint_keeps_the_last_one_and_the_metrics(train, monkeypatch, tmp_path: Path, error) -> None:
+    undisturbed = losses(train(out="undisturbed")[0])
+    save, calls = torch.save, []
+
+    def full_disk(content, path) -> None:
+        calls.append(path)
+        save(content, path)
+        if len(calls) == 2:
+            with open(path, "r+b") as file:
+                file.truncate(1000)
+            raise error
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(OSError, match="could not write the checkpoint of step 4.*step-00000002.ckpt.*same command"):
+        train("checkpoint.every_n_steps=2")
+    out = tmp_path / "out"
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["last.ckpt", "step-00000002.ckpt"]
+    assert losses(out) == undisturbed
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    train("checkpoint.every_n_steps=2")
+    assert losses(out) == undisturbed and json.loads((out / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="the loss of step .* is (nan|inf)"):
+        train("optim.lr=1e30", "optim.warmup_steps=0", "trainer.gradient_clip_val=null", "checkpoint.every_n_steps=1")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+
+
+def test_wandb_offline_has_one_group_and_names_by_arm_and_seed(train, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    from lightning.pytorch.loggers import WandbLogger
+
+    seen = []
+    finish = WandbLogger.finalize
+    monkeypatch.setattr(
+        WandbLogger, "finalize", lambda self, status: (seen.append(self.experiment), finish(self, status))
+    )
+    train("logger=wandb", "compare.arms=[bf16,sage_int8]", "compare.seeds=1", "trainer.max_steps=5")
+    assert {r.name for r in seen} == {"bf16-seed0", "sage_int8-seed0"} and {r.group for r in seen} == {"quickstart-out"}
+    for name in ("bf16-seed0", "sage_int8-seed0"):
+        assert list((tmp_path / "out" / name / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_tensorboard_gets_the_same_rows(train) -> None:
+    (out,) = train("logger=tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([float(x) for x in losses(out)])
+
+
+def test_several_devices_compare_only_under_an_outer_launcher(train) -> None:
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2 -m sagetrain"):
+        train("compare.arms=[bf16,sage_int8]", "trainer.devices=2", "strategy=ddp")
