@@ -50,7 +50,7 @@ def main() -> None:
             bar = 0.8 if case.sigma == 3 else 0.6
             rows.append(conditions("cpu") | {
                 "case": name, "d": case.d, "tokens": args.tokens, "result": part,
-                "paper": round(paper, 5), "sage": round(sage, 5), "kernel": round(kernel, 5),
+                "paper_error": round(paper, 5), "sage_error": round(sage, 5), "kernel_error": round(kernel, 5),
                 "sage_x_paper": round(sage / paper, 3), "bar": bar,
                 "kernel_x_sage": round(kernel / sage, 3), "kernel_bar": RATIO,
             })  # fmt: skip

@@ -4,7 +4,7 @@
     python -m benchmarks.attention --shapes 1x32x8x8192x64 --device cuda
 
 Backends are interleaved round by round in one process, each measured with everything it needs (quantisation and
-smoothing included), medians reported. Rows go to benchmarks/results/attention-<device>.csv, a picture beside them.
+smoothing included), medians reported. Rows go to benchmarks/results/attention-<kernel>.csv, a picture beside them.
 FLOPs: forward 4 B H T^2 D, half of it when causal; backward 2.5 times the forward.
 """
 
@@ -117,7 +117,7 @@ def main() -> None:
                 speed = f"forward {times['forward']:9.1f} ms   forward+backward {times['both']:9.1f} ms"
                 print(f"{text:>18} {mask:6} {name:15} {speed}", flush=True)
     if not args.no_save:
-        path = RESULTS / f"attention-{args.device}.csv"
+        path = RESULTS / f"attention-{sagetrain.kernel_name(args.device).replace('/', '-')}.csv"
         write(rows, path)
         plot.attention(path)
 

@@ -10,12 +10,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 COLOURS = {"sage_int8": "#e07a1f", "sage_int8_fp32": "#f0b27a", "sdpa_fp32": "#8fa3b8", "sdpa_bf16": "#4a6785"}
 
 
 def attention(path: Path) -> Path:
-    """Bars of milliseconds by shape and mask, forward and forward + backward; the last commit's rows in the file."""
+    """Milliseconds by shape and mask, forward and forward + backward; the last commit's rows in the file."""
     with path.open() as file:
         rows = list(csv.DictReader(file))
     last = {
@@ -30,11 +31,17 @@ def attention(path: Path) -> Path:
         for i, name in enumerate(names):
             values = [float(last[(*case, name)][key]) for case in cases]
             places = [c * (len(names) + 1) + i for c in range(len(cases))]
-            bars = axis.barh(places, values, height=0.9, color=COLOURS.get(name), label=name)
-            axis.bar_label(bars, fmt=" %.0f", fontsize=8)
+            axis.plot(values, places, "o", ms=8, color=COLOURS.get(name), label=name)
+            for value, place in zip(values, places, strict=True):
+                text = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+                axis.annotate(f"{value:.0f}", (value, place), (8, 0), **text)
         axis.set_title(title)
         axis.set_xlabel("milliseconds (median, log scale)")
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(axis="x", color="#dddddd", lw=0.7)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.12)
     axes[0].set_yticks(
