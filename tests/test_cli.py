@@ -47,6 +47,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["recipe=gsm8k_finetune", "model.path=no/model", "data.path=gone.jsonl"], ["'gone.jsonl' does not exist"]),
         (["trainer.max_steps=2"], ["no recipe given", "recipe=NAME", *recipes()]),
         (["receipe=quickstart"], ["no recipe given", "receipe= is no key", "quickstart"]),
         (["quickstart"], ["did you mean recipe=quickstart"]),

@@ -33,6 +33,7 @@ from rich.console import Console
 
 import sagetrain
 import sagetrain.data
+from sagetrain.data.text import find_files
 from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint, DirectCheckpointIO, newest
@@ -101,6 +102,8 @@ def _arm(cfg: DictConfig, attention: DictConfig, seed: int, out: Path) -> DictCo
 
 def _prepare(cfg: DictConfig) -> Path | None:
     """Everything that can be checked before any time is spent. Returns the checkpoint to go on from, if any."""
+    if cfg.data.get("path"):  # before the model is looked up, which can mean the network
+        find_files(cfg.data.path)
     check_length(model_config(cfg.model), cfg.data.seq_len)
     kernel(cfg)
     out = Path(cfg.out)
