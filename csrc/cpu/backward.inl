@@ -14,7 +14,7 @@
 //                   AVX2     64 each (vpmaddwd + vpaddd) + 64 for dP (fp32 FMA)                           = 320
 //     elementwise   S to P' 14-18, dS, A, B and their maxima 9, rounding and packing 9, dV dK dQ to fp32 9 = about 43
 // so the matmul unit is the bound: at one 512-bit product a cycle (Zen 4) about 115 cycles for 16 scores, at two
-// 256-bit products a cycle (Zen 3) about 100 for 8, where 165 are measured (vpmaddwd + vpaddd pairs reach 1.4 a cycle).
+// 256-bit products a cycle (Zen 3) about 100 for 8, if vpmaddwd and vpaddd never wait for each other.
 
 #include "backward_pack.inl"
 

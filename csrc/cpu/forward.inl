@@ -8,7 +8,7 @@
 //     matmuls       AVX-512  16 + 16 (vpdpbusd);  AVX2  64 + 64 (vpmaddwd + vpaddd)
 //     elementwise   S to fp32 and its maximum 3, exp2 and row sum 11-14, rounding and packing 3, O to fp32 2 x 3
 // The matmul unit is the bound: at one 512-bit product a cycle (Zen 4) about 45 cycles for 16 scores; at two 256-bit
-// products a cycle (Zen 3) about 38 for 8, where 62 are measured (vpmaddwd + vpaddd pairs reach 1.4 a cycle).
+// products a cycle (Zen 3) about 38 for 8, if vpmaddwd and vpaddd never wait for each other.
 
 // ---- what the workspace holds ----------------------------------------------------------------------------------
 struct QueryTile {                   // one thread's
