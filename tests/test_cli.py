@@ -9,17 +9,14 @@ import pytest
 
 from sagetrain.__main__ import compose, main
 from sagetrain.paths import PACKAGE_DIR, groups, recipes
+from tests.tiny import MODEL
 
 HERE = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent)}  # also where nothing is installed
 
 TINY = [
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
-    "model.config.hidden_size=64",
-    "model.config.intermediate_size=64",
-    "model.config.num_hidden_layers=1",
-    "model.config.num_attention_heads=1",
-    "model.config.num_key_value_heads=1",
+    *MODEL,
     "data.seq_len=32",
     "data.batch_size=2",
     "trainer.max_steps=2",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sagetrain
 from sagetrain.attention import reference
-from tests.kernelkit import Case, check, error, exact, run, variants
+from tests.kernelkit import RATIO, Case, check, error, exact, run, variants
 
 BASE = Case()
 GRID = [
@@ -62,11 +62,11 @@ def test_lse_is_the_true_one_and_differentiable(case):
         alive = lse > -torch.inf
         loss = (o * d_o).sum() + (lse[alive] * weight[alive]).sum()
         results.append((lse, alive, torch.autograd.grad(loss, inputs)))
-    (got, alive, grads), (_, _, same), (truth, alive_truth, exact_grads) = results
+    (got, alive, grads), (plain, _, same), (truth, alive_truth, exact_grads) = results
     assert got.dtype == torch.float32 and torch.equal(alive, alive_truth)
-    assert error(got[alive], truth[alive]) < 0.01
+    assert error(got[alive], truth[alive]) <= RATIO * error(plain[alive], truth[alive])
     for a, b, c in zip(grads, same, exact_grads, strict=True):
-        assert error(a, c) <= 1.5 * max(error(b, c), torch.finfo(case.dtype).eps)
+        assert error(a, c) <= RATIO * max(error(b, c), torch.finfo(case.dtype).eps)
 
 
 def test_strides_need_no_copy_and_do_not_matter():
@@ -126,7 +126,9 @@ def test_constant_and_extreme_inputs_stay_finite(value, dtype):
     o = sagetrain.attention(q, k, v, is_causal=True)
     o.backward(torch.ones_like(o))
     assert all(x.isfinite().all() for x in (o, q.grad, k.grad, v.grad))
-    assert error(o, torch.full_like(o, value)) < 0.01
+    # An average of equal values is that value, but for summing T of them in FP32 and rounding once to the dtype.
+    bar = max(q.shape[2] * torch.finfo(torch.float32).eps, torch.finfo(dtype).eps)
+    assert error(o, torch.full_like(o, value)) <= bar
 
 
 @pytest.mark.parametrize("magnitude", [1e4, 1e15, 1e30])

@@ -26,7 +26,9 @@ def test_preset_gradients_are_those_of_attention_when_rounding_vanishes(preset, 
 
 
 @pytest.mark.parametrize("preset", ["paper", "sage"])
-def test_lse_and_its_gradient(preset):
+def test_lse_and_its_gradient_when_rounding_vanishes(preset, monkeypatch):
+    monkeypatch.setattr(reference, "int8", lambda x, scale: x / scale)
+    monkeypatch.setattr(torch.Tensor, "round", lambda x: x)
     case = Case(tq=50, tk=70, dtype=torch.float32, kind="biased")
     q, k, v, _ = case.tensors()
     weight = torch.randn(1, 2, 50)
@@ -39,7 +41,7 @@ def test_lse_and_its_gradient(preset):
         _, lse = call(*inputs, **case.options)
         results[name] = lse, *torch.autograd.grad((lse * weight).sum(), inputs[:2])
     for a, b in zip(results["preset"], results["exact"], strict=True):
-        assert error(a, b) < 0.05
+        assert error(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("d", [64, 128])

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from sagetrain.__main__ import compose
 from sagetrain.training import checkpoint
 from sagetrain.training.train import run
+from tests.tiny import MODEL
 
 TINY = [
     "recipe=quickstart",
@@ -20,11 +21,7 @@ TINY = [
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
     "probe.every=0",
-    "model.config.hidden_size=64",
-    "model.config.intermediate_size=64",
-    "model.config.num_hidden_layers=1",
-    "model.config.num_attention_heads=1",
-    "model.config.num_key_value_heads=1",
+    *MODEL,
     "data.seq_len=32",
     "data.batch_size=2",
     "trainer.max_steps=4",
