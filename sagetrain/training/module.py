@@ -79,9 +79,10 @@ class CausalLM(L.LightningModule):
             return
         attention, dtype = self.cfg.attention.implementation, self.dtype if self._true_half() else torch.float32
         if self.cfg.model.path:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                self.cfg.model.path, config=self.hf_config, attn_implementation=attention, dtype=dtype
-            )
+            with torch.device("cpu"):  # Lightning sets the GPU here, and transformers would ask for `accelerate`
+                self.model = AutoModelForCausalLM.from_pretrained(
+                    self.cfg.model.path, config=self.hf_config, attn_implementation=attention, dtype=dtype
+                )
         else:
             self.model = AutoModelForCausalLM.from_config(self.hf_config, attn_implementation=attention, dtype=dtype)
         self.model.train()

@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -154,8 +155,11 @@ def kernel(cfg: DictConfig) -> str:
 
 
 def device(cfg: DictConfig) -> torch.device:
-    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")
+    """Where the run trains, as Lightning chooses. Raises ValueError when a GPU is asked for and torch sees none."""
+    asked = cfg.trainer.accelerator
+    if asked in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(f"trainer.accelerator={asked}: torch sees no CUDA device; python -m sagetrain.doctor says why")
+    return torch.device("cuda" if asked in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu")
 
 
 def quick_bf16(where: torch.device) -> bool:
@@ -171,8 +175,9 @@ def _global_rank() -> int:
 
 
 def _check_launch(cfg: DictConfig, runs: int) -> None:
-    devices = cfg.trainer.devices
-    single = devices in (1, "1") or (devices == "auto" and torch.cuda.device_count() < 2)
+    devices = cfg.trainer.devices  # a number, or a list with the number of each device
+    alone = len(devices) == 1 if OmegaConf.is_list(devices) else devices in (1, "1")
+    single = alone or (devices == "auto" and torch.cuda.device_count() < 2)
     if runs > 1 and not single and not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys():
         raise ValueError(
             f"a comparison on trainer.devices={devices} needs an outer launcher: "
@@ -190,7 +195,8 @@ def _train(cfg: DictConfig, group: str | None) -> Path:
         Console().print(f"{title}: finished already ({past['steps']} steps), skipped", highlight=False)
         return out
     facts["wandb_id"] = past.get("wandb_id", facts["wandb_id"])
-    if cfg.data.get("source") == "stdlib" and cfg.model.tokenizer == "byte":  # a floor that every reader can place
+    stdlib = cfg.data.get("source") == "stdlib" and not cfg.data.get("path")
+    if stdlib and cfg.model.tokenizer == "byte":  # a floor that every reader can place
         facts["unigram_entropy"] = sagetrain.data.unigram_entropy(sagetrain.data.stdlib_documents())
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     tokenizer = sagetrain.data.build_tokenizer(cfg.model.tokenizer)
@@ -287,7 +293,7 @@ def _facts(cfg: DictConfig) -> dict[str, Any]:
         "command": " ".join(["python -m sagetrain", *sys.argv[1:]]),
         "wandb_id": uuid.uuid4().hex[:8],
     }
-    if (PACKAGE_DIR.parent / ".git").exists():
+    if (PACKAGE_DIR.parent / ".git").exists() and shutil.which("git"):
         git = subprocess.run(["git", "-C", PACKAGE_DIR.parent, "rev-parse", "HEAD"], capture_output=True, text=True)
         if git.returncode == 0:
             facts["git_commit"] = git.stdout.strip()

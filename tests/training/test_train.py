@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from sagetrain.__main__ import compose
 from sagetrain.training import checkpoint
+from sagetrain.training.module import model_config
 from sagetrain.training.train import run
 from tests.tiny import MODEL
 
@@ -58,6 +61,7 @@ def test_a_run_directory_says_all_there_is_to_know(train) -> None:
         "kernel": "sdpa",
     }  # fmt: skip
     assert info["versions"]["torch"] == version("torch")
+    assert "unigram_entropy" not in info  # it is that of the standard library, and this run reads data.path
     assert info["tokens_per_step"] == 64 and info["parameters"] > 10_000
     assert [row["step"] for row in rows(out)] == ["1", "2", "3", "4"]
     assert [row["tokens"] for row in rows(out)] == ["64", "128", "192", "256"]
@@ -183,3 +187,24 @@ def test_tensorboard_gets_the_same_rows(train) -> None:
 def test_several_devices_compare_only_under_an_outer_launcher(train) -> None:
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2 -m sagetrain"):
         train("compare.arms=[bf16,sage_int8]", "trainer.devices=2", "strategy=ddp")
+
+
+@pytest.mark.parametrize("changes", [[], ["compare.arms=[bf16,sage_int8]", "trainer.devices=[1]"]], ids=str)
+def test_a_gpu_that_is_not_there_is_said(train, monkeypatch, changes: list[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="trainer.accelerator=gpu: torch sees no CUDA device"):
+        train("trainer.accelerator=gpu", *changes)
+
+
+def test_a_checkout_on_a_machine_without_git(train, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    (out,) = train("attention=bf16")
+    assert "git_commit" not in json.loads((out / "run.json").read_text())
+
+
+def test_pretrained_weights_need_no_accelerate_on_a_gpu(train, monkeypatch, tmp_path: Path) -> None:
+    """On a GPU Lightning builds the model in that device's context; `meta` is the one that a CPU has."""
+    AutoModelForCausalLM.from_config(model_config(compose(TINY).model)).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(SingleDeviceStrategy, "tensor_init_context", lambda *_, **__: torch.device("meta"))
+    (out,) = train("model=pretrained", f"model.path={tmp_path / 'model'}", "model.tokenizer=byte")
+    assert len(rows(out)) == 4
