@@ -25,6 +25,9 @@ CSRC = Path("csrc")
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--use_fast_math", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030b0000"]
+# ptxas at -O3 moves so much of an unrolled loop ahead that it runs out of registers and spills; in the source's own
+# order the main loops fit, and are as fast or faster (docs/LOG.md).
+SOURCE_FLAGS = dict.fromkeys(("forward.cu", "backward.cu"), ["-Xptxas=-O1"])
 # Folder of csrc -> the architectures its sources are compiled for; the newest also as PTX, for GPUs yet to come.
 ARCHITECTURES = {
     "sm80": [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 86, 89, 90, 120)]
@@ -81,7 +84,8 @@ class Build(build_ext):
             for source in files:
                 target = Path(self.build_temp) / source.replace(".cu", ".o")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                command = [nvcc, *NVCC_FLAGS, *ARCHITECTURES[arch], f"-I{CSRC}", "-c", source, "-o", str(target)]
+                flags = [*NVCC_FLAGS, *SOURCE_FLAGS.get(target.with_suffix(".cu").name, []), *ARCHITECTURES[arch]]
+                command = [nvcc, *flags, f"-I{CSRC}", "-c", source, "-o", str(target)]
                 running.append((source, subprocess.Popen(command)))
                 objects.append(str(target))
                 if len(running) >= (os.cpu_count() or 1):

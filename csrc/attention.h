@@ -9,7 +9,8 @@
 //   Dp  head dimension padded to a tile: 64 if D <= 64, else 128. The padding is zeros, added before the rotation.
 //   N   number of sequences: B, or cu_seqlens length - 1 when sequences are packed (then B = 1)
 // Quantised tensors and the row constants are contiguous; q, k, v, o, do and the gradients have strides
-// (in elements) for the first three dimensions and a contiguous last one.
+// (in elements) for the first three dimensions and a contiguous last one. On a GPU their rows start at multiples of
+// 16 bytes.
 //
 // Method: docs/numerics.md; the same arithmetic in plain torch: sagetrain/attention/reference.py (preset `sage`).
 #pragma once

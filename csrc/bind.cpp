@@ -97,6 +97,17 @@ Strides strides_of(const Tensor& t) {
   return {t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// CUDA kernels read rows in 16-byte pieces: a tensor whose rows do not start at multiples of that is copied once.
+Tensor aligned(const Tensor& t, int64_t device) {
+  if (device < 0 || t.numel() == 0) return t;
+  bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i < 3; ++i) ok = ok && (t.size(i) == 1 || t.stride(i) % 8 == 0);
+  if (ok) return t;
+  Tensor copy = torch::stable::new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
 void run_parallel(int64_t n, void* context, void (*body)(void*, int64_t, int64_t)) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
@@ -178,6 +189,9 @@ Forward attention_forward(Tensor q, Tensor k, Tensor v, double scale, bool is_ca
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (device >= 0) guard.emplace(static_cast<int32_t>(device));
 #endif
+  check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "expected tensors [B, H, T, D]");
+  Tensor o = torch::stable::empty_like(q);
+  q = aligned(q, device), k = aligned(k, device), v = aligned(v, device);
   ForwardParams p{};
   p.q_strides = strides_of(q), p.k_strides = strides_of(k), p.v_strides = strides_of(v);
   check(same_shape(k, v) && q.size(3) == k.size(3), "k and v must have one shape, and the head dimension of q");
@@ -186,7 +200,6 @@ Forward attention_forward(Tensor q, Tensor k, Tensor v, double scale, bool is_ca
   check(device < 0 || dtype_of(q) != DType::float32, "float32 is for the CPU only");
   Shape& s = p.shape = make_shape(q, k, q.size(3), dtype_of(q), scale, is_causal, cu_q, cu_k);
 
-  Tensor o = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {s.batch, s.heads_q, s.tokens_q}, ScalarType::Float);
   Tensor q8 = torch::stable::new_empty(q, {s.batch, s.heads_q, s.tokens_q, s.head_dim_padded}, ScalarType::Char);
   Tensor q_scale = torch::stable::new_empty(q, {s.batch, s.heads_q, s.tokens_q}, ScalarType::Float);
@@ -219,6 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor d_o, OptionalTensor
   if (device >= 0) guard.emplace(static_cast<int32_t>(device));
 #endif
   if (d_o.stride(3) != 1) d_o = torch::stable::contiguous(d_o);  // e.g. the expanded gradient of a sum
+  d_o = aligned(d_o, device);
   if (d_lse && !d_lse->is_contiguous()) d_lse = torch::stable::contiguous(*d_lse);
   check(same_shape(d_o, o) && o.size(3) == v.size(3) && dtype_of(d_o) == dtype_of(v) && dtype_of(o) == dtype_of(v) &&
             device_of(d_o) == device && device_of(v) == device,
@@ -232,12 +246,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor d_o, OptionalTensor
         "saved tensors do not belong to this call");
 
   Tensor d_q = torch::stable::empty_like(o), d_k = torch::stable::empty_like(v), d_v = torch::stable::empty_like(v);
+  const Tensor v_read = aligned(v, device), o_read = aligned(o, device);
   p.parallel = parallel();
   p.stream = stream_of(device);
   p.deterministic = deterministic;
   p.d_o = d_o.const_data_ptr(), p.d_lse = d_lse ? f32(*d_lse) : nullptr;
-  p.v = v.const_data_ptr(), p.o = o.const_data_ptr();
-  p.d_o_strides = strides_of(d_o), p.v_strides = strides_of(v), p.o_strides = strides_of(o);
+  p.v = v_read.const_data_ptr(), p.o = o_read.const_data_ptr();
+  p.d_o_strides = strides_of(d_o), p.v_strides = strides_of(v_read), p.o_strides = strides_of(o_read);
   p.q8 = i8(q8), p.q_scale = f32(q_scale), p.k8 = i8(k8), p.k_scale = f32(k_scale), p.lse_smooth = f32(lse_smooth);
   p.k_mean = f32(kv_mean), p.v_mean = p.k_mean + s.num_sequences * s.heads_kv * s.head_dim;
   p.d_q = d_q.mutable_data_ptr(), p.d_k = d_k.mutable_data_ptr(), p.d_v = d_v.mutable_data_ptr();

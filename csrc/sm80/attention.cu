@@ -1,0 +1,106 @@
+// The two calls of the C boundary: carve the workspace, launch the passes in order.
+#include <climits>
+
+#include "layout.cuh"
+
+namespace sagetrain::sm80 {
+namespace {
+
+Tokens queries_of(const Shape& s) {
+  Tokens x{s.cu_seqlens_q, static_cast<int32_t>(s.tokens_q), static_cast<int32_t>(s.num_sequences), 0};
+  x.tiles = all_tiles<TILE>(x);
+  return x;
+}
+Tokens keys_of(const Shape& s) {
+  Tokens x{s.cu_seqlens_k, static_cast<int32_t>(s.tokens_k), static_cast<int32_t>(s.num_sequences), 0};
+  x.tiles = all_tiles<TILE>(x);
+  return x;
+}
+
+// Hands out pieces of the workspace, each aligned to 256 bytes; with a null base it only counts.
+struct Carver {
+  char* base;
+  size_t used = 0;
+  void take(void*& pointer, size_t count, size_t size) {
+    pointer = base ? base + used : nullptr;
+    used += (count * size + 255) / 256 * 256;
+  }
+  template <typename T>
+  void take(T*& pointer, size_t count) {
+    void* piece;
+    take(piece, count, sizeof(T));
+    pointer = static_cast<T*>(piece);
+  }
+};
+
+size_t carve(const ForwardParams& p, void* workspace, ForwardScratch& w) {
+  const size_t dim = p.shape.head_dim_padded, tiles = p.shape.heads_kv * keys_of(p.shape).tiles;
+  Carver c{static_cast<char*>(workspace)};
+  c.take(w.k_partial, tiles * dim);
+  c.take(w.v_partial, tiles * dim);
+  c.take(w.v_residual, tiles * dim);
+  c.take(w.keys, tiles, dim == 64 ? sizeof(ForwardKeys<64>) : sizeof(ForwardKeys<128>));
+  return c.used;
+}
+
+size_t carve(const BackwardParams& p, void* workspace, BackwardScratch& w) {
+  const bool small = p.shape.head_dim_padded == 64;
+  const size_t tiles_k = p.shape.heads_kv * keys_of(p.shape).tiles, tiles_q = p.shape.heads_q * queries_of(p.shape).tiles;
+  Carver c{static_cast<char*>(workspace)};
+  c.take(w.keys, tiles_k * (TILE / KEYS), small ? sizeof(BackwardKeys<64>) : sizeof(BackwardKeys<128>));
+  c.take(w.v_norm, tiles_k);
+  c.take(w.k_bound, tiles_k);
+  c.take(w.queries, tiles_q * (TILE / QUERIES), small ? sizeof(BackwardQueries<64>) : sizeof(BackwardQueries<128>));
+  c.take(w.q_rows, tiles_q * TILE);
+  return c.used;
+}
+
+// Null, or why this call is beyond what 32-bit token and block numbers can count.
+const char* too_large(const Shape& s) {
+  constexpr int64_t most = INT_MAX;
+  constexpr int smallest = 64;  // rows of a block
+  const int64_t rows_q = s.cu_seqlens_q ? s.tokens_q / smallest + s.num_sequences : s.batch * ((s.tokens_q + smallest - 1) / smallest + 1);
+  const int64_t rows_k = s.cu_seqlens_k ? s.tokens_k / smallest + s.num_sequences : s.batch * ((s.tokens_k + smallest - 1) / smallest + 1);
+  if (s.tokens_q > most / 256 || s.tokens_k > most / 256) return "sm80: more than 8 million tokens in one row of the batch";
+  if (rows_q * s.heads_q > most || rows_k * s.heads_kv > most) return "sm80: more blocks of 64 tokens than a launch can have";
+  return nullptr;
+}
+
+const char* status() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+size_t forward_workspace_bytes(const ForwardParams& p) {
+  ForwardScratch w;
+  return carve(p, nullptr, w);
+}
+
+size_t backward_workspace_bytes(const BackwardParams& p) {
+  BackwardScratch w;
+  return carve(p, nullptr, w);
+}
+
+const char* forward(const ForwardParams& p) {
+  if (const char* refusal = too_large(p.shape)) return refusal;
+  ForwardArgs a{p, queries_of(p.shape), keys_of(p.shape), {}};
+  carve(p, p.workspace, a.w);
+  const auto stream = static_cast<cudaStream_t>(p.stream);
+  quantise(a, stream);
+  attend(a, stream);
+  return status();
+}
+
+const char* backward(const BackwardParams& p) {
+  if (const char* refusal = too_large(p.shape)) return refusal;
+  BackwardArgs a{p, queries_of(p.shape), keys_of(p.shape), {}};
+  carve(p, p.workspace, a.w);
+  const auto stream = static_cast<cudaStream_t>(p.stream);
+  prepare(a, stream);
+  gradients(a, stream);
+  return status();
+}
+
+}  // namespace sagetrain::sm80

@@ -1,0 +1,89 @@
+// Products of A operands in registers with matrices in shared memory, a few 8-column tiles at a time.
+//
+// An mma result is ready about 33 cycles after its issue and the tensor core takes a new one every 6: a chain that
+// accumulates over k would wait most of the time. So k is the outer loop: at least eight independent accumulators
+// (tiles of columns x 16-row tiles of the warp) lie between two links of a chain.
+#pragma once
+#include "layout.cuh"
+
+namespace sagetrain::sm80 {
+
+// Where a lane's row of the matrices that it loads lies in its 8-row tile, by 16-byte chunk 4 half + lane / 8.
+template <int row_bytes>
+__device__ __forceinline__ int lane_offset(int half = 0) {
+  return swizzle<row_bytes>(threadIdx.x % 8, threadIdx.x % 32 / 8 + 4 * half);
+}
+
+// y = MAGIC + a B^T for `tiles` x 8 columns; a: 32 k-bytes a step, signed or (u8) unsigned; B: rows of row_bytes at
+// `columns` (a column of the result each), of which this product takes chunks from 4 * first_half on.
+template <bool u8, int row_bytes, int first_half, int tiles, int m, int steps>
+__device__ __forceinline__ void product_int8(int (&y)[tiles][m][4], const uint32_t (&a)[m][steps][4], uint32_t columns) {
+  const int magic[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
+#pragma unroll
+  for (int k = 0; k < steps; k += 2) {
+    const uint32_t from = columns + lane_offset<row_bytes>(first_half + k / 2);
+    uint32_t b[tiles][4];
+#pragma unroll
+    for (int n = 0; n < tiles; ++n) load_matrices(b[n], from + n * 8 * row_bytes);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int n = 0; n < tiles; ++n)
+#pragma unroll
+        for (int i = 0; i < m; ++i) {
+          if (k + half == 0)
+            u8 ? mma_u8s8(y[n][i], a[i][0], b[n][0], b[n][1], magic) : mma_s8(y[n][i], a[i][0], b[n][0], b[n][1], magic);
+          else
+            u8 ? mma_u8s8(y[n][i], a[i][k + half], b[n][2 * half], b[n][2 * half + 1], y[n][i])
+               : mma_s8(y[n][i], a[i][k + half], b[n][2 * half], b[n][2 * half + 1], y[n][i]);
+        }
+  }
+}
+
+// A operands of dP: in registers, or read from a swizzled tile in shared memory whenever they are needed.
+template <int m, int steps>
+struct InRegisters {
+  const uint32_t (&a)[m][steps][4];
+  __device__ __forceinline__ void get(uint32_t (&to)[4], int i, int k) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to[j] = a[i][k][j];
+  }
+};
+template <int row_bytes>
+struct InShared {
+  uint32_t rows;  // of this warp
+  __device__ __forceinline__ void get(uint32_t (&to)[4], int i, int k) const {
+    load_matrices(to, rows + i * 16 * row_bytes + swizzle<row_bytes>(threadIdx.x % 16, 2 * k + threadIdx.x % 32 / 16));
+  }
+};
+
+// y = start (a value per row) + a B^T, 16-bit operands: 16 k a step.
+template <typename T, int row_bytes, int steps, int tiles, int m, typename Rows>
+__device__ __forceinline__ void product_16bit(float (&y)[tiles][m][4], const Rows& rows, uint32_t columns, const float (&start)[m][2]) {
+#pragma unroll
+  for (int k = 0; k < steps; k += 2) {
+    const uint32_t from = columns + lane_offset<row_bytes>(k / 2 % 2) + k / 4 * 128;
+    uint32_t a[2][m][4], b[tiles][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < m; ++i) rows.get(a[half][i], i, k + half);
+#pragma unroll
+    for (int n = 0; n < tiles; ++n) load_matrices(b[n], from + n * 8 * row_bytes);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int n = 0; n < tiles; ++n)
+#pragma unroll
+        for (int i = 0; i < m; ++i) {
+          if (k + half == 0) {
+            const float c[4] = {start[i][0], start[i][0], start[i][1], start[i][1]};
+            mma_16bit<T>(y[n][i], a[half][i], b[n][0], b[n][1], c);
+          } else {
+            mma_16bit<T>(y[n][i], a[half][i], b[n][2 * half], b[n][2 * half + 1], y[n][i]);
+          }
+        }
+  }
+}
+
+}  // namespace sagetrain::sm80

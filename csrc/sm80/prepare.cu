@@ -1,0 +1,286 @@
+// Before the backward, once per token: the records of keys and queries, and the constants of each row (layout.cuh). Bound
+// by memory: every tensor is read once, and a tile stays in registers from its load to its last use.
+#include "rows.cuh"
+
+namespace sagetrain::sm80 {
+namespace {
+
+constexpr int SHIFT_MAX = 100;  // |k_i|
+
+// ---------------------------------------------------------------------------------------------------- outside sequences
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS) backward_rest_kernel(const __grid_constant__ BackwardArgs a) {
+  if (blockIdx.x == 0) check_edges(a.queries, 'q'), check_edges(a.keys, 'k');
+  const int dim = a.p.shape.head_dim;
+  for_rest(a.queries, a.p.shape.heads_q,
+           [&](int head, int token, int lane) { zero_row<T>(a.p.d_q, a.p.d_q_strides, head, token, lane, dim); });
+  for_rest(a.keys, a.p.shape.heads_kv, [&](int head, int token, int lane) {
+    zero_row<T>(a.p.d_k, a.p.d_k_strides, head, token, lane, dim);
+    zero_row<T>(a.p.d_v, a.p.d_v_strides, head, token, lane, dim);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------- backward: keys
+
+template <typename T, int Dp>
+__global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_constant__ BackwardArgs a) {
+  constexpr int n = Dp / 64;
+  __shared__ __align__(16) int8_t tile8[Dp * TILE];
+  __shared__ uint32_t norms[WARPS], bounds[WARPS];
+  const int heads = a.p.shape.heads_kv, head = blockIdx.x % heads, slot = blockIdx.x / heads;
+  const Span keys = span_of_tile(a.keys, slot);
+  const int tile = slot - keys.first_tile, begin = tile * TILE, rows = min(keys.length - begin, TILE);
+  if (tile < 0 || rows <= 0) return;
+
+  const int t = threadIdx.x, warp = t / 32;
+  const int64_t row = row_index(keys.batch, heads, head, a.keys.tokens, keys.begin + begin);
+  const int64_t padded = static_cast<int64_t>(head) * a.keys.tiles + slot;
+  BackwardKeys<Dp>* records = static_cast<BackwardKeys<Dp>*>(a.w.keys) + padded * (TILE / KEYS);
+  uint2 k8[ROWS][n];
+  uint4 v[ROWS][n];
+  load_rows(k8, a.p.k8 + row * Dp, rows);
+  const int dim = a.p.shape.head_dim;
+  load_rows(v, at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + begin), a.p.v_strides.token, rows, dim);
+  const float* v_mean = a.p.v_mean + (static_cast<int64_t>(keys.sequence) * heads + head) * dim;
+#pragma unroll
+  for (int j = 0; j < ROWS; ++j)
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (tile_row(j) < rows && channel_of(i) < dim) v[j][i] = centre<T>(v[j][i], v_mean + channel_of(i));
+  const float k_scale = t < rows ? a.p.k_scale[row + t] : 0.f;
+  transpose_rows(tile8, k8);
+
+  uint32_t norm = 0;
+#pragma unroll
+  for (int j = 0; j < ROWS; ++j) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      write_chunk<Dp>(records[tile_row(j) / KEYS].k8, tile_row(j) % KEYS, i, k8[j][i]);
+      write_chunk<Dp>(records[tile_row(j) / KEYS].v, tile_row(j) % KEYS, i, v[j][i]);
+    }
+    float sum = 0.f;
+    uint32_t amax = 0;
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+#pragma unroll
+      for (int d = 0; d < 8; ++d) amax = max(amax, magnitude(element<T>(v[j][i], d)));
+    const int exponent = row_exponent(fold_row(amax, Max{})), e = is_number(exponent) ? exponent : 0;
+    const float up = exp2_int(-(e >> 1)), up_more = exp2_int(-(e - (e >> 1)));  // the squares stay in range
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+#pragma unroll
+      for (int d = 0; d < 8; ++d) {
+        const float x = element<T>(v[j][i], d) * up * up_more;
+        sum = fmaf(x, x, sum);
+      }
+    const float length = fminf(scale_by(sqrtf(fold_row(sum, Add{})), e), FLT_MAX);
+    norm = max(norm, exponent == UNBOUNDED ? magnitude(nan_float()) : magnitude(length));
+  }
+  norm = __reduce_max_sync(~0u, norm);
+  const uint32_t bound = __reduce_max_sync(~0u, magnitude(k_scale));
+  if (t % 32 == 0) norms[warp] = norm, bounds[warp] = bound;
+  if (t < TILE) write_scale(records[t / KEYS].k_scale, records[t / KEYS].k_bias, t % KEYS, k_scale);
+  __syncthreads();
+  if (t == 0) {
+    uint32_t all_norm = 0, all_bound = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) all_norm = max(all_norm, norms[w]), all_bound = max(all_bound, bounds[w]);
+    a.w.v_norm[padded] = __uint_as_float(all_norm), a.w.k_bound[padded] = __uint_as_float(all_bound);
+  }
+  for (int i = 0; i < TILE / KEYS; ++i) write_transposed<Dp, KEYS>(records[i].k8t, tile8, i * KEYS);
+}
+
+// ---------------------------------------------------------------------------------------------------- backward: queries
+
+// Largest of the warps' values in [first, first + count).
+template <int count, typename X>
+__device__ __forceinline__ X largest(const X* x, int first) {
+  X all = x[first];
+#pragma unroll
+  for (int w = 1; w < count; ++w) all = max(all, x[first + w]);
+  return all;
+}
+
+// In three steps between barriers: rows of dO and o (eight lanes each); the constants of each row (one thread each, both
+// halves of the block the same); channels of dO / rho.
+template <typename T, int Dp>
+__global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_kernel(const __grid_constant__ BackwardArgs a) {
+  constexpr int n = Dp / 64, blocks = TILE / QUERIES;
+  __shared__ __align__(16) int8_t tile8[Dp * TILE];
+  __shared__ __align__(16) uint32_t folded[WARPS * Dp];
+  __shared__ __align__(16) float inverse[blocks * Dp];
+  __shared__ float row_lse[TILE], row_norm[TILE], row_dot[TILE], row_factor[TILE];
+  __shared__ int row_e[TILE], warp_e[WARPS], warp_w[WARPS];
+  __shared__ uint32_t warp_norm[WARPS], warp_bound[WARPS];
+
+  const int heads = a.p.shape.heads_q, head = blockIdx.x % heads, slot = blockIdx.x / heads;
+  const int head_kv = head / (heads / static_cast<int>(a.p.shape.heads_kv));
+  const Span queries = span_of_tile(a.queries, slot);
+  const int tile = slot - queries.first_tile, begin = tile * TILE, rows = min(queries.length - begin, TILE);
+  if (tile < 0 || rows <= 0) return;
+  const Span keys = span_of(a.keys, queries.sequence);
+
+  const int t = threadIdx.x, warp = t / 32, dim = a.p.shape.head_dim;
+  const int64_t first_row = row_index(queries.batch, heads, head, a.queries.tokens, queries.begin + begin);
+  const int64_t padded = static_cast<int64_t>(head) * a.queries.tiles + slot;
+  BackwardQueries<Dp>* records = static_cast<BackwardQueries<Dp>*>(a.w.queries) + padded * blocks;
+
+  uint4 d_o[ROWS][n];
+  {
+    uint2 q8[ROWS][n];
+    load_rows(q8, a.p.q8 + first_row * Dp, rows);
+    load_rows(d_o, at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin), a.p.d_o_strides.token, rows, dim);
+    uint32_t norm = 0, bound = 0;
+    const int64_t first_tile = static_cast<int64_t>(head_kv) * a.keys.tiles + keys.first_tile;
+    for (int i = t; i < (keys.length + TILE - 1) / TILE; i += THREADS) {
+      norm = max(norm, magnitude(a.w.v_norm[first_tile + i]));
+      bound = max(bound, magnitude(a.w.k_bound[first_tile + i]));
+    }
+    norm = __reduce_max_sync(~0u, norm), bound = __reduce_max_sync(~0u, bound);
+    if (t % 32 == 0) warp_norm[warp] = norm, warp_bound[warp] = bound;
+    transpose_rows(tile8, q8);
+#pragma unroll
+    for (int j = 0; j < ROWS; ++j)
+#pragma unroll
+      for (int i = 0; i < n; ++i) write_chunk<Dp>(records[tile_row(j) / QUERIES].q8, tile_row(j) % QUERIES, i, q8[j][i]);
+  }
+  {
+    const float* v_mean = a.p.v_mean + (static_cast<int64_t>(queries.sequence) * static_cast<int>(a.p.shape.heads_kv) + head_kv) * dim;
+    const T* o_tile = at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
+#pragma unroll
+    for (int j = 0; j < ROWS; ++j) {
+      uint32_t amax = 0;
+      float norm2 = 0.f, dot = 0.f;
+      const float lse = tile_row(j) < rows && keys.length ? a.p.lse_smooth[first_row + tile_row(j)] : -infinity();
+      uint4 o[n];
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        o[i] = load_chunk(o_tile, a.p.o_strides.token, j, i, rows, dim);
+        if (lse == -infinity()) d_o[j][i] = uint4{0, 0, 0, 0};  // whatever is there takes no part
+#pragma unroll
+        for (int d = 0; d < 8; ++d) amax = max(amax, magnitude(element<T>(d_o[j][i], d)));
+      }
+      const int exponent = row_exponent(fold_row(amax, Max{})), e = is_number(exponent) ? exponent : 0;
+      const float up = exp2_int(-(e >> 1)), up_more = exp2_int(-(e - (e >> 1)));
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        float x[8];
+#pragma unroll
+        for (int d = 0; d < 8; ++d) {
+          x[d] = element<T>(d_o[j][i], d) * up * up_more;
+          norm2 = fmaf(x[d], x[d], norm2);
+          if (lse != -infinity() && channel_of(i) < dim) dot = fmaf(x[d], element<T>(o[i], d) - v_mean[channel_of(i) + d], dot);
+        }
+        write_chunk<Dp>(records[tile_row(j) / QUERIES].do16, tile_row(j) % QUERIES, i,
+                        uint4{pack16<T>(x[0], x[1]), pack16<T>(x[2], x[3]), pack16<T>(x[4], x[5]), pack16<T>(x[6], x[7])});
+      }
+      norm2 = fold_row(norm2, Add{}), dot = fold_row(dot, Add{});
+      if (lane_chunk() == 0) {
+        const int row = tile_row(j);
+        row_lse[row] = lse, row_e[row] = exponent, row_norm[row] = sqrtf(norm2), row_dot[row] = dot;
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = 0; i < blocks; ++i) write_transposed<Dp, QUERIES>(records[i].q8t, tile8, i * QUERIES);
+
+  // E, rho and W of the block, then what the row needs of them
+  const int row = t % TILE, first_warp = row / QUERIES * (QUERIES / 32);
+  const float lse = row_lse[row];
+  const bool live = lse != -infinity();
+  const int exponent = row_e[row], e = is_number(exponent) ? exponent : 0;
+  const float q_scale = live ? a.p.q_scale[first_row + row] : 0.f;
+  const float d_lse = live && a.p.d_lse ? a.p.d_lse[first_row + row] : 0.f;
+  const float v_norm = __uint_as_float(largest<WARPS>(warp_norm, 0)), k_bound = __uint_as_float(largest<WARPS>(warp_bound, 0));
+  const float dot = row_dot[row], delta = clamp(dot - scale_by(d_lse, -e), 0x1p120f);
+  const float bound = fminf(fmaf(row_norm[row], v_norm, fabsf(delta)), FLT_MAX);
+  const bool known = is_finite(lse) && is_finite(q_scale) && is_finite(v_norm) && is_finite(k_bound);
+  const bool broken = live && !(known && exponent != UNBOUNDED && is_finite(dot) && is_finite(d_lse));
+
+  const int e_warp = __reduce_max_sync(~0u, is_number(exponent) ? exponent : NONE);
+  if (t < TILE && t % 32 == 0) warp_e[warp] = e_warp;
+  __syncthreads();
+  const int log2_rho = is_number(exponent) ? (e - largest<QUERIES / 32>(warp_e, first_warp)) >> 1 : 0;
+  const int log2_bound = ceil_log2(q_scale, bound);  // NONE for rows that see no key
+  const int w_warp = __reduce_max_sync(~0u, broken ? UNBOUNDED : log2_bound == NONE ? NONE : log2_bound + e - log2_rho);
+  if (t < TILE && t % 32 == 0) warp_w[warp] = w_warp;
+  if (t < TILE) row_factor[row] = exp2_int(-log2_rho);
+  __syncthreads();
+  if (t < TILE) {
+    const int log2_w = max(largest<QUERIES / 32>(warp_w, first_warp), 15 - 126);
+    const bool block_broken = log2_w == UNBOUNDED;
+    const int shift = min(max(15 - ceil_log2(bound, k_bound), -SHIFT_MAX), SHIFT_MAX);
+    const float lse2 = lse * LOG2E, delta16 = broken ? nan_float() : delta;
+    const float scale = live ? scale22(q_scale * (a.p.shape.scale * LOG2E * Dp)) : 0.f;
+    const float c = broken || block_broken ? nan_float() : log2_bound == NONE ? 0.f : scale_by(q_scale, e - log2_rho - log2_w);
+    const float out = broken ? nan_float() : live ? clamp(scale_by(a.p.shape.scale, e - shift), FLT_MAX) : 0.f;
+    a.w.q_rows[padded * TILE + t] = {scale, live ? lse2 - static_cast<float>(shift) : infinity(), delta16, out};
+    BackwardQueries<Dp>& record = records[t / QUERIES];
+    const int i = t % QUERIES;
+    write_scale(record.q_scale, record.q_bias, i, scale);
+    reinterpret_cast<float*>(record.l)[i] = live ? lse2 - static_cast<float>(log2_rho + 15) : infinity();
+    reinterpret_cast<float*>(record.c)[i] = c;
+    reinterpret_cast<float*>(record.d)[i] = c * delta16;
+    if (i < 4) record.dk_unit[i] = i ? 0.f : block_broken ? nan_float() : exp2_int(min(log2_w - 15, 127));
+  }
+
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    uint32_t amax[8] = {};
+#pragma unroll
+    for (int j = 0; j < ROWS; ++j)
+#pragma unroll
+      for (int d = 0; d < 8; ++d) amax[d] = max(amax[d], magnitude(element<T>(d_o[j][i], d) * row_factor[tile_row(j)]));
+    fold_channels<Dp>(folded, amax, i, Max{});
+  }
+  __syncthreads();
+  if (t < blocks * Dp) {
+    const int b = t / Dp, channel = t % Dp;
+    const uint32_t all = fold_warps<Dp, WARPS / blocks>(folded + b * (WARPS / blocks) * Dp, channel, Max{});
+    const Scale s = int8_scale(__uint_as_float(all), all < INFINITE);
+    inverse[t] = s.inverse;
+    write_scale(records[b].do_scale, records[b].do_bias, channel, s.scale);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    float multiplier[8];
+    load_channels(multiplier, inverse + warp / (WARPS / blocks) * Dp, i, 1.f);
+    uint32_t words[8];
+#pragma unroll
+    for (int d = 0; d < 8; ++d) {
+      float x[ROWS];
+#pragma unroll
+      for (int j = 0; j < ROWS; ++j)
+        x[j] = fmaf(saturate(element<T>(d_o[j][i], d) * row_factor[tile_row(j)], AMAX_MAX), multiplier[d], MAGIC_FLOAT);
+      words[d] = pack_bytes(x[0], x[1], x[2], x[3]);
+    }
+    store_words(tile8, i, words);
+  }
+  __syncthreads();
+  for (int i = 0; i < blocks; ++i) write_transposed<Dp, QUERIES>(records[i].do8t, tile8, i * QUERIES);
+}
+
+// ---------------------------------------------------------------------------------------------------- launches
+
+template <typename T, int Dp>
+void launch_prepare(const BackwardArgs& a, cudaStream_t stream) {
+  const unsigned key_blocks = static_cast<unsigned>(a.keys.tiles * a.p.shape.heads_kv);
+  const unsigned query_blocks = static_cast<unsigned>(a.queries.tiles * a.p.shape.heads_q);
+  if (a.queries.cu_seqlens) backward_rest_kernel<T><<<REST_BLOCKS, THREADS, 0, stream>>>(a);
+  if (key_blocks) prepare_keys_kernel<T, Dp><<<key_blocks, THREADS, 0, stream>>>(a);
+  if (query_blocks) prepare_queries_kernel<T, Dp><<<query_blocks, THREADS, 0, stream>>>(a);
+}
+
+}  // namespace
+
+void prepare(const BackwardArgs& a, cudaStream_t stream) {
+  const bool bf16 = a.p.shape.dtype == DType::bfloat16;
+  if (a.p.shape.head_dim_padded == 64)
+    bf16 ? launch_prepare<__nv_bfloat16, 64>(a, stream) : launch_prepare<__half, 64>(a, stream);
+  else
+    bf16 ? launch_prepare<__nv_bfloat16, 128>(a, stream) : launch_prepare<__half, 128>(a, stream);
+}
+
+}  // namespace sagetrain::sm80
