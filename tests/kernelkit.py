@@ -7,8 +7,9 @@ tolerance is set by hand. RATIO is the project's bar (docs/numerics.md, "What mu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ NAMES = ("o", "d_q", "d_k", "d_v")
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `sigma` scales q and k; `kind` shapes the values (see `tensors`); `cu_q`, `cu_k` pack sequences."""
+    """One call. `sigma` scales q and k; `kind` shapes the values (see `tensors`); `cu_q`, `cu_k` pack sequences.
+
+    The values do not depend on `device`: they are made on the CPU.
+    """
 
     b: int = 1
     hq: int = 2
@@ -36,6 +40,7 @@ class Case:
     cu_q: tuple[int, ...] | None = None
     cu_k: tuple[int, ...] | None = None
     seed: int = 0
+    device: str = "cpu"
 
     def __str__(self) -> str:
         packed = f"-packed{len(self.cu_q) - 1}" if self.cu_q else ""
@@ -63,14 +68,35 @@ class Case:
             q, k = 0.1 * q, 0.1 * k
         elif self.kind != "normal":
             raise ValueError(f"unknown kind {self.kind!r}")
-        q, k, v, d_o = (x.to(self.dtype) for x in (q, k, v, d_o))
+        q, k, v, d_o = (x.to(self.dtype).to(self.device) for x in (q, k, v, d_o))
         return q, k, v, d_o
 
     @property
     def options(self) -> dict:
-        edges = {n: None if e is None else torch.tensor(e, dtype=torch.int32)
+        edges = {n: None if e is None else torch.tensor(e, dtype=torch.int32, device=self.device)
                  for n, e in (("cu_seqlens_q", self.cu_q), ("cu_seqlens_k", self.cu_k))}  # fmt: skip
         return {"is_causal": self.is_causal, **edges}
+
+
+@dataclass(frozen=True, eq=False)
+class Given(Case):
+    """A case with tensors of its own instead of random ones."""
+
+    given: tuple[Tensor, ...] = ()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in self.given)
+
+
+def given(case: Case, *tensors: Tensor) -> Given:
+    """`case` with these q, k, v, d_o; their shapes and dtypes must be the case's."""
+    return Given(**{field.name: getattr(case, field.name) for field in fields(Case)}, given=tensors)
+
+
+def packed(case: Case, lengths_q: list[int], lengths_k: list[int], lead: int = 0, tail: int = 0) -> Case:
+    """`case` with packed sequences of these lengths; `lead` and `tail` tokens before and after belong to none."""
+    cu_q, cu_k = (tuple(itertools.accumulate(lengths, initial=lead)) for lengths in (lengths_q, lengths_k))
+    return replace(case, b=1, tq=cu_q[-1] + tail, tk=cu_k[-1] + tail, cu_q=cu_q, cu_k=cu_k)
 
 
 def run(attend: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:
@@ -99,10 +125,11 @@ def error(got: Tensor, truth: Tensor) -> float:
     return float(difference / norm) if norm else float(difference)
 
 
-def check(attend: Callable[..., Tensor], case: Case, preset: str = "sage") -> None:
+def check(attend: Callable[..., Tensor], case: Case, preset: str | reference.Preset = "sage") -> None:
     """Asserts that every result of `attend` is finite and within RATIO of the reference's own error.
 
-    Both are given the rounding of the inputs' dtype on top, since a result cannot be closer than that.
+    Both are given the rounding of the inputs' dtype on top, since a result cannot be closer than that. Where the
+    reference itself keeps no digit (an error above 1, e.g. of gradients behind a saturated softmax), finite is enough.
     """
     truth = exact(case)
     got = run(attend, case)
@@ -110,12 +137,44 @@ def check(attend: Callable[..., Tensor], case: Case, preset: str = "sage") -> No
     for name in NAMES:
         assert got[name].isfinite().all(), f"{case}: {name} is not finite"
         rounding = torch.finfo(case.dtype).eps
-        bar = RATIO * max(error(same[name], truth[name]), rounding)
-        assert error(got[name], truth[name]) <= bar, (
+        plain = error(same[name], truth[name])
+        bar = RATIO * max(plain, rounding)
+        assert plain > 1 or error(got[name], truth[name]) <= bar, (
             f"{case}: {name} error {error(got[name], truth[name]):.2e} > {bar:.2e}"
         )
 
 
-def variants(case: Case, **fields: list) -> list[Case]:
+def check_lse(attend: Callable[..., tuple[Tensor, Tensor]], case: Case, preset: str = "sage") -> None:
+    """Asserts the same of LSE where it is finite, and of the gradients of a loss on both it and the output."""
+    q, k, v, d_o = case.tensors()
+    weight = torch.randn(d_o.shape[:3], generator=torch.Generator().manual_seed(case.seed + 1)).to(case.device)
+    calls = {
+        attend: case.dtype,
+        lambda *x, **o: reference.attention(*x, preset=preset, **o): case.dtype,
+        lambda *x, return_lse, **o: reference.exact(*x, **o): torch.float64,
+    }
+    results = []
+    for call, dtype in calls.items():
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        o, lse = call(*inputs, return_lse=True, **case.options)
+        alive = lse > -torch.inf
+        loss = (o * d_o).sum() + (lse[alive] * weight[alive]).sum()
+        results.append((lse, alive, torch.autograd.grad(loss, inputs)))
+    (got, alive, grads), (plain, _, same), (truth, alive_truth, exact_grads) = results
+    assert got.dtype == torch.float32 and torch.equal(alive, alive_truth), f"{case}: lse is infinite elsewhere"
+    found, bar = error(got[alive], truth[alive]), RATIO * error(plain[alive], truth[alive])
+    assert found <= bar, f"{case}: lse error {found:.2e} > {bar:.2e}"
+    for name, a, b, c in zip(NAMES[1:], grads, same, exact_grads, strict=True):
+        found, bar = error(a, c), RATIO * max(error(b, c), torch.finfo(case.dtype).eps)
+        assert found <= bar, f"{case}: {name} error with a gradient of lse {found:.2e} > {bar:.2e}"
+
+
+def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], what: object = "") -> None:
+    """Asserts that two results of `run` are equal to the bit (but for the sign of zero)."""
+    for name in wanted:
+        assert torch.equal(got[name], wanted[name]), f"{what}: {name} differs"
+
+
+def variants(case: Case, **changes: list) -> list[Case]:
     """`case` with one field changed at a time."""
-    return [replace(case, **{name: value}) for name, values in fields.items() for value in values]
+    return [replace(case, **{name: value}) for name, values in changes.items() for value in values]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sagetrain
 from sagetrain.attention import reference
-from tests.kernelkit import RATIO, Case, check, error, exact, run, variants
+from tests.kernelkit import Case, check, check_lse, error, exact, run, variants
 
 BASE = Case()
 GRID = [
@@ -53,20 +53,7 @@ def test_any_shape(data):
 
 @pytest.mark.parametrize("case", [BASE, Case(tq=70, tk=190, kind="biased", sigma=2.0), Case(tq=90, tk=40)], ids=str)
 def test_lse_is_the_true_one_and_differentiable(case):
-    q, k, v, d_o = case.tensors()
-    weight = torch.randn(case.b, case.hq, case.tq)
-    results = []
-    for call in (sagetrain.attention, reference.attention, lambda *x, return_lse, **o: reference.exact(*x, **o)):
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        o, lse = call(*inputs, return_lse=True, **case.options)
-        alive = lse > -torch.inf
-        loss = (o * d_o).sum() + (lse[alive] * weight[alive]).sum()
-        results.append((lse, alive, torch.autograd.grad(loss, inputs)))
-    (got, alive, grads), (plain, _, same), (truth, alive_truth, exact_grads) = results
-    assert got.dtype == torch.float32 and torch.equal(alive, alive_truth)
-    assert error(got[alive], truth[alive]) <= RATIO * error(plain[alive], truth[alive])
-    for a, b, c in zip(grads, same, exact_grads, strict=True):
-        assert error(a, c) <= RATIO * max(error(b, c), torch.finfo(case.dtype).eps)
+    check_lse(sagetrain.attention, case)
 
 
 def test_strides_need_no_copy_and_do_not_matter():

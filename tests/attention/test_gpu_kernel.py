@@ -1,0 +1,309 @@
+"""The numbers of the CUDA kernels: every shape, dtype, kind of values and memory layout.
+
+The bars are kernelkit's: exact FP64 on the same GPU is the truth, the plain reference's own error the yardstick. Where
+rounding has no say (layouts, neighbours, tokens of no sequence) the same bits are asked for. What a CUDA op owes torch
+and the machine is in test_gpu_runtime.py.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from torch import Tensor
+
+import sagetrain
+from sagetrain.attention import reference
+from sagetrain.attention.reference import SAGE
+from tests.kernelkit import (
+    NAMES,
+    RATIO,
+    Case,
+    assert_same,
+    check,
+    check_lse,
+    error,
+    exact,
+    given,
+    packed,
+    run,
+    variants,
+)  # fmt: skip
+
+DEVICE = "cuda"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")]
+BF16, FP16 = torch.bfloat16, torch.float16
+KINDS = ["normal", "outlier", "biased", "heavy", "uniform"]
+BASE = Case(b=2, hq=4, hkv=2, tq=200, tk=200, device=DEVICE)
+ONE = Case(hq=1, hkv=1, device=DEVICE)
+
+
+def case_of(tq: int, tk: int | None = None, d: int = 64, group: int = 2, **options: object) -> Case:
+    """Queries (and keys) of a length. Short ones get many heads: an error over few numbers would be a game of dice."""
+    tk = tk or tq
+    hkv = max(1, min(math.ceil(128 / min(tq, tk)), 8192 // max(tq, tk)))
+    return Case(tq=tq, tk=tk, d=d, hq=group * hkv, hkv=hkv, device=DEVICE, **options)
+
+
+DICE = random.Random(0)
+MANY = [DICE.choice([0, 1, 5, 64, 100, 128, 130, 200]) for _ in range(40)]
+TINY = [DICE.randint(0, 3) for _ in range(300)]
+PACKED = [
+    packed(BASE, [1, 0, 64, 235], [1, 0, 64, 235]),
+    packed(BASE, [50, 0, 130], [1, 74, 70], lead=7, tail=10),  # the second has keys but no query
+    packed(BASE, [70, 70, 60, 3], [0, 90, 0, 1], lead=3, tail=1),  # two have no key
+    packed(replace(BASE, hkv=4), [0, 200, 0], [0, 150, 0]),
+    packed(replace(BASE, hkv=1), [1500, 1, 127, 129, 300], [1500, 1, 127, 129, 300]),
+    packed(BASE, MANY, [DICE.choice([n, n, 0, 3, 257]) for n in MANY], lead=1),
+    packed(BASE, TINY, TINY[::-1], tail=200),
+    packed(BASE, [0, 0], [0, 0], lead=100, tail=30),  # nothing at all
+]
+LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 130, 200, 255, 257, 333, 511, 513, 1000, 2048]
+RECTANGLES = [(1, 5000), (5000, 1), (300, 100), (100, 300), (64, 65), (129, 1), (2, 130), (1000, 77), (128, 640),
+              (640, 128)]  # fmt: skip
+
+
+def grid() -> list[Case]:
+    cases = []
+    for d, is_causal in itertools.product((64, 128), (True, False)):
+        base, options = replace(BASE, d=d, is_causal=is_causal), {"d": d, "is_causal": is_causal}
+        cases += variants(base, kind=KINDS, sigma=[3.0], hkv=[1, 4], hq=[8])
+        cases += variants(replace(base, dtype=FP16), kind=KINDS, sigma=[3.0])
+        cases += [case_of(t, **options) for t in LENGTHS]
+        cases += [case_of(tq, tk, kind="biased", **options) for tq, tk in RECTANGLES]
+        cases += [replace(case, dtype=dtype, **options) for case in PACKED for dtype in (BF16, FP16)]
+    for d in (8, 40, 72, 96, 120):
+        cases += [case_of(150, 170, d=d, dtype=dtype, kind=kind) for dtype in (BF16, FP16) for kind in KINDS[:3]]
+        cases += [replace(PACKED[1], d=d, is_causal=is_causal) for is_causal in (True, False)]
+    return cases
+
+
+LARGE = [
+    Case(b=3, hq=8, hkv=2, tq=1000, tk=1100, d=128, sigma=3.0, dtype=FP16, kind="heavy", device=DEVICE),
+    replace(ONE, hq=70000, hkv=70000, tq=3, tk=3),  # more heads than the second dimension of a grid can have
+    replace(ONE, hq=2, tq=4096, tk=4096),
+    replace(ONE, hq=2, tq=4096, tk=4096, d=128, dtype=FP16),
+    replace(ONE, hq=2, hkv=2, tq=4096, tk=4000, d=128, is_causal=False, kind="outlier"),
+    replace(ONE, tq=8192, tk=8192, is_causal=False, kind="biased", dtype=FP16),
+    replace(ONE, hq=2, tq=8192, tk=8192, d=128, kind="heavy"),
+    replace(ONE, tq=16384, tk=16384, sigma=3.0),
+    replace(ONE, tq=16000, tk=16384, d=128),
+]
+
+
+@pytest.mark.parametrize("case", [*grid(), *LARGE], ids=str)
+def test_error_is_that_of_the_preset(case):
+    check(sagetrain.attention, case)
+
+
+OWN_TILES = replace(SAGE, forward_keys=128)  # of csrc/sm80
+
+
+@st.composite
+def any_case(draw: Callable) -> Case:
+    lengths = st.integers(1, 150) | st.integers(1, 600)
+    sigma, kind = draw(st.sampled_from([(0.1, "normal"), (3.0, "normal"), *((1.0, kind) for kind in KINDS)]))
+    case = case_of(
+        draw(lengths), draw(lengths), d=8 * draw(st.integers(1, 16)), group=draw(st.integers(1, 4)),
+        dtype=draw(st.sampled_from([BF16, FP16])), sigma=sigma, kind=kind, seed=draw(st.integers(0, 9)),
+        is_causal=draw(st.booleans()),
+    )  # fmt: skip
+    if draw(st.booleans()):
+        return replace(case, b=draw(st.integers(1, 3)))
+    n = draw(st.integers(1, 5))
+    edges = (st.lists(st.integers(0, t), min_size=n + 1, max_size=n + 1) for t in (case.tq, case.tk))
+    cu_q, cu_k = (tuple(sorted(draw(e))) for e in edges)
+    return replace(case, cu_q=cu_q, cu_k=cu_k, hq=4 * case.hq, hkv=4 * case.hkv)
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(any_case())
+def test_any_shape(case):
+    """Against the reference with the kernel's own tiles: what coarser tiles cost depends on the shape, and is held to
+    the preset's error by the grid above."""
+    check(sagetrain.attention, case, OWN_TILES)
+
+
+@pytest.mark.parametrize("case", [
+    replace(BASE, tq=1000, tk=1000), replace(BASE, tq=900, tk=1300, d=128, is_causal=False),
+    replace(BASE, tq=3000, tk=3000, d=128, dtype=FP16, kind="biased"), PACKED[4],
+], ids=str)  # fmt: skip
+def test_no_few_wrong_rows_hide_in_the_norm_of_all(case):
+    """Every 64 tokens of every head, by themselves, are within RATIO of the reference's error there."""
+
+    def blocks(x: Tensor) -> Tensor:
+        return torch.cat([part.norm(dim=(-2, -1)).flatten() for part in x.double().split(64, 2)])
+
+    truth, got, plain = exact(case), run(sagetrain.attention, case), run(reference.attention, case)
+    for name, true in truth.items():
+        rounding = torch.finfo(case.dtype).eps * blocks(true)
+        bar = RATIO * torch.maximum(blocks(plain[name] - true), rounding)
+        assert (blocks(got[name] - true) <= bar).all(), name
+
+
+@pytest.mark.parametrize("case", [
+    case_of(200), case_of(333, 450, d=128, group=4, dtype=FP16), case_of(300, 170, d=40, is_causal=False),
+    *PACKED[:7], replace(PACKED[1], kind="biased", sigma=2.0, d=128), replace(PACKED[4], is_causal=False, dtype=FP16),
+], ids=str)  # fmt: skip
+def test_lse_is_the_true_one_and_differentiable(case):
+    check_lse(sagetrain.attention, case)
+
+
+@pytest.mark.parametrize("case", [
+    BASE, PACKED[1], PACKED[5], case_of(100, 300, d=72, dtype=FP16),
+    replace(BASE, hkv=1, tq=333, tk=333, d=128, is_causal=False, kind="outlier", dtype=FP16),
+], ids=str)  # fmt: skip
+def test_gpu_and_cpu_agree_within_their_rounding(case):
+    """Independent rounding errors add in squares; where the two round alike they are closer."""
+    truth, plain = exact(case), run(reference.attention, case)
+    got, cpu = run(sagetrain.attention, case), run(sagetrain.attention, replace(case, device="cpu"))
+    for name in NAMES:
+        other, rounding = cpu[name].to(DEVICE), torch.finfo(case.dtype).eps
+        ours, theirs = (max(error(x, truth[name]), rounding) for x in (plain[name], other))
+        assert error(got[name], other) <= math.hypot(RATIO * ours, theirs), name
+
+
+def test_scale_is_honoured():
+    q, k, v, _ = replace(BASE, dtype=FP16).tensors()
+    truth, _ = reference.exact(q, k, v, scale=0.3)
+    plain = error(reference.attention(q, k, v, scale=0.3), truth)
+    assert error(sagetrain.attention(q, k, v, scale=0.3), truth) <= RATIO * plain
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(("scales", "dtype"), [
+    ((1e2, 1e2, 1, 1), BF16), ((1e2, 1e2, 1, 1), FP16), ((1, 1, 1e4, 1), BF16), ((1, 1, 1e4, 1), FP16),
+    ((1, 1, 1, 1e4), BF16), ((1, 1, 1, 1e3), FP16), ((10, 10, 1e4, 1e4), BF16), ((1, 1, 1e15, 1e15), BF16),
+    ((1, 1, 1, 1e-6), BF16), ((1, 1, 1, 1e-6), FP16), ((1, 1, 1, 1e-7), FP16), ((1, 1, 1, 1e-30), BF16),
+    ((1, 1, 1e-6, 1), FP16), ((1e-6, 1, 1, 1), FP16), ((0, 1, 1, 1), BF16), ((1, 0, 1, 1), FP16),
+    ((1, 1, 0, 1), FP16), ((1, 1, 1, 0), BF16), ((0, 0, 0, 0), BF16),
+], ids=str)  # fmt: skip
+def test_magnitudes_of_q_k_v_and_d_o(scales, dtype, d):
+    case = replace(BASE, tq=300, tk=300, d=d, dtype=dtype)
+    check(sagetrain.attention, given(case, *(x * s for x, s in zip(case.tensors(), scales, strict=True))))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e4, 1e30])
+@pytest.mark.parametrize("t", [1, 70, 300])
+def test_constant_inputs_stay_finite(value, t):
+    q, k, v = (torch.full((1, 2, t, 64), value, dtype=BF16, device=DEVICE, requires_grad=True) for _ in range(3))
+    o = sagetrain.attention(q, k, v, is_causal=True)
+    o.backward(torch.ones_like(o))
+    assert all(x.isfinite().all() for x in (o, q.grad, k.grad, v.grad))
+    assert error(o, torch.full_like(o, value)) <= torch.finfo(BF16).eps  # an average of equal values is that value
+
+
+@pytest.mark.parametrize(
+    "case", [PACKED[1], replace(PACKED[1], d=128, is_causal=False), PACKED[2], PACKED[5], PACKED[7]], ids=str
+)
+def test_tokens_of_no_sequence_and_rows_that_see_nothing(case):
+    """o = 0, LSE = -inf, zero gradients; NaN in a token of no sequence reaches nobody."""
+    q, k, v, d_o = case.tensors()
+    clean = run(sagetrain.attention, case)
+    dead_q, dead_k = (torch.ones(t, dtype=torch.bool, device=DEVICE) for t in (case.tq, case.tk))
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(case.cu_q), itertools.pairwise(case.cu_k), strict=True):
+        missing = (q1 - q0) - (k1 - k0)  # causal: so many rows stand before the first key
+        dead_q[q0:q1] = torch.arange(q1 - q0, device=DEVICE) < missing if case.is_causal else k0 == k1
+        dead_k[k0:k1] = q0 == q1
+    assert dead_q.any() and not clean["o"][:, :, dead_q].any() and not clean["d_q"][:, :, dead_q].any()
+    assert dead_k.any() and not clean["d_k"][:, :, dead_k].any() and not clean["d_v"][:, :, dead_k].any()
+    _, lse = sagetrain.attention(q, k, v, return_lse=True, **case.options)
+    assert (lse[:, :, dead_q] == -torch.inf).all() and lse[:, :, ~dead_q].isfinite().all()
+    for x, edges in ((q, case.cu_q), (k, case.cu_k), (v, case.cu_k), (d_o, case.cu_q)):
+        x[:, :, : edges[0]] = x[:, :, edges[-1] :] = math.nan
+    assert_same(run(sagetrain.attention, given(case, q, k, v, d_o)), clean)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["q", "k", "v", "d_o"])
+@pytest.mark.parametrize("case", [replace(BASE, tq=300, tk=300), packed(BASE, [100, 101, 99], [100, 101, 99])], ids=str)
+def test_non_finite_input_shows_where_it_matters_and_nowhere_else(case, which, bad):
+    """In head 1 of the last batch entry (of the middle sequence). Query heads 0 and 1 share key head 0, 2 and 3 key
+    head 1."""
+    clean, tensors = run(sagetrain.attention, case), dict(zip(("q", "k", "v", "d_o"), case.tensors(), strict=True))
+    tensors[which][-1, 1, 150, 3] = bad
+    broken = given(case, *tensors.values())
+    got, truth = run(sagetrain.attention, broken), exact(broken)
+    heads_q, heads_kv = ([1], [0]) if which in ("q", "d_o") else ([2, 3], [1])
+    sequence = slice(*case.cu_q[1:3]) if case.cu_q else slice(None)
+    for name in NAMES:
+        reached = torch.zeros_like(got[name], dtype=torch.bool)
+        reached[-1, heads_q if name in ("o", "d_q") else heads_kv, sequence] = True
+        assert torch.equal(got[name][~reached], clean[name][~reached]), name
+    assert not got["o"][~truth["o"].isfinite()].isfinite().any()
+    assert (which == "d_o") == got["o"].isfinite().all()
+    assert not all(got[name].isfinite().all() for name in NAMES[1:])
+
+
+# ------------------------------------------------------------------------------------------------------------ layouts
+
+
+def inside(x: Tensor, tokens: int, channels: int, offset: int) -> Tensor:
+    """x as a view into a buffer of NaN that has more tokens and channels."""
+    b, h, t, d = x.shape
+    buffer = x.new_full((b, h, t + tokens, d + channels), math.nan)
+    return buffer[:, :, offset : offset + t, offset : offset + d].copy_(x)
+
+
+LAYOUTS = {
+    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),  # as Hugging Face models make it
+    "batch after tokens": lambda x: x.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3),
+    "padded rows": lambda x: inside(x, 130, 64, 0),
+    "rows of odd length, not on 16 bytes": lambda x: inside(x, 3, 3, 1),
+    "rows of 16 bytes, not on 16 bytes": lambda x: inside(x, 3, 8, 1),
+}
+SHAPES = [
+    BASE, PACKED[1], replace(PACKED[1], d=40, dtype=FP16),
+    replace(BASE, hq=3, hkv=3, tq=130, tk=300, d=128, dtype=FP16, is_causal=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_strides_and_alignment_do_not_matter(case, layout):
+    tensors = [LAYOUTS[layout](x) for x in case.tensors()]
+    assert_same(run(sagetrain.attention, given(case, *tensors)), run(sagetrain.attention, case))
+
+
+def test_slices_of_one_projection():
+    q, k, v, d_o = BASE.tensors()
+    fused = torch.cat([x.transpose(1, 2) for x in (q, k, v)], 2).transpose(1, 2)
+    assert_same(run(sagetrain.attention, given(BASE, *fused.split([4, 2, 2], 1), d_o)), run(sagetrain.attention, BASE))
+
+
+@pytest.mark.parametrize("expand", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)], ids=str)
+def test_expanded_inputs_and_gradients(expand):
+    """Dimensions with stride zero, as a sum (all of them) or a mean over tokens leaves them."""
+    case = replace(BASE, b=3, hkv=4, d=128)
+    q, k, v, d_o = case.tensors()
+    for dim in expand:
+        d_o = d_o.narrow(dim, 0, 1)
+    expanded = (q[:1].expand_as(q), k[:, :1].expand_as(k), v[:, :1].expand_as(v), d_o.expand_as(q))
+    dense = given(case, *(x.contiguous() for x in expanded))
+    assert_same(run(sagetrain.attention, given(case, *expanded)), run(sagetrain.attention, dense))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (1, 0, 5), (1, 5, 0)])
+def test_empty_batch_queries_or_keys(shape):
+    b, tq, tk = shape
+    q, k, v = (torch.randn(b, 2, t, 64, device=DEVICE).to(BF16).requires_grad_() for t in (tq, tk, tk))
+    o, lse = sagetrain.attention(q, k, v, return_lse=True)
+    o.sum().backward()
+    assert o.shape == q.shape and not o.any() and (lse == -torch.inf).all()
+    assert all(x.grad.shape == x.shape and not x.grad.any() for x in (q, k, v))
+
+
+def test_no_sequence_at_all():
+    q = torch.randn(1, 2, 5, 64, device=DEVICE).to(BF16).requires_grad_()
+    edges = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    o = sagetrain.attention(q, q, q, cu_seqlens_q=edges, cu_seqlens_k=edges)
+    o.sum().backward()
+    assert not o.any() and not q.grad.any()
