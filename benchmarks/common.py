@@ -7,7 +7,11 @@ import datetime
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,13 +48,49 @@ def conditions(device: str) -> dict[str, str]:
     }
 
 
+def kernel_file(name: str, device: str) -> Path:
+    """Where the rows of benchmark `name` with this device's kernel go: results/<name>-<kernel>.csv."""
+    return RESULTS / f"{name}-{sagetrain.kernel_name(device).replace('/', '-')}.csv"
+
+
+def laps(work: Iterator[str], device: str) -> dict[str, float]:
+    """Milliseconds between the yields of `work`, by the names it yields; each name ends its lap.
+
+    On a GPU the times are the device's own, between CUDA events. A pause of about 2 ms goes first: the launches queue
+    up behind it, so that Python's time per launch is hidden, as it is inside a model whose steps run ahead of the GPU.
+    """
+    cuda = device == "cuda"
+
+    def mark() -> Any:
+        if not cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(4_000_000)  # cycles
+    names, marks = [], [mark()]
+    for name in work:
+        names.append(name)
+        marks.append(mark())
+    if cuda:
+        torch.cuda.synchronize()
+    times = (a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairwise(marks))
+    return dict(zip(names, times, strict=True))
+
+
 def write(rows: list[dict], path: Path) -> None:
-    """Appends rows to a CSV; rows of the same conditions, in all columns but the measured ones, stay side by side."""
+    """Adds rows to a CSV. Columns that a row does not have stay empty, in the rows that were there before too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    old: list[dict] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+    columns = dict.fromkeys(column for row in old + rows for column in row)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(columns), restval="")
+        writer.writeheader()
+        writer.writerows(old + rows)
     print(f"{len(rows)} rows -> {path}")
