@@ -61,7 +61,7 @@ const char* too_large(const Shape& s) {
   constexpr int smallest = 64;  // rows of a block
   const int64_t rows_q = s.cu_seqlens_q ? s.tokens_q / smallest + s.num_sequences : s.batch * ((s.tokens_q + smallest - 1) / smallest + 1);
   const int64_t rows_k = s.cu_seqlens_k ? s.tokens_k / smallest + s.num_sequences : s.batch * ((s.tokens_k + smallest - 1) / smallest + 1);
-  if (s.tokens_q > most / 256 || s.tokens_k > most / 256) return "sm80: more than 8 million tokens in one row of the batch";
+  if (s.tokens_q > most - 2 * TILE || s.tokens_k > most - 2 * TILE) return "sm80: more than 2^31 tokens in one row of the batch";
   if (rows_q * s.heads_q > most || rows_k * s.heads_kv > most) return "sm80: more blocks of 64 tokens than a launch can have";
   return nullptr;
 }

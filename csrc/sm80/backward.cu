@@ -1,14 +1,14 @@
 // Backward: dQ, dK and dV, five matmuls in INT8 and dP = dO V^T in 16 bits, on mma.sync. Bound, schedule, variants:
 // docs/sm80.md.
 //
-// Three kernels, one for each gradient, so that every scale lies along an axis that is not contracted, nothing is summed
-// across blocks, and the same call gives the same bits. A block owns 128 rows and walks the columns:
-//   dv_kernel  rows are keys, columns the queries of all heads of the group:  S^T -> P^T -> dV += P^T dO
-//   dk_kernel  the same:                                          S^T, dP^T -> dS^T -> dK += dS^T Q
-//   dq_kernel  rows are queries, columns keys:                        S, dP -> dS -> dQ += dS K
-// S is computed in all three and dP in two: cheaper here than to pass P and dS through shared memory, whose bandwidth is
-// what these kernels run into first. P and dS stay in registers: rounded to 8 bits, the accumulators of S and dP are
-// the A operand of the last matmul. The constants L, c, d, L', out are those of layout.cuh.
+// Two kernels, so that every scale lies along an axis that is not contracted, nothing is summed across blocks, and the
+// same call gives the same bits:
+//   dkv_kernel  rows are keys, columns the queries of all heads of the group: S^T -> P^T -> dV += P^T dO,
+//               dP^T -> dS^T -> dK += dS^T Q
+//   dq_kernel   rows are queries, columns keys: S, dP -> dS -> dQ += dS K
+// S and dP are computed in both: cheaper here than to pass P and dS through shared memory. P and dS stay in registers:
+// rounded to 8 bits, the accumulators of S and dP are the A operand of the last matmul. The constants L, c, d, L', out
+// are those of layout.cuh.
 #include "matmul.cuh"
 
 namespace sagetrain::sm80 {
@@ -133,7 +133,7 @@ __device__ __forceinline__ void accumulate(float (&sum)[m][channel_tiles][4], co
 
 // ---------------------------------------------------------------------------------------------------- rows are keys
 
-// What dv_kernel and dk_kernel share: which keys a warp owns, which queries see them, and their records in order.
+// Which keys a warp of dkv_kernel owns, which queries see them, and their records in order.
 template <int Dp, int row_tiles>
 struct KeyRows {
   int head, k0, offset, first_block, blocks, steps, warp_row, group, t;

@@ -69,21 +69,21 @@ struct __align__(16) BackwardKeys {  // KEYS keys
   float2 k_scale[KEYS / 2], k_bias[KEYS / 2];      // columns of S
 };
 
-constexpr int QUERIES = 64;  // of a step of the dK and dV kernels; they share one scale per channel of dO
+constexpr int QUERIES = 64;  // of a step of the dK and dV kernel; they share one scale per channel of dO
 template <int Dp>
 struct __align__(16) BackwardQueries {  // QUERIES queries; the formulas are below
-  // dV alone
+  // for dV
   int8_t do8t[Dp * QUERIES];                       // [channel][query], permuted: dO / rho, one scale per channel
   float2 do_scale[Dp / 2], do_bias[Dp / 2];        // columns of dV
-  // dV and dK
+  // for S^T
   int8_t q8[QUERIES * Dp];                         // [query][channel]
   float2 q_scale[QUERIES / 2], q_bias[QUERIES / 2];  // columns of S^T: q_scale * scale * log2(e) * Dp
   float2 l[QUERIES / 2];
-  // dK alone
+  // for dK
   float2 c[QUERIES / 2], d[QUERIES / 2];
   float dk_unit[4];                                // the first; three of padding
   int8_t q8t[Dp * QUERIES];                        // [channel][query], permuted
-  // dK and dQ
+  // for dP^T, and the rows of the dQ kernel
   int16_t do16[QUERIES * Dp];                      // [query][channel] dO / 2^e, e = floor(log2(its row's largest magnitude)): exact
 };
 
