@@ -5,8 +5,8 @@
 // One line per mix, 1 to 4 warps per scheduler (4 to 16 per multiprocessor, one block on each). The number is cycles of a
 // scheduler per mix of one warp: were everything to overlap it would be that of the slowest unit, were nothing to, the sum.
 //
-// The instructions of a mix do not depend on each other, and a chain meets itself again after eight mixes (four of FFMA,
-// or fewer with many to a mix), so that latency does not show with several warps.
+// Instructions of a mix do not depend on each other: eight independent MMAs, 32 FFMAs, 8 PRMTs and 8 EX2s go round, so that
+// with several warps latency does not show.
 // Look at the machine code after a change (cuobjdump -sass): ptxas drops or merges what it can prove to be the same.
 #include <cuda_runtime.h>
 
@@ -45,14 +45,20 @@ __global__ void mix_kernel(float* out, long long* cycles, int iterations, uint32
   for (int n = 0; n < iterations; ++n) {
 #pragma unroll
     for (int i = 0; i < UNROLL; ++i) {
-      if constexpr (imma)
+#pragma unroll
+      for (int j = 0; j < imma; ++j) {
+        int (&d)[4] = s[(i * imma + j) % UNROLL];
         asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+r"(s[i][0]), "+r"(s[i][1]), "+r"(s[i][2]), "+r"(s[i][3])
+                     : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-      if constexpr (hmma)
+      }
+#pragma unroll
+      for (int j = 0; j < hmma; ++j) {
+        float (&d)[4] = y[(i * hmma + j) % UNROLL];
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(y[i][0]), "+f"(y[i][1]), "+f"(y[i][2]), "+f"(y[i][3])
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      }
 #pragma unroll
       for (int j = 0; j < ffma; ++j) asm volatile("fma.rn.f32 %0, %0, %1, %2;" : "+f"(f[(i * ffma + j) % 32]) : "f"(m), "f"(c));
 #pragma unroll
