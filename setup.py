@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,12 +23,13 @@ if (torch := find_spec("torch")) is None or torch.origin is None:
     sys.exit("sagetrain is built with the installed torch: install torch, then pip install --no-build-isolation .")
 TORCH = Path(torch.origin).parent
 CSRC = Path("csrc")
+REPORT = Path("build/ptxas.txt")  # what nvcc said of this tree's kernels; tests/test_packaging.py reads it
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--use_fast_math", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030b0000"]
 # ptxas at -O3 moves so much of an unrolled loop ahead that it runs out of registers and spills; at -O1 it keeps the
 # source's order, and the main loops fit (times of both: docs/LOG.md).
-SOURCE_FLAGS = dict.fromkeys(("forward.cu", "backward.cu"), ["-Xptxas=-O1"])
+SOURCE_FLAGS = dict.fromkeys(("sm80/forward.cu", "sm80/backward.cu"), ["-Xptxas=-O1"])
 # Folder of csrc -> the architectures its sources are compiled for; the newest also as PTX, for GPUs yet to come.
 ARCHITECTURES = {
     "sm80": [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 86, 89, 90, 120)]
@@ -65,6 +67,7 @@ class Build(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         sources, nvcc = cuda_sources(), find_nvcc()
+        REPORT.unlink(missing_ok=True)
         self.force = True  # what comes out depends on nvcc and the environment too, not only on the age of files
         if nvcc and sources:
             ext.extra_objects += self.compile_cuda(nvcc, sources)
@@ -79,25 +82,26 @@ class Build(build_ext):
         super().build_extension(ext)
 
     def compile_cuda(self, nvcc: str, sources: dict[str, list[str]]) -> list[str]:
-        objects, running = [], []
-        for arch, files in sources.items():
-            for source in files:
-                target = Path(self.build_temp) / source.replace(".cu", ".o")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                flags = [*NVCC_FLAGS, *SOURCE_FLAGS.get(target.with_suffix(".cu").name, []), *ARCHITECTURES[arch]]
-                command = [nvcc, *flags, f"-I{CSRC}", "-c", source, "-o", str(target)]
-                running.append((source, subprocess.Popen(command)))
-                objects.append(str(target))
-                if len(running) >= (os.cpu_count() or 1):
-                    self.finish(*running.pop(0))
-        for source, process in running:
-            self.finish(source, process)
-        return objects
+        jobs = [(Path(source), arch) for arch, files in sources.items() for source in files]
+        jobs.sort(key=lambda job: job[0].stat().st_size, reverse=True)  # the longest first
 
-    @staticmethod
-    def finish(source: str, process: subprocess.Popen) -> None:
-        if process.wait():
-            sys.exit(f"nvcc failed on {source}")
+        def compile(job: tuple[Path, str]) -> tuple[str, str]:
+            source, arch = job
+            target = Path(self.build_temp, source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            flags = [*NVCC_FLAGS, *SOURCE_FLAGS.get(source.relative_to(CSRC).as_posix(), []), *ARCHITECTURES[arch]]
+            command = [nvcc, *flags, f"-I{CSRC}", "-c", str(source), "-o", str(target)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            print(done.stdout, end="", flush=True)
+            if done.returncode:
+                sys.exit(f"nvcc failed on {source}")
+            return str(target), done.stdout
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects, said = zip(*pool.map(compile, jobs), strict=True)
+        REPORT.parent.mkdir(exist_ok=True)
+        REPORT.write_text("".join(said))
+        return list(objects)
 
 
 class Wheel(bdist_wheel):
