@@ -6,16 +6,13 @@
 namespace sagetrain::sm80 {
 namespace {
 
-Tokens queries_of(const Shape& s) {
-  Tokens x{s.cu_seqlens_q, static_cast<int32_t>(s.tokens_q), static_cast<int32_t>(s.num_sequences), 0};
+Tokens tokens_of(const int32_t* cu_seqlens, int64_t tokens, const Shape& s) {
+  Tokens x{cu_seqlens, static_cast<int32_t>(tokens), static_cast<int32_t>(s.num_sequences), 0};
   x.tiles = all_tiles<TILE>(x);
   return x;
 }
-Tokens keys_of(const Shape& s) {
-  Tokens x{s.cu_seqlens_k, static_cast<int32_t>(s.tokens_k), static_cast<int32_t>(s.num_sequences), 0};
-  x.tiles = all_tiles<TILE>(x);
-  return x;
-}
+Tokens queries_of(const Shape& s) { return tokens_of(s.cu_seqlens_q, s.tokens_q, s); }
+Tokens keys_of(const Shape& s) { return tokens_of(s.cu_seqlens_k, s.tokens_k, s); }
 
 // Hands out pieces of the workspace, each aligned to 256 bytes; with a null base it only counts.
 struct Carver {
@@ -55,14 +52,16 @@ size_t carve(const BackwardParams& p, void* workspace, BackwardScratch& w) {
   return c.used;
 }
 
+// Blocks of one head, of at least 64 tokens each: an upper bound.
+int64_t blocks_of(const int32_t* cu_seqlens, int64_t tokens, const Shape& s) {
+  return cu_seqlens ? tokens / 64 + s.num_sequences : s.batch * (tokens / 64 + 1);
+}
+
 // Null, or why this call is beyond what 32-bit token and block numbers can count.
 const char* too_large(const Shape& s) {
-  constexpr int64_t most = INT_MAX;
-  constexpr int smallest = 64;  // rows of a block
-  const int64_t rows_q = s.cu_seqlens_q ? s.tokens_q / smallest + s.num_sequences : s.batch * ((s.tokens_q + smallest - 1) / smallest + 1);
-  const int64_t rows_k = s.cu_seqlens_k ? s.tokens_k / smallest + s.num_sequences : s.batch * ((s.tokens_k + smallest - 1) / smallest + 1);
-  if (s.tokens_q > most - 2 * TILE || s.tokens_k > most - 2 * TILE) return "sm80: more than 2^31 tokens in one row of the batch";
-  if (rows_q * s.heads_q > most || rows_k * s.heads_kv > most) return "sm80: more blocks of 64 tokens than a launch can have";
+  if (s.tokens_q > INT_MAX - 2 * TILE || s.tokens_k > INT_MAX - 2 * TILE) return "sm80: more than 2^31 tokens in one row of the batch";
+  if (blocks_of(s.cu_seqlens_q, s.tokens_q, s) * s.heads_q > INT_MAX || blocks_of(s.cu_seqlens_k, s.tokens_k, s) * s.heads_kv > INT_MAX)
+    return "sm80: more blocks of 64 tokens than a launch can have";
   return nullptr;
 }
 

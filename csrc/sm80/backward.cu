@@ -120,7 +120,7 @@ __device__ __forceinline__ void accumulate(float (&sum)[m][channel_tiles][4], co
 #pragma unroll
   for (int first = 0; first < channel_tiles; first += group) {
     int y[group][m][4];
-    product_int8<false, COLUMNS, 0>(y, x, matrix + first * 8 * COLUMNS);
+    product_int8<false, COLUMNS>(y, x, matrix + first * 8 * COLUMNS);
 #pragma unroll
     for (int n = 0; n < group; ++n)
 #pragma unroll
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
 #pragma unroll
     for (int first = 0; first < tiles; first += group) {
       int s[group][m][4];
-      product_int8<false, Dp, 0>(s, k8, shared_address(record.q8) + first * 8 * Dp);
+      product_int8<false, Dp>(s, k8, shared_address(record.q8) + first * 8 * Dp);
 #pragma unroll
       for (int j = 0; j < group; ++j) {
         const int n = first + j;
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
 #pragma unroll
     for (int first = 0; first < channel_tiles; first += group) {
       int y[group][m][4];
-      product_int8<true, COLUMNS, 0>(y, operand, shared_address(record.do8t) + first * 8 * COLUMNS);
+      product_int8<true, COLUMNS>(y, operand, shared_address(record.do8t) + first * 8 * COLUMNS);
 #pragma unroll
       for (int j = 0; j < group; ++j) {
         const int n = first + j;
@@ -418,7 +418,7 @@ __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) 
       float dp[group_tiles][m][4];
       product_16bit<T, 2 * Dp, Dp / 16>(dp, InRegisters<m, Dp / 16>{d_o}, shared_address(record.v) + first * 16 * Dp, start);
       int s[group_tiles][m][4];
-      product_int8<false, Dp, 0>(s, q8, shared_address(record.k8) + first * 8 * Dp);
+      product_int8<false, Dp>(s, q8, shared_address(record.k8) + first * 8 * Dp);
 #pragma unroll
       for (int j = 0; j < group_tiles; ++j) {
         const int n = first + j;

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(32 * WARPS<Dp>, BLOCKS<Dp>) forward_kernel(con
 #pragma unroll
     for (int first = 0; first < key_tiles; first += GROUP) {
       int s[GROUP][1][4];
-      product_int8<false, Dp, 0>(s, q_operand, shared_address(record.k8) + first * 8 * Dp);
+      product_int8<false, Dp>(s, q_operand, shared_address(record.k8) + first * 8 * Dp);
 #pragma unroll
       for (int j = 0; j < GROUP; ++j) {
         const int n = first + j;
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(32 * WARPS<Dp>, BLOCKS<Dp>) forward_kernel(con
 #pragma unroll
     for (int first = 0; first < channel_tiles; first += GROUP) {
       int d[GROUP][1][4];
-      product_int8<true, TILE, 0>(d, p8, shared_address(record.v8t) + first * 8 * TILE);
+      product_int8<true, TILE>(d, p8, shared_address(record.v8t) + first * 8 * TILE);
 #pragma unroll
       for (int j = 0; j < GROUP; ++j) {
         const int n = first + j;

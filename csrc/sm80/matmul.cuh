@@ -15,13 +15,13 @@ __device__ __forceinline__ int lane_offset(int half = 0) {
 }
 
 // y = MAGIC + a B^T for `tiles` x 8 columns; a: 32 k-bytes a step, signed or (u8) unsigned; B: rows of row_bytes at
-// `columns` (a column of the result each), of which this product takes chunks from 4 * first_half on.
-template <bool u8, int row_bytes, int first_half, int tiles, int m, int steps>
+// `columns`, a column of the result each.
+template <bool u8, int row_bytes, int tiles, int m, int steps>
 __device__ __forceinline__ void product_int8(int (&y)[tiles][m][4], const uint32_t (&a)[m][steps][4], uint32_t columns) {
   const int magic[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
 #pragma unroll
   for (int k = 0; k < steps; k += 2) {
-    const uint32_t from = columns + lane_offset<row_bytes>(first_half + k / 2);
+    const uint32_t from = columns + lane_offset<row_bytes>(k / 2);
     uint32_t b[tiles][4];
 #pragma unroll
     for (int n = 0; n < tiles; ++n) load_matrices(b[n], from + n * 8 * row_bytes);
