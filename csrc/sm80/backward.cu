@@ -87,21 +87,6 @@ __device__ __forceinline__ void unrotate(float (&x)[tiles][4], int t) {
         }
 }
 
-// A operand of 16 rows from a row-major byte matrix in global memory; row r of `rows` is this lane's `group + 8 r`.
-// Bytes from `limit` on are zeros.
-template <int steps>
-__device__ __forceinline__ void load_operand(uint32_t (&a)[steps][4], const void* const (&rows)[2], const bool (&valid)[2], int t, int limit) {
-#pragma unroll
-  for (int k = 0; k < steps; ++k)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int byte = 32 * k + 16 * half + 4 * t;
-        a[k][2 * half + r] = valid[r] && byte < limit ? *reinterpret_cast<const uint32_t*>(static_cast<const char*>(rows[r]) + byte) : 0;
-      }
-}
-
 // ---------------------------------------------------------------------------------------------------- matmuls of a step
 
 // 16-row tiles of a warp, warps of a block (TILE rows), blocks that a multiprocessor is to hold, and 8-column tiles whose

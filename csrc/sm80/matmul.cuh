@@ -14,6 +14,21 @@ __device__ __forceinline__ int lane_offset(int half = 0) {
   return swizzle<row_bytes>(threadIdx.x % 8, threadIdx.x % 32 / 8 + 4 * half);
 }
 
+// A operand of 16 rows from a row-major byte matrix in global memory; row r of `rows` is this lane's `group + 8 r`.
+// Bytes from `limit` on are zeros.
+template <int steps>
+__device__ __forceinline__ void load_operand(uint32_t (&a)[steps][4], const void* const (&rows)[2], const bool (&valid)[2], int t, int limit) {
+#pragma unroll
+  for (int k = 0; k < steps; ++k)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int byte = 32 * k + 16 * half + 4 * t;
+        a[k][2 * half + r] = valid[r] && byte < limit ? *reinterpret_cast<const uint32_t*>(static_cast<const char*>(rows[r]) + byte) : 0;
+      }
+}
+
 // y = MAGIC + a B^T for `tiles` x 8 columns; a: 32 k-bytes a step, signed or (u8) unsigned; B: rows of row_bytes at
 // `columns`, a column of the result each.
 template <bool u8, int row_bytes, int tiles, int m, int steps>
