@@ -119,7 +119,7 @@ const int32_t* cu_seqlens(const OptionalTensor& edges, int64_t tokens, int64_t d
   check(edges->scalar_type() == ScalarType::Int && edges->dim() == 1 && edges->size(0) >= 1 && edges->is_contiguous() && device_of(*edges) == device,
         std::string(name) + " must be a contiguous int32 vector [N + 1] on the device of q");
   const int32_t* values = static_cast<const int32_t*>(edges->const_data_ptr());
-  for (int64_t i = 0; device < 0 && i < edges->size(0); ++i) {  // on a GPU the values are not read: that would wait for the stream
+  for (int64_t i = 0; device < 0 && i < edges->size(0); ++i) {  // a GPU checks them itself: to read them here would wait for the stream
     const int64_t low = i ? values[i - 1] : 0;
     check(values[i] >= low && values[i] <= tokens,
           std::string(name) + "[" + std::to_string(i) + "] = " + std::to_string(values[i]) + ": must be non-decreasing and within 0.." +

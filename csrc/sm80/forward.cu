@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(32 * WARPS<Dp>, BLOCKS<Dp>) forward_kernel(con
 
   float o[channel_tiles][4] = {};
   float sum[2] = {0.f, 0.f};             // of exp2(s - reference), over all lanes of the row already
-  float reference[2] = {-1e30f, -1e30f}; // what O and the sum are scaled by; within GROWTH of the running maximum
+  float reference[2] = {-3e38f, -3e38f}; // below any score: what O and the sum are scaled by; within GROWTH of the running maximum
   const uint32_t ones = 0x3C003C00;      // two halves
 
   // Within the tile: the last key that exists, and the last that the warp's first row sees.

@@ -32,7 +32,7 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, first token of each packed sequence (B = 1), non-decreasing. Empty
             sequences are fine; tokens before the first and after the last edge belong to no sequence.
         return_lse: also return the log-sum-exp of scale * q kᵀ (differentiable).
-        deterministic: same bits for the same call in the backward too (the CPU kernel always is).
+        deterministic: same bits for the same call in the backward too (the kernels here always are).
 
     Returns:
         o `[B, Hq, Tq, D]` in the dtype and memory order of q; with `return_lse` also lse `[B, Hq, Tq]`, float32,
@@ -41,7 +41,8 @@ def attention(
 
     Errors:
         TypeError, ValueError for arguments that do not fit together; NotImplementedError for what no kernel here can do
-        (among it double backward); RuntimeError for cu_seqlens whose values are out of order or range (CPU).
+        (among it double backward); RuntimeError for cu_seqlens whose values are out of order or range (on a GPU the
+        program stops with a message, as at a device assertion).
     """
     if not torch.compiler.is_compiling() and _sdpa_is_replaced():
         raise NotImplementedError(  # it has replaced SDPA; ours would attend to the local shard alone, without a word
