@@ -51,12 +51,13 @@ class Backend:
         return self.name.startswith("sage")
 
 
-def sage() -> peers.Call:
-    return lambda q, k, v, is_causal: sagetrain.attention(q, k, v, is_causal=is_causal)
+def sage(deterministic: bool = False) -> peers.Call:
+    return lambda q, k, v, is_causal: sagetrain.attention(q, k, v, is_causal=is_causal, deterministic=deterministic)
 
 
 BACKENDS = [
     Backend("sage_int8", torch.bfloat16, ("cpu", "cuda"), sage),
+    Backend("sage_int8_deterministic", torch.bfloat16, ("cuda",), lambda: sage(deterministic=True)),
     Backend("sage_int8_fp32", torch.float32, ("cpu",), sage),
     Backend("sdpa_fp32", torch.float32, ("cpu",), peers.sdpa),
     Backend("sdpa_bf16", torch.bfloat16, ("cpu",), peers.sdpa),
@@ -205,7 +206,7 @@ def main() -> None:
             if "refused" not in result:
                 said = "   ".join(f"{key} {result[key]:9.3f} ms" for key in WORK)
                 said += f"   saved {result['saved_bytes'] / 2**20:7.1f} MiB   cosine {result.get('cosine', 1):.4f}"
-            print(f"{text:>18} {mask:6} {name:15} {said}", flush=True)
+            print(f"{text:>18} {mask:6} {name:23} {said}", flush=True)
     if args.no_save:
         return
     path = kernel_file("attention", args.device)

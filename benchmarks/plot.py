@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOURS = {
-    "sage_int8": "#e07a1f", "sage_int8_fp32": "#f0b27a",
+    "sage_int8": "#e07a1f", "sage_int8_deterministic": "#f6d0ab", "sage_int8_fp32": "#f0b27a",
     "sdpa_fp32": "#8fa3b8", "sdpa_bf16": "#4a6785",
     "sdpa_flash": "#b7c4d1", "sdpa_cudnn": "#7f95ab", "fa4": "#3f5b78", "cudnn_fp8": "#76a08a",
 }  # fmt: skip

@@ -74,7 +74,7 @@ struct BackwardParams {
   Parallel parallel;         // CPU only
   void* stream;              // cudaStream_t; null on CPU
   void* workspace;           // backward_workspace_bytes() bytes, 256-byte aligned; not initialised
-  bool deterministic;        // same bits for the same call; the kernels here always are
+  bool deterministic;        // same bits for the same call, also where another way is faster
 
   // inputs, never written
   const void* d_o;           // [B, Hq, Tq, D]

@@ -150,7 +150,8 @@ def test_wheel_brings_the_doctor(installed: tuple[Path, Path], tmp_path: Path) -
 
 # The kernels of the main loops, which must never spill; the others run once per token, and may for the newest GPUs.
 TYPES = [f"{dtype}, {head_dim}" for dtype in ("__nv_bfloat16", "__half") for head_dim in (64, 128)]
-MAIN = {f"{name}_kernel<{types}>" for name in ("forward", "dkv", "dq") for types in TYPES}
+MAIN = {f"{name}_kernel<{types}>" for name in ("forward", "dq") for types in TYPES}
+MAIN |= {f"dkv_kernel<{types}, {fused}>" for types in TYPES for fused in ("true", "false")}
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
 

@@ -88,11 +88,16 @@ __device__ __forceinline__ void mma_16bit(float (&d)[4], const uint32_t (&a)[4],
   }
 }
 
-// The block's number, as a value that the compiler does not know: what is derived from it again after a long loop does
-// not occupy registers during the loop.
+// The block's number and the thread's, as values that the compiler does not know: what is derived from them again, after a
+// long loop or late in its body, does not occupy registers before.
 __device__ __forceinline__ int block_number() {
   int x;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  return x;
+}
+__device__ __forceinline__ int thread_number() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
 }
 
@@ -139,6 +144,14 @@ __device__ __forceinline__ uint32_t centre(uint32_t x, const float* mean) {
 template <typename T>
 __device__ __forceinline__ uint4 centre(const uint4& x, const float* mean) {
   return {centre<T>(x.x, mean), centre<T>(x.y, mean + 2), centre<T>(x.z, mean + 4), centre<T>(x.w, mean + 6)};
+}
+
+// Four words of four bytes as a matrix: transposed.
+__device__ __forceinline__ void transpose_bytes(uint32_t (&x)[4]) {
+  const uint32_t ab = __byte_perm(x[0], x[1], 0x5140), ab_high = __byte_perm(x[0], x[1], 0x7362);
+  const uint32_t cd = __byte_perm(x[2], x[3], 0x5140), cd_high = __byte_perm(x[2], x[3], 0x7362);
+  x[0] = __byte_perm(ab, cd, 0x5410), x[1] = __byte_perm(ab, cd, 0x7632);
+  x[2] = __byte_perm(ab_high, cd_high, 0x5410), x[3] = __byte_perm(ab_high, cd_high, 0x7632);
 }
 
 // Keeps 22 bits of a scale, so that MAGIC_FLOAT * scale is exact.

@@ -1,4 +1,5 @@
 // The two calls of the C boundary: carve the workspace, launch the passes in order.
+#include <algorithm>
 #include <climits>
 
 #include "layout.cuh"
@@ -40,16 +41,37 @@ size_t carve(const ForwardParams& p, void* workspace, ForwardScratch& w) {
   return c.used;
 }
 
-size_t carve(const BackwardParams& p, void* workspace, BackwardScratch& w) {
-  const bool small = p.shape.head_dim_padded == 64;
-  const size_t tiles_k = p.shape.heads_kv * keys_of(p.shape).tiles, tiles_q = p.shape.heads_q * queries_of(p.shape).tiles;
+// Shared memory that a block of the current device can have.
+int shared_bytes() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// Blocks that share a tile of keys: as many as it takes for about two waves of a large GPU.
+int splits_of(const Shape& s) {
+  const int64_t enough = s.head_dim_padded == 64 ? 512 : 256, tiles = std::max<int64_t>(s.heads_kv * keys_of(s).tiles, 1);
+  return static_cast<int>(std::clamp<int64_t>(enough / tiles, 1, 8));
+}
+
+BackwardArgs arguments(const BackwardParams& p, void* workspace, size_t& bytes) {
+  const bool fused = !p.deterministic && fused_bytes(p.shape) <= shared_bytes();
+  BackwardArgs a{p, queries_of(p.shape), keys_of(p.shape), fused, fused ? splits_of(p.shape) : 1, {}};
+  const size_t dim = p.shape.head_dim_padded, tiles_k = p.shape.heads_kv * a.keys.tiles, tiles_q = p.shape.heads_q * a.queries.tiles;
+  const bool small = dim == 64;
+  BackwardScratch& w = a.w;
   Carver c{static_cast<char*>(workspace)};
-  c.take(w.keys, tiles_k * (TILE / KEYS), small ? sizeof(BackwardKeys<64>) : sizeof(BackwardKeys<128>));
+  c.take(w.blocks, tiles_k, small ? sizeof(BlockKeys<64>) : sizeof(BlockKeys<128>));
+  if (!a.fused) c.take(w.keys, tiles_k * (TILE / KEYS), small ? sizeof(BackwardKeys<64>) : sizeof(BackwardKeys<128>));
   c.take(w.v_norm, tiles_k);
   c.take(w.k_bound, tiles_k);
   c.take(w.queries, tiles_q * (TILE / QUERIES), small ? sizeof(BackwardQueries<64>) : sizeof(BackwardQueries<128>));
   c.take(w.q_rows, tiles_q * TILE);
-  return c.used;
+  if (a.fused) c.take(w.d_q, tiles_q * TILE * dim);
+  if (a.splits > 1) c.take(w.d_kv, tiles_k * 2 * TILE * dim);
+  bytes = c.used;
+  return a;
 }
 
 // Blocks of one head, of at least 64 tokens each: an upper bound.
@@ -78,8 +100,9 @@ size_t forward_workspace_bytes(const ForwardParams& p) {
 }
 
 size_t backward_workspace_bytes(const BackwardParams& p) {
-  BackwardScratch w;
-  return carve(p, nullptr, w);
+  size_t bytes;
+  arguments(p, nullptr, bytes);
+  return bytes;
 }
 
 const char* forward(const ForwardParams& p) {
@@ -94,11 +117,12 @@ const char* forward(const ForwardParams& p) {
 
 const char* backward(const BackwardParams& p) {
   if (const char* refusal = too_large(p.shape)) return refusal;
-  BackwardArgs a{p, queries_of(p.shape), keys_of(p.shape), {}};
-  carve(p, p.workspace, a.w);
+  size_t bytes;
+  const BackwardArgs a = arguments(p, p.workspace, bytes);
   const auto stream = static_cast<cudaStream_t>(p.stream);
   prepare(a, stream);
-  gradients(a, stream);
+  key_gradients(a, stream);
+  if (!a.fused) query_gradients(a, stream);
   return status();
 }
 

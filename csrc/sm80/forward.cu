@@ -8,23 +8,22 @@ namespace sagetrain::sm80 {
 namespace {
 
 // Warps of a block, 16 queries each, and blocks of a multiprocessor: as many as the registers allow without spills.
+constexpr int WARPS = 4;
 template <int Dp>
-constexpr int WARPS = Dp == 64 ? 6 : 4;
-template <int Dp>
-constexpr int BLOCKS = 2;
+constexpr int BLOCKS = Dp == 64 ? 3 : 2;
 constexpr int GROUP = 8;        // 8-column tiles whose products are under way at a time
 constexpr float GROWTH = 10.f;  // a row's maximum may outgrow its reference by 2^10 before O and l are rescaled
 
 template <typename T, int Dp>
-__global__ void __launch_bounds__(32 * WARPS<Dp>, BLOCKS<Dp>) forward_kernel(const __grid_constant__ ForwardArgs a) {
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS<Dp>) forward_kernel(const __grid_constant__ ForwardArgs a) {
   constexpr int k_steps = Dp / 32;     // of S
   constexpr int key_tiles = TILE / 8;  // 8-column tiles of S
   constexpr int channel_tiles = Dp / 8;
   extern __shared__ __align__(128) unsigned char shared[];
 
-  constexpr int rows = 16 * WARPS<Dp>, threads = 32 * WARPS<Dp>;
+  constexpr int rows = 16 * WARPS, threads = 32 * WARPS;
   using Record = ForwardKeys<Dp>;
-  const QueryRows<rows> block(a.p.shape, a.queries, a.keys);
+  const QueryRows<rows> block(a.p.shape, a.queries, a.keys, block_number());
   if (!block.exist()) return;
   const int tiles = (block.visible + TILE - 1) / TILE;
 
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(32 * WARPS<Dp>, BLOCKS<Dp>) forward_kernel(con
     }
   }
 
-  const QueryRows<rows> again(a.p.shape, a.queries, a.keys);
+  const QueryRows<rows> again(a.p.shape, a.queries, a.keys, block_number());
   const int head_dim = a.p.shape.head_dim;
   const float* v_mean = a.p.v_mean + (static_cast<int64_t>(again.queries.sequence) * a.p.shape.heads_kv + again.head_kv) * head_dim;
 #pragma unroll
@@ -194,8 +193,8 @@ template <typename T, int Dp>
 void launch(const ForwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = 2 * sizeof(ForwardKeys<Dp>);
   cudaFuncSetAttribute(forward_kernel<T, Dp>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  const int64_t blocks = all_tiles<16 * WARPS<Dp>>(a.queries) * a.p.shape.heads_q;
-  if (blocks) forward_kernel<T, Dp><<<static_cast<unsigned>(blocks), 32 * WARPS<Dp>, bytes, stream>>>(a);
+  const int64_t blocks = all_tiles<16 * WARPS>(a.queries) * a.p.shape.heads_q;
+  if (blocks) forward_kernel<T, Dp><<<static_cast<unsigned>(blocks), 32 * WARPS, bytes, stream>>>(a);
 }
 
 }  // namespace

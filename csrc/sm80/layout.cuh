@@ -69,6 +69,20 @@ struct __align__(16) BackwardKeys {  // KEYS keys
   float2 k_scale[KEYS / 2], k_bias[KEYS / 2];      // columns of S
 };
 
+// The keys of a block of the dK and dV kernel. In its k8t, position 2 g + r of 16 keys holds key 8 r + g: the two keys
+// that a lane's accumulator has are neighbours.
+struct __align__(8) KeyUnit {
+  __half2 unit;  // twice the same half
+  float k_scale;
+};
+template <int Dp>
+struct __align__(16) BlockKeys {  // TILE keys
+  int16_t v[TILE * Dp];                            // [key][channel] v - v_mean, rounded to 16 bits
+  int8_t k8t[Dp * TILE];                           // [channel][key]; only for `fused`, like all below
+  KeyUnit unit[TILE];
+  float k_bound[4];                                // the first; three of padding
+};
+
 constexpr int QUERIES = 64;  // of a step of the dK and dV kernel; they share one scale per channel of dO
 template <int Dp>
 struct __align__(16) BackwardQueries {  // QUERIES queries; the formulas are below
@@ -95,21 +109,28 @@ struct ForwardScratch {
 };
 
 struct BackwardScratch {
-  void* keys;         // [Hkv][tiles_k][TILE / KEYS] BackwardKeys<Dp>
+  void* blocks;       // [Hkv][tiles_k] BlockKeys<Dp>
+  void* keys;         // not fused: [Hkv][tiles_k][TILE / KEYS] BackwardKeys<Dp>
   float* v_norm;      // [Hkv][tiles_k] largest ||v_j - v_mean|| of the tile (0 where empty)
   float* k_bound;     // [Hkv][tiles_k] largest k_scale of the tile (0 where empty)
   void* queries;      // [Hq][tiles_q][TILE / QUERIES] BackwardQueries<Dp>
-  float4* q_rows;     // [Hq][tiles_q][TILE] {q_scale * scale * log2(e) * Dp, L', delta16, out}
+  float4* q_rows;     // [Hq][tiles_q][TILE] {q_scale * scale * log2(e) * Dp, L', delta16, out}; out differs where fused
+  float* d_q;         // fused: [Hq][tiles_q][TILE / 16][Dp / 8][lane][4] sums of dQ, 16-row tiles as accumulators lie in registers
+  float* d_kv;        // splits > 1: [Hkv][tiles_k][dK, dV][TILE / 16][Dp / 8][lane][4] likewise
 };
 // For key i and query j of QUERIES of them, s the base-2 score and lse2 = lse_smooth * log2(e):
-//   P'' = exp2(s - L_j) = 2^15 P rho_j,       L_j = lse2_j - log2(rho_j) - 15; +inf past the end and for rows that see no key
-//         rho_j = 2^floor((e_j - E) / 2) <= 1, E the largest e of the block (rows of zeros: rho_j = 1)
+//   P''  = exp2(s - L_j) = 2^15 P rho_j,      L_j = lse2_j - log2(rho_j) - 15; +inf past the end and for rows that see no key
+//          rho_j = 2^floor((e_j - E) / 2) <= 1, E the largest e of the block (rows of zeros: rho_j = 1)
 //   dV_i = 2^-15 sum_j P''_ij (dO_j / rho_j)
-//   u    = c_j dP16 - d_j, |u| <= 1:          c_j = q_scale_j 2^e_j / rho_j / W,  d_j = c_j delta16_j
-//         W = 2^ceil(log2(max over the block of (q_scale_j 2^e_j / rho_j) * bound_j)), a power of two
-//         bound_j = ||do16_j|| * max ||v|| + |delta16_j|
-//   dS_ij q_scale_j = P'' u * dk_unit,        dk_unit = 2^-15 W
-// For query row i and key j in the dQ kernel:
+//   u    = c_j dP16 - d_j, |u rho_j| <= 1:    c_j = lift_j q_scale_j 2^e_j / rho_j / W,  d_j = c_j delta16_j
+//          W = 2^ceil(log2(max over the block of (q_scale_j 2^e_j / rho_j) * bound_j)), a power of two
+//          bound_j = ||do16_j|| * max ||v|| + |delta16_j|
+//          lift_j >= 1, a power of two: brings small rows to 1/4 of the largest; q8t_j = q8_j / lift_j, rounded
+//   dK_i = scale sum_j P''_ij u_ij * dk_unit * q8t_j,     dk_unit = 2^-15 W      (dS_ij q_scale_j = P'' u * dk_unit / lift_j)
+// Fused, P'' is multiplied by unit_i = k_scale_i / k_bound as a half, at least 2^-5; dV_i and dK_i are divided by it at the end.
+//   dQ_j = out_j sum_i P''_ij unit_i u_ij * k_bound * k8t_i,   out_j = scale * dk_unit / (q_scale_j lift_j)
+//          k8t_i = k8_i, where unit_i was raised times k_scale_i / k_bound / unit_i and rounded
+// For query row i and key j in the dQ kernel (not fused):
 //   P'   = exp2(s - L'_i) = 2^k_i P,          k_i = 15 - ceil(log2(bound_i * max k_scale)), clamped to +-100;  L'_i = lse2_i - k_i
 //         (+inf past the end and for rows that see no key)
 //   dS' k_scale_j = P' (dP16 - delta16_i) k_scale_j, at most 2^15;  out_i = scale * 2^(e_i - k_i) undoes it
@@ -139,8 +160,9 @@ __device__ __forceinline__ Span span_of_tile(const Tokens& x, int index) {
   return span_of<tile>(x, low);
 }
 
-// Where token p of a group of 32 comes from (see the top).
-__host__ __device__ __forceinline__ constexpr int permuted(int p) { return (p & 17) | (p & 2) << 2 | (p & 12) >> 1; }
+// The token at a position of a permuted tile: in the order of the top, and in that of BlockKeys.
+__host__ __device__ __forceinline__ constexpr int token_at(int p) { return (p & ~14) | (p & 2) << 2 | (p & 12) >> 1; }
+__host__ __device__ __forceinline__ constexpr int paired_token_at(int p) { return (p & ~15) | (p & 1) << 3 | (p & 14) >> 1; }
 
 // Index of (batch, head, token) in a contiguous [B, H, T] array.
 __device__ __forceinline__ int64_t row_index(int batch, int heads, int head, int64_t tokens, int token) {
@@ -156,8 +178,8 @@ struct QueryRows {
   int offset;                // causal: query i sees keys up to i + offset
   int visible;               // keys that any of the block's queries sees
 
-  __device__ QueryRows(const Shape& s, const Tokens& q, const Tokens& k) {
-    const int block = block_number(), heads = s.heads_q, tile = all_tiles<rows>(q) - 1 - block / heads;
+  __device__ QueryRows(const Shape& s, const Tokens& q, const Tokens& k, int block) {
+    const int heads = s.heads_q, tile = all_tiles<rows>(q) - 1 - block / heads;
     head = block % heads, head_kv = head / (heads / static_cast<int>(s.heads_kv));
     queries = span_of_tile<rows>(q, tile);
     keys = span_of(k, queries.sequence);
@@ -193,6 +215,8 @@ struct ForwardArgs {
 struct BackwardArgs {
   BackwardParams p;
   Tokens queries, keys;
+  bool fused;   // dQ in the same kernel as dK and dV
+  int splits;   // blocks that share a tile of keys
   BackwardScratch w;
 };
 
@@ -201,7 +225,10 @@ void quantise(const ForwardArgs&, cudaStream_t);    // k8, k_scale, q8, q_scale,
 void prepare(const BackwardArgs&, cudaStream_t);    // all of BackwardScratch
 // forward.cu
 void attend(const ForwardArgs&, cudaStream_t);      // o, lse_smooth, lse
-// backward.cu
-void gradients(const BackwardArgs&, cudaStream_t);  // d_q, d_k, d_v
+// dkv.cu
+int fused_bytes(const Shape&);                             // shared memory that `fused` takes
+void key_gradients(const BackwardArgs&, cudaStream_t);     // d_k, d_v, and d_q where fused
+// dq.cu
+void query_gradients(const BackwardArgs&, cudaStream_t);   // d_q
 
 }  // namespace sagetrain::sm80

@@ -6,6 +6,20 @@ namespace sagetrain::sm80 {
 namespace {
 
 constexpr int SHIFT_MAX = 100;  // |k_i|
+// Small rows are lifted to this share of the largest in their block or tile, so that rounding dS by the other axis keeps
+// their digits; their q8t and k8t shrink instead.
+constexpr int LEAST_WEIGHT = -2;       // of a query, log2
+constexpr float LEAST_UNIT = 0x1p-5f;  // of a key
+constexpr int U_MAX = 12;              // log2 of |u|, which must fit a half
+
+// Largest of the warps' values in [first, first + count).
+template <int count, typename X>
+__device__ __forceinline__ X largest(const X* x, int first) {
+  X all = x[first];
+#pragma unroll
+  for (int w = 1; w < count; ++w) all = max(all, x[first + w]);
+  return all;
+}
 
 // ---------------------------------------------------------------------------------------------------- outside sequences
 
@@ -28,6 +42,7 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
   constexpr int n = Dp / 64;
   __shared__ __align__(16) int8_t tile8[Dp * TILE];
   __shared__ uint32_t norms[WARPS], bounds[WARPS];
+  __shared__ float shrink[TILE];
   const int heads = a.p.shape.heads_kv, head = blockIdx.x % heads, slot = blockIdx.x / heads;
   const Span keys = span_of_tile(a.keys, slot);
   const int tile = slot - keys.first_tile, begin = tile * TILE, rows = min(keys.length - begin, TILE);
@@ -37,6 +52,7 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
   const int64_t row = row_index(keys.batch, heads, head, a.keys.tokens, keys.begin + begin);
   const int64_t padded = static_cast<int64_t>(head) * a.keys.tiles + slot;
   BackwardKeys<Dp>* records = static_cast<BackwardKeys<Dp>*>(a.w.keys) + padded * (TILE / KEYS);
+  BlockKeys<Dp>& block = static_cast<BlockKeys<Dp>*>(a.w.blocks)[padded];
   uint2 k8[ROWS][n];
   uint4 v[ROWS][n];
   load_rows(k8, a.p.k8 + row * Dp, rows);
@@ -49,13 +65,15 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
     for (int i = 0; i < n; ++i)
       if (tile_row(j) < rows && channel_of(i) < dim) v[j][i] = centre<T>(v[j][i], v_mean + channel_of(i));
   const float k_scale = t < rows ? a.p.k_scale[row + t] : 0.f;
-  transpose_rows(tile8, k8);
+  transpose_rows(tile8, k8, a.fused);
 
   uint32_t norm = 0;
 #pragma unroll
   for (int j = 0; j < ROWS; ++j) {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
+      write_chunk<Dp>(block.v, tile_row(j), i, v[j][i]);
+      if (a.fused) continue;
       write_chunk<Dp>(records[tile_row(j) / KEYS].k8, tile_row(j) % KEYS, i, k8[j][i]);
       write_chunk<Dp>(records[tile_row(j) / KEYS].v, tile_row(j) % KEYS, i, v[j][i]);
     }
@@ -80,27 +98,27 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
   norm = __reduce_max_sync(~0u, norm);
   const uint32_t bound = __reduce_max_sync(~0u, magnitude(k_scale));
   if (t % 32 == 0) norms[warp] = norm, bounds[warp] = bound;
-  if (t < TILE) write_scale(records[t / KEYS].k_scale, records[t / KEYS].k_bias, t % KEYS, k_scale);
   __syncthreads();
-  if (t == 0) {
-    uint32_t all_norm = 0, all_bound = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) all_norm = max(all_norm, norms[w]), all_bound = max(all_bound, bounds[w]);
-    a.w.v_norm[padded] = __uint_as_float(all_norm), a.w.k_bound[padded] = __uint_as_float(all_bound);
+  const float k_bound = __uint_as_float(largest<WARPS>(bounds, 0));
+  if (t == 0) a.w.v_norm[padded] = __uint_as_float(largest<WARPS>(norms, 0)), a.w.k_bound[padded] = k_bound;
+  if (!a.fused) {
+    if (t < TILE) write_scale(records[t / KEYS].k_scale, records[t / KEYS].k_bias, t % KEYS, k_scale);
+    for (int i = 0; i < TILE / KEYS; ++i) write_transposed<Dp, KEYS>(records[i].k8t, tile8, i * KEYS);
+    return;
   }
-  for (int i = 0; i < TILE / KEYS; ++i) write_transposed<Dp, KEYS>(records[i].k8t, tile8, i * KEYS);
+  const float unit = k_scale / k_bound;
+  const bool small = t < rows && unit < LEAST_UNIT;
+  if (t < TILE) block.unit[t] = {__float2half2_rn(unit < LEAST_UNIT ? LEAST_UNIT : unit), k_scale};
+  if (t < 4) block.k_bound[t] = t ? 0.f : k_bound;
+  if (t < TILE) shrink[t] = small ? unit * (1.f / LEAST_UNIT) : 1.f;
+  if (__syncthreads_or(small)) {  // keys of very different scale in one tile
+    shrink_tokens<Dp>(tile8, shrink, paired_token_at);
+    __syncthreads();
+  }
+  write_transposed<Dp, TILE>(block.k8t, tile8, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------- backward: queries
-
-// Largest of the warps' values in [first, first + count).
-template <int count, typename X>
-__device__ __forceinline__ X largest(const X* x, int first) {
-  X all = x[first];
-#pragma unroll
-  for (int w = 1; w < count; ++w) all = max(all, x[first + w]);
-  return all;
-}
 
 // In three steps between barriers: rows of dO and o (eight lanes each); the constants of each row (one thread each, both
 // halves of the block the same); channels of dO / rho.
@@ -110,7 +128,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   __shared__ __align__(16) int8_t tile8[Dp * TILE];
   __shared__ __align__(16) uint32_t folded[WARPS * Dp];
   __shared__ __align__(16) float inverse[blocks * Dp];
-  __shared__ float row_lse[TILE], row_norm[TILE], row_dot[TILE], row_factor[TILE];
+  __shared__ float row_lse[TILE], row_norm[TILE], row_dot[TILE], row_factor[TILE], row_shrink[TILE];
   __shared__ int row_e[TILE], warp_e[WARPS], warp_w[WARPS];
   __shared__ uint32_t warp_norm[WARPS], warp_bound[WARPS];
 
@@ -183,7 +201,6 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     }
   }
   __syncthreads();
-  for (int i = 0; i < blocks; ++i) write_transposed<Dp, QUERIES>(records[i].q8t, tile8, i * QUERIES);
 
   // E, rho and W of the block, then what the row needs of them
   const int row = t % TILE, first_warp = row / QUERIES * (QUERIES / 32);
@@ -207,14 +224,23 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   if (t < TILE && t % 32 == 0) warp_w[warp] = w_warp;
   if (t < TILE) row_factor[row] = exp2_int(-log2_rho);
   __syncthreads();
+  bool lifted = false;
   if (t < TILE) {
+    int lift = 0;
     const int log2_w = max(largest<QUERIES / 32>(warp_w, first_warp), 15 - 126);
-    const bool block_broken = log2_w == UNBOUNDED;
+    const bool block_broken = log2_w == UNBOUNDED, lost = broken || block_broken;
+    if (!lost && log2_bound != NONE) {
+      const int weight = log2_bound + e - log2_w;  // of dS''; u has 2^-log2_rho more, P'' less
+      lift = max(0, min(LEAST_WEIGHT - weight, U_MAX + log2_rho - weight));
+    }
+    row_shrink[row] = exp2_int(-min(lift, 126)), lifted = lift > 0;
     const int shift = min(max(15 - ceil_log2(bound, k_bound), -SHIFT_MAX), SHIFT_MAX);
     const float lse2 = lse * LOG2E, delta16 = broken ? nan_float() : delta;
     const float scale = live ? scale22(q_scale * (a.p.shape.scale * LOG2E * Dp)) : 0.f;
-    const float c = broken || block_broken ? nan_float() : log2_bound == NONE ? 0.f : scale_by(q_scale, e - log2_rho - log2_w);
-    const float out = broken ? nan_float() : live ? clamp(scale_by(a.p.shape.scale, e - shift), FLT_MAX) : 0.f;
+    const float c = lost ? nan_float() : log2_bound == NONE ? 0.f : scale_by(q_scale, e - log2_rho - log2_w + lift);
+    float out = scale_by(a.fused ? a.p.shape.scale / mantissa(q_scale) : a.p.shape.scale,
+                         a.fused ? log2_w - 15 - lift - exponent_of(q_scale) : e - shift);
+    out = (a.fused ? lost : broken) ? nan_float() : live ? clamp(out, FLT_MAX) : 0.f;
     a.w.q_rows[padded * TILE + t] = {scale, live ? lse2 - static_cast<float>(shift) : infinity(), delta16, out};
     BackwardQueries<Dp>& record = records[t / QUERIES];
     const int i = t % QUERIES;
@@ -224,6 +250,11 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     reinterpret_cast<float*>(record.d)[i] = c * delta16;
     if (i < 4) record.dk_unit[i] = i ? 0.f : block_broken ? nan_float() : exp2_int(min(log2_w - 15, 127));
   }
+  if (__syncthreads_or(lifted)) {  // rows of very different weight in one block
+    shrink_tokens<Dp>(tile8, row_shrink, token_at);
+    __syncthreads();
+  }
+  for (int i = 0; i < blocks; ++i) write_transposed<Dp, QUERIES>(records[i].q8t, tile8, i * QUERIES);
 
 #pragma unroll
   for (int i = 0; i < n; ++i) {

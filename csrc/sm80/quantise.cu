@@ -124,12 +124,17 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 2 : 1) sum_kernel(const __
 
 // ---------------------------------------------------------------------------------------------------- keys and values
 
+template <int Dp>
+struct __align__(16) KeyValueShared {
+  int8_t tile8[Dp * TILE];
+  float folded[WARPS * 128], mean[Dp], scale[TILE], inverse[Dp];
+};
+
 template <typename T, int Dp, bool is_value>
-__global__ void __launch_bounds__(THREADS, 3) key_value_kernel(const __grid_constant__ ForwardArgs a) {
+__device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShared<Dp>& shared) {
   constexpr int n = Dp / 64;
-  __shared__ __align__(16) int8_t tile8[Dp * TILE];
   constexpr float down = is_value ? 0.5f : 0.5f / Dp;  // halved: no sum overflows
-  __shared__ __align__(16) float folded[WARPS * 128], mean[Dp], scale[TILE], inverse[Dp];
+  auto& [tile8, folded, mean, scale, inverse] = shared;
   const int heads = a.p.shape.heads_kv, head = blockIdx.x % heads, slot = blockIdx.x / heads;
   const Span keys = span_of_tile(a.keys, slot);
   const int tile = slot - keys.first_tile, begin = tile * TILE, rows = min(keys.length - begin, TILE);
@@ -227,6 +232,12 @@ __global__ void __launch_bounds__(THREADS, 3) key_value_kernel(const __grid_cons
   write_transposed<Dp, TILE>(record.v8t, tile8, 0);
 }
 
+template <typename T, int Dp>
+__global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) key_value_kernel(const __grid_constant__ ForwardArgs a) {
+  __shared__ KeyValueShared<Dp> shared;
+  blockIdx.y ? quantise_tile<T, Dp, true>(a, shared) : quantise_tile<T, Dp, false>(a, shared);
+}
+
 // ---------------------------------------------------------------------------------------------------- queries
 
 // Also completes v_mean: what rounding V lost on average is added to it, by the first block of each sequence and group.
@@ -312,8 +323,7 @@ void launch_quantise(const ForwardArgs& a, cudaStream_t stream) {
   if (a.queries.cu_seqlens) forward_rest_kernel<T, Dp><<<REST_BLOCKS, THREADS, 0, stream>>>(a);
   if (key_blocks) {
     sum_kernel<T, Dp><<<key_blocks, THREADS, 0, stream>>>(a);
-    key_value_kernel<T, Dp, false><<<key_blocks, THREADS, 0, stream>>>(a);
-    key_value_kernel<T, Dp, true><<<key_blocks, THREADS, 0, stream>>>(a);
+    key_value_kernel<T, Dp><<<dim3(key_blocks, 2), THREADS, 0, stream>>>(a);
   }
   if (query_blocks) query_kernel<T, Dp><<<query_blocks, THREADS, 0, stream>>>(a);
 }

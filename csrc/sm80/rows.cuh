@@ -53,6 +53,10 @@ __device__ __forceinline__ int ceil_log2(float a, float b) {
   return static_cast<int>((x >> 23) + (y >> 23) + (product >> 23) + ((product & 0x7fffff) != 0)) - 3 * 127;
 }
 
+// A normal x > 0 is mantissa(x) * 2^exponent_of(x), 1 <= mantissa < 2.
+__device__ __forceinline__ int exponent_of(float x) { return static_cast<int>(magnitude(x) >> 23) - 127; }
+__device__ __forceinline__ float mantissa(float x) { return __uint_as_float((magnitude(x) & 0x7fffff) | 0x3f800000); }
+
 // floor(log2(.)) of the magnitude of these bits, at least EXPONENT_MIN; NONE of zero, UNBOUNDED where it is not finite.
 __device__ __forceinline__ int row_exponent(uint32_t amax) {
   if (amax >= INFINITE) return UNBOUNDED;
@@ -212,6 +216,17 @@ __device__ __forceinline__ void store_words(int8_t* tile, int i, const uint32_t 
   for (int d = 0; d < 8; ++d)
     *reinterpret_cast<uint32_t*>(tile + transposed_byte(channel_of(i) + d, word / 4) + word % 4 * 4) = words[d];
 }
+// The tokens of a transposed tile, each times its factor and rounded.
+template <int Dp, typename TokenAt>
+__device__ __forceinline__ void shrink_tokens(int8_t* tile, const float* factors, TokenAt token_at) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Dp * TILE / 4; i += THREADS) {
+    const int channel = i / (TILE / 4), position = i % (TILE / 4) * 4;
+    char4& x = *reinterpret_cast<char4*>(tile + transposed_byte(channel, position / 16) + position % 16);
+    const auto times = [&](signed char value, int j) { return static_cast<signed char>(__float2int_rn(value * factors[token_at(position + j)])); };
+    x = {times(x.x, 0), times(x.y, 1), times(x.z, 2), times(x.w, 3)};
+  }
+}
 // Tokens [first, first + tokens) of the tile to a matrix of a record.
 template <int Dp, int tokens>
 __device__ __forceinline__ void write_transposed(int8_t* matrix, const int8_t* tile, int first) {
@@ -222,20 +237,20 @@ __device__ __forceinline__ void write_transposed(int8_t* matrix, const int8_t* t
         *reinterpret_cast<const uint4*>(tile + transposed_byte(i / chunks, first / 16 + i % chunks));
 }
 
-// This thread's rows of int8 to a transposed tile.
+// This thread's rows of int8 to a transposed tile. paired: bytes 1 and 2 of every word change places, the order of BlockKeys.
 template <int n>
-__device__ __forceinline__ void transpose_rows(int8_t* tile, const uint2 (&x)[ROWS][n]) {
+__device__ __forceinline__ void transpose_rows(int8_t* tile, const uint2 (&x)[ROWS][n], bool paired = false) {
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     uint32_t words[8];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // four channels of four rows
-      const uint32_t a = half ? x[0][i].y : x[0][i].x, b = half ? x[1][i].y : x[1][i].x;
-      const uint32_t c = half ? x[2][i].y : x[2][i].x, d = half ? x[3][i].y : x[3][i].x;
-      const uint32_t ab = __byte_perm(a, b, 0x5140), ab_high = __byte_perm(a, b, 0x7362);
-      const uint32_t cd = __byte_perm(c, d, 0x5140), cd_high = __byte_perm(c, d, 0x7362);
-      words[4 * half] = __byte_perm(ab, cd, 0x5410), words[4 * half + 1] = __byte_perm(ab, cd, 0x7632);
-      words[4 * half + 2] = __byte_perm(ab_high, cd_high, 0x5410), words[4 * half + 3] = __byte_perm(ab_high, cd_high, 0x7632);
+      uint32_t rows[4];
+#pragma unroll
+      for (int j = 0; j < ROWS; ++j) rows[j] = half ? x[j][i].y : x[j][i].x;
+      transpose_bytes(rows);
+#pragma unroll
+      for (int d = 0; d < 4; ++d) words[4 * half + d] = paired ? __byte_perm(rows[d], 0, 0x3120) : rows[d];
     }
     store_words(tile, i, words);
   }

@@ -32,7 +32,8 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, first token of each packed sequence (B = 1), non-decreasing. Empty
             sequences are fine; tokens before the first and after the last edge belong to no sequence.
         return_lse: also return the log-sum-exp of scale * q kᵀ (differentiable).
-        deterministic: same bits for the same call in the backward too (the kernels here always are).
+        deterministic: same bits for the same call in the backward too, as with `torch.use_deterministic_algorithms`.
+            The forward and the CPU kernel always do so; on a GPU the backward is slower for it (docs/sm80.md).
 
     Returns:
         o `[B, Hq, Tq, D]` in the dtype and memory order of q; with `return_lse` also lse `[B, Hq, Tq]`, float32,
@@ -55,8 +56,9 @@ def attention(
         q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     o, lse, *_ = ops.attention_forward(
-        q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, is_causal, cu_seqlens_q, cu_seqlens_k, deterministic
-    )
+        q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, is_causal, cu_seqlens_q, cu_seqlens_k,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
     return (o, lse) if return_lse else o
 
 

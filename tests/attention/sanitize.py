@@ -14,6 +14,7 @@ initialised. Inputs are made on the CPU and results judged there, which leaves n
 """
 
 import argparse
+import itertools
 import os
 import sys
 from dataclasses import replace
@@ -26,7 +27,7 @@ import torch  # noqa: E402
 
 import sagetrain  # noqa: E402
 from sagetrain.attention import reference  # noqa: E402
-from tests.kernelkit import NAMES, RATIO, Case, error, exact, given, packed, run  # noqa: E402
+from tests.kernelkit import NAMES, RATIO, Case, deterministic, error, exact, given, packed, run  # noqa: E402
 
 BASE = Case(hq=2, hkv=1, tq=130, tk=130)
 CASES = {
@@ -56,16 +57,17 @@ def main() -> None:
         results = {"dense": case.tensors()}
         if case is BASE:  # rows of odd length, the first not on 16 bytes: the last row ends where the allocation does
             results["strided"] = [torch.nn.functional.pad(x, (1, 0)) for x in case.tensors()]
-        for layout, tensors in results.items():
+        for (layout, tensors), attend in itertools.product(results.items(), (sagetrain.attention, deterministic)):
             tensors = [x.to(args.device)[..., -case.d :] for x in tensors]
-            got = run(sagetrain.attention, given(replace(case, device=args.device), *tensors))
+            got = run(attend, given(replace(case, device=args.device), *tensors))
             got = {n: x.cpu() for n, x in got.items()}  # waits for the kernels
             truth, plain = exact(case), run(reference.attention, case)
+            what = f"{name}, {layout}, {attend.__name__}"
             for n in NAMES:
                 bar = RATIO * max(error(plain[n], truth[n]), torch.finfo(case.dtype).eps)
                 found = error(got[n], truth[n])
-                assert got[n].isfinite().all() and found <= bar, f"{name}, {layout}: {n} error {found:.2e} > {bar:.2e}"
-            print(f"{name}, {layout}: ok", flush=True)
+                assert got[n].isfinite().all() and found <= bar, f"{what}: {n} error {found:.2e} > {bar:.2e}"
+            print(f"{what}: ok", flush=True)
 
 
 if __name__ == "__main__":

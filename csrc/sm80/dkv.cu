@@ -1,0 +1,478 @@
+// dK and dV, and dQ along with them: five matmuls in INT8 and dP = dO V^T in 16 bits, on mma.sync. Rows are keys, columns
+// the queries of all heads of the group:
+//
+//   S^T -> P^T -> dV += P^T dO,    dP^T -> dS^T -> dK += dS^T Q,    dS^T -> shared memory -> dQ += dS K
+//
+// P and dS stay in registers: rounded to 8 bits, the accumulators of S^T and dP^T are the A operand of the next matmul.
+// dQ needs dS the other way round, and another scale: one per query and block of keys. So the warps agree on the largest
+// of each column, round dS a second time into shared memory, and multiply that by K; the result is added to the query's
+// sum in device memory. Where there are few tiles of keys, several blocks share one (`splits`), each with its part of the
+// queries, and add up dK and dV in device memory too. `finish_kernel` turns sums into gradients.
+//
+// Such sums have no fixed order. `deterministic` calls do without (`fused` false, one split): dq.cu computes their dQ.
+//
+// Schedule, bound, variants: docs/sm80.md; constants: layout.cuh.
+#include <cstddef>
+
+#include "backward.cuh"
+
+namespace sagetrain::sm80 {
+namespace {
+
+// Which keys a block of dkv_kernel owns and its part of the steps: the queries that see them, by their records in order.
+template <int Dp, int row_tiles>
+struct KeyRows {
+  Span keys;
+  int head, k0, warp_row, group, t;
+  int left;                 // keys from the warp's first to the sequence's end
+  int steps;                // of this split
+  // of the step:
+  int record;
+  int diagonal;             // of its queries, the first that sees the warp's first key; negative where all do
+  int blocks, until;        // records of a query head that see any key of the block, and of these those to come
+
+  __device__ KeyRows(const BackwardArgs& a, int number) {
+    const int heads_kv = a.p.shape.heads_kv, group_heads = a.p.shape.heads_q / heads_kv;
+    head = number % heads_kv;
+    const int split = number / heads_kv % a.splits, tile = number / heads_kv / a.splits;  // causal: the first keys have the most queries
+    keys = span_of_tile(a.keys, tile);
+    k0 = (tile - keys.first_tile) * TILE;
+    const Span queries = span_of(a.queries, keys.sequence);
+    const int offset = keys.length - queries.length, first_block = a.p.shape.is_causal ? max(0, k0 - offset) / QUERIES : 0;
+    blocks = max(0, (queries.length + QUERIES - 1) / QUERIES - first_block);
+    const int all = blocks * group_heads, first = static_cast<int>(static_cast<int64_t>(all) * split / a.splits);
+    steps = static_cast<int>(static_cast<int64_t>(all) * (split + 1) / a.splits) - first;
+    const int lane = threadIdx.x % 32;
+    group = lane / 4, t = lane % 4;
+    warp_row = k0 + threadIdx.x / 32 * (16 * row_tiles);
+    left = keys.length - warp_row;
+    const int done = blocks ? first % blocks : 0, block = first_block + done;
+    until = blocks - done;
+    diagonal = a.p.shape.is_causal ? warp_row - offset - block * QUERIES : -TILE;
+    record = (head * group_heads + (blocks ? first / blocks : 0)) * head_stride(a) + queries.first_tile * (TILE / QUERIES) + block;
+  }
+  __device__ __forceinline__ bool exists() const { return k0 >= 0 && k0 < keys.length; }
+  __device__ __forceinline__ int key(int i, int r) const { return warp_row + 16 * i + group + 8 * r; }
+  static __device__ __forceinline__ int head_stride(const BackwardArgs& a) { return a.queries.tiles * (TILE / QUERIES); }
+  __device__ __forceinline__ int following(const BackwardArgs& a) const { return record + 1 + (until == 1 ? head_stride(a) - blocks : 0); }
+  __device__ __forceinline__ void advance(const BackwardArgs& a) {
+    const int queries = a.p.shape.is_causal ? QUERIES : 0;
+    record = following(a), diagonal -= queries;
+    if (--until == 0) until = blocks, diagonal += blocks * queries;
+  }
+
+  __device__ __forceinline__ void load_k8(uint32_t (&operand)[row_tiles][Dp / 32][4], float (&scale)[row_tiles][2], const BackwardArgs& a) const {
+    const int64_t row = row_index(keys.batch, a.p.shape.heads_kv, head, a.keys.tokens, keys.begin);
+#pragma unroll
+    for (int i = 0; i < row_tiles; ++i) {
+      const bool valid[2] = {key(i, 0) < keys.length, key(i, 1) < keys.length};
+      const void* rows[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        rows[r] = a.p.k8 + (row + key(i, r)) * Dp;
+        scale[i][r] = valid[r] ? a.p.k_scale[row + key(i, r)] : 0.f;
+      }
+      load_operand(operand[i], rows, valid, t, Dp);
+    }
+  }
+  // Writes this warp's rows of dK or dV.
+  template <typename T>
+  __device__ __forceinline__ void store(void* to, const Strides& s, const float (&x)[row_tiles][Dp / 8][4], float factor, int head_dim) const {
+#pragma unroll
+    for (int i = 0; i < row_tiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (key(i, r) >= keys.length) continue;
+        T* row = static_cast<T*>(to) + keys.batch * s.batch + head * s.head + (keys.begin + key(i, r)) * s.token;
+#pragma unroll
+        for (int n = 0; n < Dp / 8; ++n)
+          if (n * 8 + 2 * t < head_dim)
+            *reinterpret_cast<uint32_t*>(row + n * 8 + 2 * t) = pack16<T>(factor * x[i][n][2 * r], factor * x[i][n][2 * r + 1]);
+      }
+  }
+  template <typename T>
+  __device__ __forceinline__ void store_dk(const BackwardArgs& a, float (&dk)[row_tiles][Dp / 8][4]) const {
+#pragma unroll
+    for (int i = 0; i < row_tiles; ++i) unrotate(dk[i], t);
+    store<T>(a.p.d_k, a.p.d_k_strides, dk, a.p.shape.scale, a.p.shape.head_dim);
+  }
+  template <typename T>
+  __device__ __forceinline__ void store_dv(const BackwardArgs& a, const float (&dv)[row_tiles][Dp / 8][4]) const {
+    store<T>(a.p.d_v, a.p.d_v_strides, dv, 0x1p-15f, a.p.shape.head_dim);
+  }
+  // This lane's part of the sums of dK (which = 0) or dV (1) of the block's tile.
+  __device__ __forceinline__ float4* sums(const BackwardArgs& a, int which) const {
+    const int64_t tile = static_cast<int64_t>(head) * a.keys.tiles + keys.first_tile + k0 / TILE;
+    return reinterpret_cast<float4*>(a.w.d_kv) + ((tile * 2 + which) * TILE + (warp_row - k0)) * (Dp / 4) + threadIdx.x % 32;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------- dQ beside dK and dV
+
+// Where dkv_kernel keeps what in shared memory, in bytes.
+template <int Dp, bool fused>
+struct DkvMemory {
+  static constexpr int warps = DkvShape<Dp>::warps;
+  static constexpr bool v_in_shared = Dp == 64;  // its registers are needed for dK and dV
+  static constexpr int v = v_in_shared ? 2 * sizeof(BackwardQueries<Dp>) : sizeof(BackwardQueries<Dp>);  // BlockKeys::v; else on its way to registers
+  static constexpr int k8t = 2 * sizeof(BackwardQueries<Dp>) + (v_in_shared ? TILE * 2 * Dp : 0);        // BlockKeys from k8t on
+  static constexpr int unit = k8t + Dp * TILE;
+  static constexpr int k_bound = unit + TILE * sizeof(KeyUnit);
+  static constexpr int ds8 = k_bound + 16;                         // [query][key], in the order of k8t
+  static constexpr int top = ds8 + QUERIES * TILE;                 // [warp][query / 2] largest |dS|
+  static constexpr int scale = top + warps * (QUERIES / 2) * 4;    // [query]
+  static constexpr int bytes = fused ? scale + QUERIES * 4 : k8t;
+};
+static_assert(sizeof(BackwardQueries<128>) >= TILE * 2 * 128);
+
+// The warp's largest |dS| of each query: columns 2 lane and 2 lane + 1 in this lane. Halves the columns with every fold.
+template <int m>
+__device__ __forceinline__ __half2 column_tops(const __half2 (&ds)[m][8][2]) {
+  __half2 top[8];
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    top[n] = __hmax2_nan(__habs2(ds[0][n][0]), __habs2(ds[0][n][1]));
+#pragma unroll
+    for (int i = 1; i < m; ++i) top[n] = __hmax2_nan(top[n], __hmax2_nan(__habs2(ds[i][n][0]), __habs2(ds[i][n][1])));
+  }
+#pragma unroll
+  for (int half = 4; half; half /= 2) {
+    const bool upper = threadIdx.x & 4 * half;
+#pragma unroll
+    for (int n = 0; n < half; ++n) {
+      const uint32_t low = reinterpret_cast<uint32_t&>(top[n]), high = reinterpret_cast<uint32_t&>(top[n + half]);
+      const uint32_t mine = upper ? high : low, other = __shfl_xor_sync(~0u, upper ? low : high, 4 * half);
+      top[n] = __hmax2_nan(reinterpret_cast<const __half2&>(mine), reinterpret_cast<const __half2&>(other));
+    }
+  }
+  return top[0];
+}
+
+// Rounds dS to 8 bits by the columns' scales, and writes it to shared memory.
+template <int Dp, int m>
+__device__ __forceinline__ void store_ds(unsigned char* shared, const __half2 (&ds)[m][8][2]) {
+  using Memory = DkvMemory<Dp, true>;
+  const int thread = thread_number(), warp = thread / 32, lane = thread % 32, group = lane / 4, t = lane % 4;
+  const __half2* tops = reinterpret_cast<const __half2*>(shared + Memory::top) + lane;
+  __half2 top = tops[0];
+#pragma unroll
+  for (int w = 1; w < Memory::warps; ++w) top = __hmax2_nan(top, tops[w * (QUERIES / 2)]);
+  const __half2 mine = {inverse_scale(__low2float(top), 127.f), inverse_scale(__high2float(top), 127.f)};
+  const float k_bound = *reinterpret_cast<const float*>(shared + Memory::k_bound);
+  if (warp == 0)
+    reinterpret_cast<float2*>(shared + Memory::scale)[lane] = {k_bound * scale_of(__low2float(top), 127.f), k_bound * scale_of(__high2float(top), 127.f)};
+  const __half2 magic = __float2half2_rn(MAGIC_HALF);
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const __half2 inverse = __shfl_sync(~0u, mine, 4 * n + t);
+    unsigned char* to = shared + Memory::ds8;
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+      const __half2 low = __hfma2(ds[i][n][0], inverse, magic), high = __hfma2(ds[i][n][1], inverse, magic);
+      const uint32_t pairs = __byte_perm(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high), 0x6240);
+#pragma unroll
+      for (int c = 0; c < 2; ++c)  // two keys of column 2t, then of 2t + 1
+        *reinterpret_cast<uint16_t*>(to + swizzle<TILE>(8 * n + 2 * t + c, warp * m + i) + group * 2) = static_cast<uint16_t>(c ? pairs >> 16 : pairs);
+    }
+  }
+}
+
+// Adds 16 bytes to device memory, each float by itself.
+__device__ __forceinline__ void add4(float4* to, float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+#else
+  float* x = reinterpret_cast<float*>(to);
+  atomicAdd(x, a), atomicAdd(x + 1, b), atomicAdd(x + 2, c), atomicAdd(x + 3, d);
+#endif
+}
+
+// dS K of the step's queries, added to their sums. A warp has 16 queries and 64 channels.
+template <int Dp>
+__device__ __forceinline__ void add_dq(unsigned char* shared, float* sums) {
+  using Memory = DkvMemory<Dp, true>;
+  constexpr int group_tiles = 4;
+  const int thread = thread_number(), lane = thread % 32, row_tile = thread / 32 % 4, first_tile = thread / 128 * 8;
+  uint32_t ds8[1][TILE / 32][4];
+  const InShared<TILE> rows{shared_address(shared) + Memory::ds8 + row_tile * 16 * TILE};
+#pragma unroll
+  for (int k = 0; k < TILE / 32; ++k) rows.get(ds8[0][k], 0, k);
+  const float* scales = reinterpret_cast<const float*>(shared + Memory::scale) + row_tile * 16 + lane / 4;
+  const float scale[2] = {scales[0], scales[8]};
+  float4* to = reinterpret_cast<float4*>(sums) + (row_tile * (Dp / 8) + first_tile) * 32 + lane;
+  const uint32_t columns = shared_address(shared) + Memory::k8t + first_tile * 8 * TILE;
+#pragma unroll
+  for (int first = 0; first < 8; first += group_tiles) {
+    int y[group_tiles][1][4];
+    product_int8<false, TILE>(y, ds8, columns + first * 8 * TILE);
+#pragma unroll
+    for (int n = 0; n < group_tiles; ++n) {
+      float x[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x[c] = (__int_as_float(y[n][0][c]) - MAGIC_FLOAT) * scale[c / 2];
+      add4(to + (first + n) * 32, x[0], x[1], x[2], x[3]);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- the kernel
+
+template <typename T, int Dp, bool fused>
+__global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks) dkv_kernel(const __grid_constant__ BackwardArgs a) {
+  using Record = BackwardQueries<Dp>;
+  using Memory = DkvMemory<Dp, fused>;
+  constexpr int m = DkvShape<Dp>::row_tiles, group = DkvShape<Dp>::group, threads = 32 * DkvShape<Dp>::warps;
+  constexpr int tiles = COLUMNS / 8, channel_tiles = Dp / 8;
+  constexpr bool v_in_shared = Memory::v_in_shared;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t stages = shared_address(shared);
+  KeyRows<Dp, m> rows(a, block_number());
+  if (!rows.exists()) return;
+  const Record* records = static_cast<const Record*>(a.w.queries);
+  const int64_t key_tile = static_cast<int64_t>(rows.head) * a.keys.tiles + rows.keys.first_tile + rows.k0 / TILE;
+  const BlockKeys<Dp>& keys = static_cast<const BlockKeys<Dp>*>(a.w.blocks)[key_tile];
+  copy_run<sizeof(keys.v), threads>(stages + Memory::v, keys.v);
+  if constexpr (fused) copy_run<sizeof(keys) - offsetof(BlockKeys<Dp>, k8t), threads>(stages + Memory::k8t, keys.k8t);
+  if (rows.steps) copy_run<sizeof(Record), threads>(stages, records + rows.record);
+  commit_copies();
+
+  uint32_t k8[m][Dp / 32][4];
+  float k_scale[m][2];
+  rows.load_k8(k8, k_scale, a);
+  wait_for_copies<0>();
+  __syncthreads();
+  const InShared<2 * Dp> v_rows{stages + Memory::v + static_cast<int>(threadIdx.x) / 32 * 16 * m * 2 * Dp};
+  uint32_t v[m][v_in_shared ? 2 : Dp / 16][4];  // not used when v is in shared memory
+  if constexpr (!v_in_shared) {
+#pragma unroll
+    for (int i = 0; i < m; ++i)
+#pragma unroll
+      for (int k = 0; k < Dp / 16; ++k) v_rows.get(v[i][k], i, k);
+  }
+  float dk[m][channel_tiles][4] = {}, dv[m][channel_tiles][4] = {};
+  const int t = rows.t;
+  const float start[m][2] = {};
+
+  for (int left = rows.steps, stage = 0; left > 0; --left) {
+    wait_for_copies<0>();
+    __syncthreads();
+    const Record& record = *reinterpret_cast<const Record*>(shared + stage);
+    stage = sizeof(Record) - stage;
+    if (left > 1) copy_run<sizeof(Record), threads>(stages + stage, records + rows.following(a));
+    commit_copies();
+
+    const KeyUnit* units = reinterpret_cast<const KeyUnit*>(shared + Memory::unit) + threadIdx.x / 32 * 16 * m + rows.group;
+    if constexpr (fused) {  // rather than in registers all the time
+#pragma unroll
+      for (int i = 0; i < m; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) k_scale[i][r] = units[16 * i + 8 * r].k_scale;
+    }
+
+    // S^T, and P'' of it
+    __half2 p[m][tiles][2];
+#pragma unroll
+    for (int first = 0; first < tiles; first += group) {
+      int s[group][m][4];
+      product_int8<false, Dp>(s, k8, shared_address(record.q8) + first * 8 * Dp);
+#pragma unroll
+      for (int j = 0; j < group; ++j) {
+        const int n = first + j;
+        const float2 scale = record.q_scale[n * 4 + t], bias = record.q_bias[n * 4 + t], l = record.l[n * 4 + t];
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const float x = fmaf(__int_as_float(s[j][i][2 * r]), scale.x, bias.x), y = fmaf(__int_as_float(s[j][i][2 * r + 1]), scale.y, bias.y);
+            p[i][n][r] = __floats2half2_rn(exp2_fast(fmaf(x, k_scale[i][r], -l.x)), exp2_fast(fmaf(y, k_scale[i][r], -l.y)));
+          }
+      }
+    }
+    if constexpr (fused) {
+#pragma unroll
+      for (int i = 0; i < m; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const __half2 unit = units[16 * i + 8 * r].unit;
+#pragma unroll
+          for (int n = 0; n < tiles; ++n) p[i][n][r] = __hmul2(p[i][n][r], unit);
+        }
+    }
+    // Not every query sees the warp's last key; and keys past the end must not reach dQ.
+    if (rows.diagonal + 16 * m - 1 > 0 || (fused && rows.left < 16 * m)) {
+#pragma unroll
+      for (int i = 0; i < m; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int key = 16 * i + rows.group + 8 * r, first = !fused || key < rows.left ? rows.diagonal + key - 2 * t : TILE;  // first query that sees it, from the lane's first
+#pragma unroll
+          for (int n = 0; n < tiles; ++n) p[i][n][r] = keep(p[i][n][r], first <= n * 8, first <= n * 8 + 1);
+        }
+    }
+
+    // dV += P^T dO
+    __half2 inverse[2];
+    float scale[m][2];
+    uint32_t operand[m][2][4];
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+      row_scales(p[i], 255.f, false, inverse, scale[i]);
+      to_operand(operand[i][0], &p[i][0], inverse), to_operand(operand[i][1], &p[i][4], inverse);
+    }
+#pragma unroll
+    for (int first = 0; first < channel_tiles; first += group) {
+      int y[group][m][4];
+      product_int8<true, COLUMNS>(y, operand, shared_address(record.do8t) + first * 8 * COLUMNS);
+#pragma unroll
+      for (int j = 0; j < group; ++j) {
+        const int n = first + j;
+        const float2 do_scale = record.do_scale[n * 4 + t], do_bias = record.do_bias[n * 4 + t];
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+          for (int c = 0; c < 4; ++c)
+            dv[i][n][c] = fmaf(fmaf(__int_as_float(y[j][i][c]), c % 2 ? do_scale.y : do_scale.x, c % 2 ? do_bias.y : do_bias.x), scale[i][c / 2], dv[i][n][c]);
+      }
+    }
+
+    // dP^T, and dS'' = P'' u in the place of P''
+#pragma unroll
+    for (int first = 0; first < tiles; first += group) {
+      float dp[group][m][4];
+      const uint32_t columns = shared_address(record.do16) + first * 16 * Dp;
+      if constexpr (v_in_shared)
+        product_16bit<T, 2 * Dp, Dp / 16>(dp, v_rows, columns, start);
+      else
+        product_16bit<T, 2 * Dp, Dp / 16>(dp, InRegisters<m, Dp / 16>{v}, columns, start);
+#pragma unroll
+      for (int j = 0; j < group; ++j) {
+        const int n = first + j;
+        const float2 c = record.c[n * 4 + t], d = record.d[n * 4 + t];
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+          for (int r = 0; r < 2; ++r)
+            p[i][n][r] = __hmul2(p[i][n][r], __floats2half2_rn(fmaf(dp[j][i][2 * r], c.x, -d.x), fmaf(dp[j][i][2 * r + 1], c.y, -d.y)));
+      }
+    }
+    if constexpr (fused) reinterpret_cast<__half2*>(shared + Memory::top)[thread_number()] = column_tops(p);
+
+    // dK += dS^T Q
+    const float unit = record.dk_unit[0];
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+      row_scales(p[i], 127.f, true, inverse, scale[i]);
+      scale[i][0] *= unit, scale[i][1] *= unit;
+      to_operand(operand[i][0], &p[i][0], inverse), to_operand(operand[i][1], &p[i][4], inverse);
+    }
+    constexpr bool early = m == 2;
+    if constexpr (fused && early) {
+      __syncthreads();
+      store_ds<Dp, m>(shared, p);  // before the product: dS need not stay in registers
+    }
+    accumulate<group>(dk, operand, scale, shared_address(record.q8t));
+
+    if constexpr (fused) {
+      if constexpr (!early) {
+        __syncthreads();
+        store_ds<Dp, m>(shared, p);
+      }
+      __syncthreads();
+      add_dq<Dp>(shared, a.w.d_q + static_cast<int64_t>(rows.record) * (QUERIES * Dp));
+    }
+    rows.advance(a);
+  }
+
+  const KeyRows<Dp, m> again(a, block_number());
+  if constexpr (fused) {
+    const KeyUnit* units = reinterpret_cast<const KeyUnit*>(shared + Memory::unit) + threadIdx.x / 32 * 16 * m + again.group;
+#pragma unroll
+    for (int i = 0; i < m; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float out = __fdividef(1.f, __low2float(units[16 * i + 8 * r].unit));
+#pragma unroll
+        for (int n = 0; n < channel_tiles; ++n)
+#pragma unroll
+          for (int c = 2 * r; c < 2 * r + 2; ++c) dk[i][n][c] *= out, dv[i][n][c] *= out;
+      }
+  }
+  if (!fused || a.splits == 1) {
+    again.template store_dk<T>(a, dk), again.template store_dv<T>(a, dv);
+    return;
+  }
+  float4 *dk_sums = again.sums(a, 0), *dv_sums = again.sums(a, 1);
+#pragma unroll
+  for (int i = 0; i < m; ++i)
+#pragma unroll
+    for (int n = 0; n < channel_tiles; ++n) {
+      add4(dk_sums + (i * channel_tiles + n) * 32, dk[i][n][0], dk[i][n][1], dk[i][n][2], dk[i][n][3]);
+      add4(dv_sums + (i * channel_tiles + n) * 32, dv[i][n][0], dv[i][n][1], dv[i][n][2], dv[i][n][3]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- sums
+
+constexpr int FINISH_THREADS = TILE / 16 * 32;  // a warp has 16 rows
+
+template <int n>
+__device__ __forceinline__ void load_sums(float (&x)[n][4], const float4* sums) {
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+    const float4 y = sums[j * 32];
+    x[j][0] = y.x, x[j][1] = y.y, x[j][2] = y.z, x[j][3] = y.w;
+  }
+}
+
+// Blocks 2i and 2i + 1 of the first `key_blocks`: dK and dV of a tile. The others: dQ of a tile.
+template <typename T, int Dp>
+__global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_constant__ BackwardArgs a, int key_blocks) {
+  const int number = block_number();
+  float x[1][Dp / 8][4];
+  if (number < key_blocks) {
+    const int heads = a.p.shape.heads_kv, tile = number / 2 / heads, which = number % 2;
+    const KeyRows<Dp, 1> rows(a, tile * a.splits * heads + number / 2 % heads);
+    if (!rows.exists()) return;
+    load_sums(x[0], rows.sums(a, which));
+    which ? rows.template store_dv<T>(a, x) : rows.template store_dk<T>(a, x);
+  } else {
+    const QueryRows<TILE> rows(a.p.shape, a.queries, a.keys, number - key_blocks);
+    if (!rows.exist()) return;
+    const int first = rows.first + threadIdx.x / 32 * 16;
+    load_sums(x[0], reinterpret_cast<const float4*>(a.w.d_q) + (rows.padded(a.queries) + first) * (Dp / 4) + threadIdx.x % 32);
+    store_dq<T, Dp>(x, a, rows, first);
+  }
+}
+
+template <typename T, int Dp, bool fused>
+void launch_keys(const BackwardArgs& a, cudaStream_t stream) {
+  constexpr int bytes = DkvMemory<Dp, fused>::bytes;
+  cudaFuncSetAttribute(dkv_kernel<T, Dp, fused>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const unsigned blocks = a.keys.tiles * a.p.shape.heads_kv * a.splits;
+  if (blocks) dkv_kernel<T, Dp, fused><<<blocks, 32 * DkvShape<Dp>::warps, bytes, stream>>>(a);
+}
+
+template <typename T, int Dp>
+void launch(const BackwardArgs& a, cudaStream_t stream) {
+  if (!a.fused) return launch_keys<T, Dp, false>(a, stream);
+  const size_t query_blocks = a.queries.tiles * a.p.shape.heads_q, key_tiles = a.splits == 1 ? 0 : a.keys.tiles * a.p.shape.heads_kv;
+  if (query_blocks) cudaMemsetAsync(a.w.d_q, 0, query_blocks * (TILE * Dp * sizeof(float)), stream);
+  if (key_tiles) cudaMemsetAsync(a.w.d_kv, 0, key_tiles * (2 * TILE * Dp * sizeof(float)), stream);
+  launch_keys<T, Dp, true>(a, stream);
+  const unsigned blocks = query_blocks + 2 * key_tiles;
+  if (blocks) finish_kernel<T, Dp><<<blocks, FINISH_THREADS, 0, stream>>>(a, 2 * key_tiles);
+}
+
+}  // namespace
+
+int fused_bytes(const Shape& s) { return s.head_dim_padded == 64 ? DkvMemory<64, true>::bytes : DkvMemory<128, true>::bytes; }
+
+void key_gradients(const BackwardArgs& a, cudaStream_t stream) {
+  const bool small = a.p.shape.head_dim_padded == 64;
+  if (a.p.shape.dtype == DType::bfloat16)
+    small ? launch<__nv_bfloat16, 64>(a, stream) : launch<__nv_bfloat16, 128>(a, stream);
+  else
+    small ? launch<__half, 64>(a, stream) : launch<__half, 128>(a, stream);
+}
+
+}  // namespace sagetrain::sm80
