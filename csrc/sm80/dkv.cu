@@ -304,7 +304,8 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
       for (int i = 0; i < m; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int key = 16 * i + rows.group + 8 * r, first = !fused || key < rows.left ? rows.diagonal + key - 2 * t : TILE;  // first query that sees it, from the lane's first
+          const int key = 16 * i + rows.group + 8 * r;
+          const int first = !fused || key < rows.left ? rows.diagonal + key - 2 * t : TILE;  // of its queries, from the lane's first
 #pragma unroll
           for (int n = 0; n < tiles; ++n) p[i][n][r] = keep(p[i][n][r], first <= n * 8, first <= n * 8 + 1);
         }
@@ -365,10 +366,10 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
       scale[i][0] *= unit, scale[i][1] *= unit;
       to_operand(operand[i][0], &p[i][0], inverse), to_operand(operand[i][1], &p[i][4], inverse);
     }
-    constexpr bool early = m == 2;
+    constexpr bool early = m == 2;  // round dS for dQ before the product for dK or after: whichever spills no register
     if constexpr (fused && early) {
       __syncthreads();
-      store_ds<Dp, m>(shared, p);  // before the product: dS need not stay in registers
+      store_ds<Dp, m>(shared, p);
     }
     accumulate<group>(dk, operand, scale, shared_address(record.q8t));
 
@@ -443,6 +444,8 @@ __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_con
     store_dq<T, Dp>(x, a, rows, first);
   }
 }
+
+// ---------------------------------------------------------------------------------------------------- launches
 
 template <typename T, int Dp, bool fused>
 void launch_keys(const BackwardArgs& a, cudaStream_t stream) {
