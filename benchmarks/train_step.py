@@ -8,8 +8,9 @@
 Method: the model of conf/model/llama1b.yaml with fewer layers (tied embeddings, the full vocabulary), random weights in
 FP32 and autocast to BF16, as the recipes train it; transformers' own loss; torch.compile(fullgraph=True); fused AdamW,
 not compiled. All arms share one model and one optimizer, so that each arm's peak memory is its own, and are interleaved
-round by round; they differ in the name of the attention only, through the same Hugging Face interface. A step is the
-forward, backward, update and zeroing of gradients, on random tokens.
+round by round; they differ in the name of the attention only, through the same Hugging Face interface. No arm gets a
+mask tensor (one causal sequence a row needs none): transformers itself hands SDPA one when it is compiled, which flash
+refuses and cuDNN pays for. A step is the forward, backward, update and zeroing of gradients, on random tokens.
 
 Columns: ms (median), tokens_per_s, x_<arm> (how many times faster than it), peak_mib (weights, gradients and optimizer
 state included), loss (nats, before the first update: the same weights for every arm), fullgraph (False: the graph
@@ -33,7 +34,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from benchmarks.common import conditions, kernel_file, laps, write
 from sagetrain.paths import CONF_DIR
@@ -52,14 +52,18 @@ def implementation(arm: str) -> str:
 
 
 def register(arm: str, backend: SDPBackend) -> None:
-    """Makes the arm an attention of transformers: its own `sdpa`, on this backend and no other."""
+    """Makes the arm an attention of transformers: its own `sdpa`, on this backend and no other, without masks."""
 
-    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def attend(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None:
+            raise RuntimeError(f"{arm} was given a mask tensor: it would measure something else")
         with sdpa_kernel(backend):
-            return sdpa_attention_forward(*args, **kwargs)
+            return sdpa_attention_forward(module, q, k, v, None, **kwargs)
 
     AttentionInterface.register(implementation(arm), attend)
-    AttentionMaskInterface.register(implementation(arm), sdpa_mask)
+    AttentionMaskInterface.register(implementation(arm), lambda *args, **kwargs: None)
 
 
 def build(layers: int, changes: dict[str, Any], device: str) -> nn.Module:
