@@ -121,11 +121,7 @@ void launch(const BackwardArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void query_gradients(const BackwardArgs& a, cudaStream_t stream) {
-  const bool small = a.p.shape.head_dim_padded == 64;
-  if (a.p.shape.dtype == DType::bfloat16)
-    small ? launch<__nv_bfloat16, 64>(a, stream) : launch<__nv_bfloat16, 128>(a, stream);
-  else
-    small ? launch<__half, 64>(a, stream) : launch<__half, 128>(a, stream);
+  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
 }
 
 }  // namespace sagetrain::sm80

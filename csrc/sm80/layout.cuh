@@ -220,15 +220,20 @@ struct BackwardArgs {
   BackwardScratch w;
 };
 
-// quantise.cu
-void quantise(const ForwardArgs&, cudaStream_t);    // k8, k_scale, q8, q_scale, means, scratch; lse becomes scale * q . k_mean
-void prepare(const BackwardArgs&, cudaStream_t);    // all of BackwardScratch
-// forward.cu
-void attend(const ForwardArgs&, cudaStream_t);      // o, lse_smooth, lse
-// dkv.cu
-int fused_bytes(const Shape&);                             // shared memory that `fused` takes
-void key_gradients(const BackwardArgs&, cudaStream_t);     // d_k, d_v, and d_q where fused
-// dq.cu
-void query_gradients(const BackwardArgs&, cudaStream_t);   // d_q
+void quantise(const ForwardArgs&, cudaStream_t);          // quantise.cu: k8, k_scale, q8, q_scale, means, scratch; lse becomes scale * q . k_mean
+void attend(const ForwardArgs&, cudaStream_t);            // forward.cu: o, lse_smooth, lse
+void prepare(const BackwardArgs&, cudaStream_t);          // prepare.cu: BackwardScratch, but for the sums d_q and d_kv
+void key_gradients(const BackwardArgs&, cudaStream_t);    // dkv.cu: d_k, d_v, and d_q where fused
+int fused_bytes(const Shape&);                            // dkv.cu: shared memory that `fused` takes
+void query_gradients(const BackwardArgs&, cudaStream_t);  // dq.cu: d_q
+
+// Calls launch(a number of the call's dtype, an integral_constant of its padded head dimension).
+template <typename Launch>
+void dispatch(const Shape& s, Launch launch) {
+  const auto with = [&](auto number) {
+    s.head_dim_padded == 64 ? launch(number, std::integral_constant<int, 64>{}) : launch(number, std::integral_constant<int, 128>{});
+  };
+  s.dtype == DType::bfloat16 ? with(__nv_bfloat16{}) : with(__half{});
+}
 
 }  // namespace sagetrain::sm80

@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
 // ---------------------------------------------------------------------------------------------------- launches
 
 template <typename T, int Dp>
-void launch_prepare(const BackwardArgs& a, cudaStream_t stream) {
+void launch(const BackwardArgs& a, cudaStream_t stream) {
   const unsigned key_blocks = static_cast<unsigned>(a.keys.tiles * a.p.shape.heads_kv);
   const unsigned query_blocks = static_cast<unsigned>(a.queries.tiles * a.p.shape.heads_q);
   if (a.queries.cu_seqlens) backward_rest_kernel<T><<<REST_BLOCKS, THREADS, 0, stream>>>(a);
@@ -307,11 +307,7 @@ void launch_prepare(const BackwardArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void prepare(const BackwardArgs& a, cudaStream_t stream) {
-  const bool bf16 = a.p.shape.dtype == DType::bfloat16;
-  if (a.p.shape.head_dim_padded == 64)
-    bf16 ? launch_prepare<__nv_bfloat16, 64>(a, stream) : launch_prepare<__half, 64>(a, stream);
-  else
-    bf16 ? launch_prepare<__nv_bfloat16, 128>(a, stream) : launch_prepare<__half, 128>(a, stream);
+  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
 }
 
 }  // namespace sagetrain::sm80

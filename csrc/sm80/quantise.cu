@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(THREADS) forward_rest_kernel(const __grid_cons
 // ---------------------------------------------------------------------------------------------------- launches
 
 template <typename T, int Dp>
-void launch_quantise(const ForwardArgs& a, cudaStream_t stream) {
+void launch(const ForwardArgs& a, cudaStream_t stream) {
   const unsigned key_blocks = static_cast<unsigned>(a.keys.tiles * a.p.shape.heads_kv);
   const unsigned query_blocks = static_cast<unsigned>(a.queries.tiles * a.p.shape.heads_q);
   if (a.queries.cu_seqlens) forward_rest_kernel<T, Dp><<<REST_BLOCKS, THREADS, 0, stream>>>(a);
@@ -331,11 +331,7 @@ void launch_quantise(const ForwardArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void quantise(const ForwardArgs& a, cudaStream_t stream) {
-  const bool bf16 = a.p.shape.dtype == DType::bfloat16;
-  if (a.p.shape.head_dim_padded == 64)
-    bf16 ? launch_quantise<__nv_bfloat16, 64>(a, stream) : launch_quantise<__half, 64>(a, stream);
-  else
-    bf16 ? launch_quantise<__nv_bfloat16, 128>(a, stream) : launch_quantise<__half, 128>(a, stream);
+  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
 }
 
 }  // namespace sagetrain::sm80
