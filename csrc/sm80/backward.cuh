@@ -131,20 +131,16 @@ __device__ __forceinline__ void store_dq(float (&dq)[m][Dp / 8][4], const Backwa
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int query = first + 16 * i + group + 8 * r;
-      if (query >= block.queries.length) continue;
-      const float4 constants = a.w.q_rows[block.padded(a.queries) + query];
+      const bool exists = query < block.queries.length;
+      const float4 constants = exists ? a.w.q_rows[block.padded(a.queries) + query] : float4{};
       // A row that sees no key has no gradient, whatever d_lse says of its lse of -inf.
-      const bool blind = constants.y == INFINITY;
-      const float d_lse = a.p.d_lse && !blind ? a.p.d_lse[block.index(a.p.shape, query)] * a.p.shape.scale : 0.f;
-      T* to = block.template row<T>(a.p.d_q, a.p.d_q_strides, query);
-#pragma unroll
-      for (int n = 0; n < Dp / 8; ++n) {
+      const bool adds = exists && a.p.d_lse && constants.y != INFINITY;
+      const float d_lse = adds ? a.p.d_lse[block.index(a.p.shape, query)] * a.p.shape.scale : 0.f;
+      store_row<Dp / 8>(block.template row<T>(a.p.d_q, a.p.d_q_strides, query), exists, head_dim, [&](int n) {
         const int channel = n * 8 + 2 * t;
-        if (channel >= head_dim) continue;
-        const float2 mean = blind ? float2{0.f, 0.f} : *reinterpret_cast<const float2*>(k_mean + channel);
-        *reinterpret_cast<uint32_t*>(to + channel) = pack16<T>(fmaf(constants.w, dq[i][n][2 * r], d_lse * mean.x),
-                                                               fmaf(constants.w, dq[i][n][2 * r + 1], d_lse * mean.y));
-      }
+        const float2 mean = adds && channel < head_dim ? *reinterpret_cast<const float2*>(k_mean + channel) : float2{};
+        return pack16<T>(fmaf(constants.w, dq[i][n][2 * r], d_lse * mean.x), fmaf(constants.w, dq[i][n][2 * r + 1], d_lse * mean.y));
+      });
     }
   }
 }

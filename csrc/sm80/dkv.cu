@@ -82,12 +82,9 @@ struct KeyRows {
     for (int i = 0; i < row_tiles; ++i)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (key(i, r) >= keys.length) continue;
         T* row = static_cast<T*>(to) + keys.batch * s.batch + head * s.head + (keys.begin + key(i, r)) * s.token;
-#pragma unroll
-        for (int n = 0; n < Dp / 8; ++n)
-          if (n * 8 + 2 * t < head_dim)
-            *reinterpret_cast<uint32_t*>(row + n * 8 + 2 * t) = pack16<T>(factor * x[i][n][2 * r], factor * x[i][n][2 * r + 1]);
+        store_row<Dp / 8>(row, key(i, r) < keys.length, head_dim,
+                          [&](int n) { return pack16<T>(factor * x[i][n][2 * r], factor * x[i][n][2 * r + 1]); });
       }
   }
   template <typename T>

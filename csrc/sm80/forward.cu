@@ -168,19 +168,14 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS<Dp>) forward_kernel(const _
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int query = again.first + threadIdx.x / 32 * 16 + group + 8 * r;
-    if (query >= again.queries.length) continue;
-    const bool blind = sum[r] == 0.f;  // sees no key
+    const bool exists = query < again.queries.length, blind = sum[r] == 0.f;  // blind: sees no key
     const float inverse = blind ? 0.f : 1.f / sum[r];
-    T* out = again.template row<T>(a.p.o, a.p.o_strides, query);
-#pragma unroll
-    for (int n = 0; n < channel_tiles; ++n) {
+    store_row<channel_tiles>(again.template row<T>(a.p.o, a.p.o_strides, query), exists, head_dim, [&](int n) {
       const int channel = n * 8 + 2 * t;
-      if (channel >= head_dim) continue;
-      const float2 mean = blind ? float2{0.f, 0.f} : *reinterpret_cast<const float2*>(v_mean + channel);
-      *reinterpret_cast<uint32_t*>(out + channel) =
-          pack16<T>(fmaf(o[n][2 * r], inverse, mean.x), fmaf(o[n][2 * r + 1], inverse, mean.y));
-    }
-    if (t == 0) {
+      const float2 mean = blind || channel >= head_dim ? float2{} : *reinterpret_cast<const float2*>(v_mean + channel);
+      return pack16<T>(fmaf(o[n][2 * r], inverse, mean.x), fmaf(o[n][2 * r + 1], inverse, mean.y));
+    });
+    if (exists && t == 0) {
       const int64_t i = again.index(a.p.shape, query);
       const float smooth = blind ? -INFINITY : (reference[r] + log2f(sum[r])) * LN2;
       a.p.lse_smooth[i] = smooth;

@@ -55,6 +55,26 @@ __device__ __forceinline__ void product_int8(int (&y)[tiles][m][4], const uint32
   }
 }
 
+// Writes a row of a 16-bit tensor from an accumulator: word(n) is this lane's two columns of 8-column tile n. The four lanes of
+// the row exchange them, so that lane t has whole tiles 4 i + t and writes 16 bytes at a time. Every lane of the warp calls.
+template <int tiles, typename Word>
+__device__ __forceinline__ void store_row(void* row, bool valid, int columns, Word word) {
+  const int t = thread_number() % 4;
+#pragma unroll
+  for (int n = 0; n < tiles; n += 4) {
+    uint32_t x[4] = {word(n), word(n + 1), word(n + 2), word(n + 3)};
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (!(i & bit)) {
+          const uint32_t other = __shfl_xor_sync(~0u, t & bit ? x[i] : x[i + bit], bit);
+          x[i] = t & bit ? other : x[i], x[i + bit] = t & bit ? x[i + bit] : other;
+        }
+    if (valid && (n + t) * 8 < columns) reinterpret_cast<uint4*>(row)[n + t] = uint4{x[0], x[1], x[2], x[3]};
+  }
+}
+
 // A operands of dP: in registers, or read from a swizzled tile in shared memory whenever they are needed.
 template <int m, int steps>
 struct InRegisters {

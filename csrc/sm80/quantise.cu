@@ -74,9 +74,10 @@ __device__ __forceinline__ float mean_factor(int length) {
 }
 
 template <typename T, int Dp>
-__global__ void __launch_bounds__(THREADS, Dp == 64 ? 2 : 1) sum_kernel(const __grid_constant__ ForwardArgs a) {
+__global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) sum_kernel(const __grid_constant__ ForwardArgs a) {
   constexpr int n = Dp / 64;
-  __shared__ __align__(16) float folded[2 * WARPS * Dp];
+  __shared__ __align__(16) float folded[WARPS * Dp];
+  const bool is_value = blockIdx.y;
   const int heads = a.p.shape.heads_kv, head = blockIdx.x % heads, slot = blockIdx.x / heads;
   const Span keys = span_of_tile(a.keys, slot);
   const int tile = slot - keys.first_tile, begin = tile * TILE;
@@ -84,42 +85,33 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 2 : 1) sum_kernel(const __
 
   const float weight = exp2_int(-mean_shift(keys.length));
   const int dim = a.p.shape.head_dim;
-  float k_sum[n][8] = {}, v_sum[n][8] = {};
-  uint4 k_first[n], v_first[n];
+  const Strides& strides = is_value ? a.p.v_strides : a.p.k_strides;
+  const T* from = at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin);
+  float sum[n][8] = {};
+  uint4 first[n];
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    const bool valid = channel_of(i) < dim;
-    k_first[i] = valid ? *reinterpret_cast<const uint4*>(at<T>(a.p.k, a.p.k_strides, keys.batch, head, keys.begin) + channel_of(i)) : uint4{0, 0, 0, 0};
-    v_first[i] = valid ? *reinterpret_cast<const uint4*>(at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin) + channel_of(i)) : uint4{0, 0, 0, 0};
-  }
+  for (int i = 0; i < n; ++i)
+    first[i] = channel_of(i) < dim ? *reinterpret_cast<const uint4*>(from + channel_of(i)) : uint4{0, 0, 0, 0};
 #pragma unroll 1
-  for (int from = begin; from < min(begin + MEAN_TILES * TILE, keys.length); from += TILE) {
-    uint4 k[ROWS][n], v[ROWS][n];
-    load_rows(k, at<T>(a.p.k, a.p.k_strides, keys.batch, head, keys.begin + from), a.p.k_strides.token, keys.length - from, dim);
-    load_rows(v, at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + from), a.p.v_strides.token, keys.length - from, dim);
+  for (int row = begin; row < min(begin + MEAN_TILES * TILE, keys.length); row += TILE) {
+    uint4 x[ROWS][n];
+    load_rows(x, from + row * strides.token, strides.token, keys.length - row, dim);
 #pragma unroll
     for (int j = 0; j < ROWS; ++j) {
-      if (from + tile_row(j) >= keys.length) continue;
+      if (row + tile_row(j) >= keys.length) continue;
 #pragma unroll
       for (int i = 0; i < n; ++i)
 #pragma unroll
-        for (int d = 0; d < 8; ++d) {
-          k_sum[i][d] = fmaf(element<T>(k[j][i], d), weight, fmaf(element<T>(k_first[i], d), -weight, k_sum[i][d]));
-          v_sum[i][d] = fmaf(element<T>(v[j][i], d), weight, fmaf(element<T>(v_first[i], d), -weight, v_sum[i][d]));
-        }
+        for (int d = 0; d < 8; ++d)
+          sum[i][d] = fmaf(element<T>(x[j][i], d), weight, fmaf(element<T>(first[i], d), -weight, sum[i][d]));
     }
   }
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    fold_channels<Dp>(folded, k_sum[i], i, Add{});
-    fold_channels<Dp>(folded + WARPS * Dp, v_sum[i], i, Add{});
-  }
+  for (int i = 0; i < n; ++i) fold_channels<Dp>(folded, sum[i], i, Add{});
   __syncthreads();
-  if (threadIdx.x < 2 * Dp) {
-    const int which = threadIdx.x / Dp, channel = threadIdx.x % Dp;
-    const float sum = fold_warps<Dp, WARPS>(folded + which * WARPS * Dp, channel, Add{});
-    (which ? a.w.v_partial : a.w.k_partial)[(static_cast<int64_t>(head) * a.keys.tiles + slot) * Dp + channel] = sum;
-  }
+  if (threadIdx.x < Dp)
+    (is_value ? a.w.v_partial : a.w.k_partial)[(static_cast<int64_t>(head) * a.keys.tiles + slot) * Dp + threadIdx.x] =
+        fold_warps<Dp, WARPS>(folded, threadIdx.x, Add{});
 }
 
 // ---------------------------------------------------------------------------------------------------- keys and values
@@ -322,7 +314,7 @@ void launch(const ForwardArgs& a, cudaStream_t stream) {
   const unsigned query_blocks = static_cast<unsigned>(a.queries.tiles * a.p.shape.heads_q);
   if (a.queries.cu_seqlens) forward_rest_kernel<T, Dp><<<REST_BLOCKS, THREADS, 0, stream>>>(a);
   if (key_blocks) {
-    sum_kernel<T, Dp><<<key_blocks, THREADS, 0, stream>>>(a);
+    sum_kernel<T, Dp><<<dim3(key_blocks, 2), THREADS, 0, stream>>>(a);
     key_value_kernel<T, Dp><<<dim3(key_blocks, 2), THREADS, 0, stream>>>(a);
   }
   if (query_blocks) query_kernel<T, Dp><<<query_blocks, THREADS, 0, stream>>>(a);
