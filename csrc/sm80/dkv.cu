@@ -216,6 +216,7 @@ __device__ __forceinline__ void add_dq(unsigned char* shared, float* sums) {
 
 template <typename T, int Dp, bool fused>
 __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks) dkv_kernel(const __grid_constant__ BackwardArgs a) {
+  after_previous();
   using Record = BackwardQueries<Dp>;
   using Memory = DkvMemory<Dp, fused>;
   constexpr int m = DkvShape<Dp>::row_tiles, group = DkvShape<Dp>::group, threads = 32 * DkvShape<Dp>::warps;
@@ -425,6 +426,7 @@ __device__ __forceinline__ void load_sums(float (&x)[n][4], const float4* sums) 
 // Blocks 2i and 2i + 1 of the first `key_blocks`: dK and dV of a tile. The others: dQ of a tile.
 template <typename T, int Dp>
 __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_constant__ BackwardArgs a, int key_blocks) {
+  after_previous();
   const int number = block_number();
   float x[1][Dp / 8][4];
   if (number < key_blocks) {
@@ -449,18 +451,16 @@ void launch_keys(const BackwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = DkvMemory<Dp, fused>::bytes;
   cudaFuncSetAttribute(dkv_kernel<T, Dp, fused>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const unsigned blocks = a.keys.tiles * a.p.shape.heads_kv * a.splits;
-  if (blocks) dkv_kernel<T, Dp, fused><<<blocks, 32 * DkvShape<Dp>::warps, bytes, stream>>>(a);
+  if (blocks) launch_kernel(dkv_kernel<T, Dp, fused>, blocks, 32 * DkvShape<Dp>::warps, bytes, stream, a);
 }
 
 template <typename T, int Dp>
 void launch(const BackwardArgs& a, cudaStream_t stream) {
   if (!a.fused) return launch_keys<T, Dp, false>(a, stream);
   const size_t query_blocks = a.queries.tiles * a.p.shape.heads_q, key_tiles = a.splits == 1 ? 0 : a.keys.tiles * a.p.shape.heads_kv;
-  if (query_blocks) cudaMemsetAsync(a.w.d_q, 0, query_blocks * (TILE * Dp * sizeof(float)), stream);
-  if (key_tiles) cudaMemsetAsync(a.w.d_kv, 0, key_tiles * (2 * TILE * Dp * sizeof(float)), stream);
   launch_keys<T, Dp, true>(a, stream);
   const unsigned blocks = query_blocks + 2 * key_tiles;
-  if (blocks) finish_kernel<T, Dp><<<blocks, FINISH_THREADS, 0, stream>>>(a, 2 * key_tiles);
+  if (blocks) launch_kernel(finish_kernel<T, Dp>, blocks, FINISH_THREADS, 0, stream, a, 2 * key_tiles);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ namespace {
 
 template <typename T, int Dp>
 __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) dq_kernel(const __grid_constant__ BackwardArgs a) {
+  after_previous();
   using Record = BackwardKeys<Dp>;
   constexpr int m = DqShape<Dp>::row_tiles, group_tiles = DqShape<Dp>::group, tiles = COLUMNS / 8, threads = 32 * DqShape<Dp>::warps;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -115,7 +116,7 @@ void launch(const BackwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = 2 * sizeof(BackwardKeys<Dp>);
   cudaFuncSetAttribute(dq_kernel<T, Dp>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const unsigned blocks = all_tiles<DqShape<Dp>::rows>(a.queries) * a.p.shape.heads_q;
-  if (blocks) dq_kernel<T, Dp><<<blocks, 32 * DqShape<Dp>::warps, bytes, stream>>>(a);
+  if (blocks) launch_kernel(dq_kernel<T, Dp>, blocks, 32 * DqShape<Dp>::warps, bytes, stream, a);
 }
 
 }  // namespace

@@ -16,6 +16,7 @@ constexpr float GROWTH = 10.f;  // a row's maximum may outgrow its reference by 
 
 template <typename T, int Dp>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS<Dp>) forward_kernel(const __grid_constant__ ForwardArgs a) {
+  after_previous();
   constexpr int k_steps = Dp / 32;     // of S
   constexpr int key_tiles = TILE / 8;  // 8-column tiles of S
   constexpr int channel_tiles = Dp / 8;
@@ -189,7 +190,7 @@ void launch(const ForwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = 2 * sizeof(ForwardKeys<Dp>);
   cudaFuncSetAttribute(forward_kernel<T, Dp>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const int64_t blocks = all_tiles<16 * WARPS>(a.queries) * a.p.shape.heads_q;
-  if (blocks) forward_kernel<T, Dp><<<static_cast<unsigned>(blocks), 32 * WARPS, bytes, stream>>>(a);
+  if (blocks) launch_kernel(forward_kernel<T, Dp>, static_cast<unsigned>(blocks), 32 * WARPS, bytes, stream, a);
 }
 
 }  // namespace

@@ -222,7 +222,7 @@ struct BackwardArgs {
 
 void quantise(const ForwardArgs&, cudaStream_t);          // quantise.cu: k8, k_scale, q8, q_scale, means, scratch; lse becomes scale * q . k_mean
 void attend(const ForwardArgs&, cudaStream_t);            // forward.cu: o, lse_smooth, lse
-void prepare(const BackwardArgs&, cudaStream_t);          // prepare.cu: BackwardScratch, but for the sums d_q and d_kv
+void prepare(const BackwardArgs&, cudaStream_t);          // prepare.cu: BackwardScratch, the sums as zeros
 void key_gradients(const BackwardArgs&, cudaStream_t);    // dkv.cu: d_k, d_v, and d_q where fused
 int fused_bytes(const Shape&);                            // dkv.cu: shared memory that `fused` takes
 void query_gradients(const BackwardArgs&, cudaStream_t);  // dq.cu: d_q

@@ -25,6 +25,7 @@ __device__ __forceinline__ X largest(const X* x, int first) {
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS) backward_rest_kernel(const __grid_constant__ BackwardArgs a) {
+  after_previous();
   if (blockIdx.x == 0) check_edges(a.queries, 'q'), check_edges(a.keys, 'k');
   const int dim = a.p.shape.head_dim;
   for_rest(a.queries, a.p.shape.heads_q,
@@ -39,6 +40,7 @@ __global__ void __launch_bounds__(THREADS) backward_rest_kernel(const __grid_con
 
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_constant__ BackwardArgs a) {
+  after_previous();
   constexpr int n = Dp / 64;
   __shared__ __align__(16) int8_t tile8[Dp * TILE];
   __shared__ uint32_t norms[WARPS], bounds[WARPS];
@@ -124,6 +126,7 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
 // halves of the block the same); channels of dO / rho.
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_kernel(const __grid_constant__ BackwardArgs a) {
+  after_previous();
   constexpr int n = Dp / 64, blocks = TILE / QUERIES;
   __shared__ __align__(16) int8_t tile8[Dp * TILE];
   __shared__ __align__(16) uint32_t folded[WARPS * Dp];
@@ -297,11 +300,12 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
 
 template <typename T, int Dp>
 void launch(const BackwardArgs& a, cudaStream_t stream) {
-  const unsigned key_blocks = static_cast<unsigned>(a.keys.tiles * a.p.shape.heads_kv);
-  const unsigned query_blocks = static_cast<unsigned>(a.queries.tiles * a.p.shape.heads_q);
-  if (a.queries.cu_seqlens) backward_rest_kernel<T><<<REST_BLOCKS, THREADS, 0, stream>>>(a);
-  if (key_blocks) prepare_keys_kernel<T, Dp><<<key_blocks, THREADS, 0, stream>>>(a);
-  if (query_blocks) prepare_queries_kernel<T, Dp><<<query_blocks, THREADS, 0, stream>>>(a);
+  const size_t key_blocks = a.keys.tiles * a.p.shape.heads_kv, query_blocks = a.queries.tiles * a.p.shape.heads_q;
+  if (a.fused) cudaMemsetAsync(a.w.d_q, 0, query_blocks * (TILE * Dp * sizeof(float)), stream);
+  if (a.splits > 1) cudaMemsetAsync(a.w.d_kv, 0, key_blocks * (2 * TILE * Dp * sizeof(float)), stream);
+  if (a.queries.cu_seqlens) launch_kernel(backward_rest_kernel<T>, REST_BLOCKS, THREADS, 0, stream, a);
+  if (key_blocks) launch_kernel(prepare_keys_kernel<T, Dp>, key_blocks, THREADS, 0, stream, a);
+  if (query_blocks) launch_kernel(prepare_queries_kernel<T, Dp>, query_blocks, THREADS, 0, stream, a);
 }
 
 }  // namespace

@@ -75,6 +75,7 @@ __device__ __forceinline__ float mean_factor(int length) {
 
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) sum_kernel(const __grid_constant__ ForwardArgs a) {
+  after_previous();
   constexpr int n = Dp / 64;
   __shared__ __align__(16) float folded[WARPS * Dp];
   const bool is_value = blockIdx.y;
@@ -226,6 +227,7 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
 
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) key_value_kernel(const __grid_constant__ ForwardArgs a) {
+  after_previous();
   __shared__ KeyValueShared<Dp> shared;
   blockIdx.y ? quantise_tile<T, Dp, true>(a, shared) : quantise_tile<T, Dp, false>(a, shared);
 }
@@ -235,6 +237,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) key_value_kernel(co
 // Also completes v_mean: what rounding V lost on average is added to it, by the first block of each sequence and group.
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, 3) query_kernel(const __grid_constant__ ForwardArgs a) {
+  after_previous();
   constexpr int n = Dp / 64;
   constexpr float down = 0x1p-64f;  // k_mean is clamped to AMAX_MAX and scaled by this: no product with q overflows
   __shared__ __align__(16) float slices[4 * THREADS], total[Dp], k_mean[Dp], scale[TILE], dot[TILE];
@@ -291,6 +294,7 @@ __global__ void __launch_bounds__(THREADS, 3) query_kernel(const __grid_constant
 // Packed only: checks cu_seqlens, and gives the tokens outside every sequence their results.
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS) forward_rest_kernel(const __grid_constant__ ForwardArgs a) {
+  after_previous();
   if (blockIdx.x == 0) check_edges(a.queries, 'q'), check_edges(a.keys, 'k');
   const int dim = a.p.shape.head_dim;
   for_rest(a.queries, a.p.shape.heads_q, [&](int head, int token, int lane) {
@@ -312,12 +316,12 @@ template <typename T, int Dp>
 void launch(const ForwardArgs& a, cudaStream_t stream) {
   const unsigned key_blocks = static_cast<unsigned>(a.keys.tiles * a.p.shape.heads_kv);
   const unsigned query_blocks = static_cast<unsigned>(a.queries.tiles * a.p.shape.heads_q);
-  if (a.queries.cu_seqlens) forward_rest_kernel<T, Dp><<<REST_BLOCKS, THREADS, 0, stream>>>(a);
+  if (a.queries.cu_seqlens) launch_kernel(forward_rest_kernel<T, Dp>, REST_BLOCKS, THREADS, 0, stream, a);
   if (key_blocks) {
-    sum_kernel<T, Dp><<<dim3(key_blocks, 2), THREADS, 0, stream>>>(a);
-    key_value_kernel<T, Dp><<<dim3(key_blocks, 2), THREADS, 0, stream>>>(a);
+    launch_kernel(sum_kernel<T, Dp>, dim3(key_blocks, 2), THREADS, 0, stream, a);
+    launch_kernel(key_value_kernel<T, Dp>, dim3(key_blocks, 2), THREADS, 0, stream, a);
   }
-  if (query_blocks) query_kernel<T, Dp><<<query_blocks, THREADS, 0, stream>>>(a);
+  if (query_blocks) launch_kernel(query_kernel<T, Dp>, query_blocks, THREADS, 0, stream, a);
 }
 
 }  // namespace
