@@ -189,6 +189,16 @@ def test_cuda_kernels_are_built_for_their_architectures_and_do_not_spill(cuda_bu
     assert not wrong, "\n".join(wrong)
 
 
+def test_every_cuda_kernel_waits_for_the_one_before_it() -> None:
+    """A kernel without after_previous() reads what its predecessor still writes: now and then, on newer GPUs only."""
+    sources = {path: path.read_text() for path in (CHECKOUT / "csrc").glob("**/*.cu")}
+    bodies = [(path, body) for path, text in sources.items() for body in re.split(r"__global__ [^{]*\{", text)[1:]]
+    assert bodies
+    late = [f"{path.name}: {body[:80]!r}" for path, body in bodies if not body.lstrip().startswith("after_previous();")]
+    assert not late
+    assert not [path.name for path, text in sources.items() if "<<<" in text], "launch with launch_kernel"
+
+
 TRY_CUDA = """
 import os, torch, sagetrain
 x = torch.randn(1, 1, 8, 8, requires_grad=True)
