@@ -1,5 +1,5 @@
-// Before the backward, once per token: the records of keys and queries, and the constants of each row (layout.cuh). Bound
-// by memory: every tensor is read once, and a tile stays in registers from its load to its last use.
+// Before the backward, once per token: the records of keys and queries, and the constants of each row (layout.cuh); sums
+// start as zeros. Bound by memory: every tensor is read once, and a tile stays in registers from its load to its last use.
 #include "rows.cuh"
 
 namespace sagetrain::sm80 {

@@ -1,7 +1,5 @@
 // Before the forward, once per token: means, rotation, rounding to INT8. Bound by memory: q is read once, k and v twice
 // (the first time for their means), and a tile stays in registers from its load to its last use.
-#include <cstdio>
-
 #include "rows.cuh"
 
 namespace sagetrain::sm80 {
