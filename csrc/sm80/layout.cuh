@@ -52,12 +52,22 @@ struct Span {  // one sequence
   int32_t sequence, batch, begin, length, first_tile;
 };
 
+// Column i's scale and bias.
+__device__ __forceinline__ void write_scale(float2* scales, float2* biases, int i, float scale) {
+  reinterpret_cast<float*>(scales)[i] = scale, reinterpret_cast<float*>(biases)[i] = -MAGIC_FLOAT * scale;
+}
+
 template <int Dp>
 struct __align__(16) ForwardKeys {  // TILE keys
   int8_t k8[TILE * Dp];                            // [key][channel]
   int8_t v8t[Dp * TILE];                           // [channel][key], permuted: v - v_mean, one scale per channel
   float2 k_scale[TILE / 2], k_bias[TILE / 2];      // columns of S
   float2 v_scale[Dp / 2], v_bias[Dp / 2];          // columns of O
+
+  __device__ __forceinline__ void write_key_scales(const float* scale) {  // [TILE], by a whole block
+    if (threadIdx.x < TILE) write_scale(k_scale, k_bias, threadIdx.x, scale[threadIdx.x]);
+  }
+  __device__ __forceinline__ void write_value_scale(int channel, float scale) { write_scale(v_scale, v_bias, channel, scale); }
 };
 
 constexpr int KEYS = 64;  // of a step of the dQ kernel

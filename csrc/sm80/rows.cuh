@@ -181,10 +181,6 @@ __device__ __forceinline__ Scale int8_scale(float amax, bool finite) {
   const float scale = scale22(fminf(fmaxf(amax, AMAX_MIN), AMAX_MAX) * (1.f / 127.f));
   return {finite ? scale : nan_float(), 1.f / scale};
 }
-// Into a record: column i's scale and bias.
-__device__ __forceinline__ void write_scale(float2* scales, float2* biases, int i, float scale) {
-  reinterpret_cast<float*>(scales)[i] = scale, reinterpret_cast<float*>(biases)[i] = -MAGIC_FLOAT * scale;
-}
 
 // Low bytes of four floats that are MAGIC_FLOAT + integer: the integers.
 __device__ __forceinline__ uint32_t pack_bytes(float a, float b, float c, float d) {

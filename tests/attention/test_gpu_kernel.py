@@ -174,6 +174,26 @@ def test_gpu_and_cpu_agree_within_their_rounding(case):
         assert error(got[name], other) <= math.hypot(RATIO * ours, theirs), name
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
+    reason="two kernels run on compute capability 9 only",
+)
+@pytest.mark.parametrize("case", [
+    BASE, *PACKED, case_of(2048), case_of(1000, 300, d=72, dtype=FP16), case_of(1500, d=128, is_causal=False),
+    case_of(700, d=128, kind="outlier"),
+], ids=str)  # fmt: skip
+def test_sm90_agrees_with_sm80(case, monkeypatch):
+    """The same integers, the same tiles: what differs is the order of sums, and P by an ulp of its halves."""
+    q, k, v, _ = case.tensors()
+    o, lse = sagetrain.attention(q, k, v, return_lse=True, **case.options)
+    monkeypatch.setenv("SAGETRAIN_GPU_KERNEL", "sm80")
+    other, other_lse = sagetrain.attention(q, k, v, return_lse=True, **case.options)
+    assert error(o, other) < 0.5 * torch.finfo(BF16).eps
+    seen = other_lse > -math.inf
+    assert torch.equal(seen, lse > -math.inf)
+    assert ((lse - other_lse)[seen].abs() < 2e-3).all()
+
+
 def test_scale_is_honoured():
     q, k, v, _ = replace(BASE, dtype=FP16).tensors()
     truth, _ = reference.exact(q, k, v, scale=0.3)

@@ -1,0 +1,65 @@
+// What the two calls of the C boundary have in common: sides of a call, pieces of the workspace, limits.
+#pragma once
+#include <climits>
+#include <utility>
+
+#include "layout.cuh"
+
+namespace sagetrain::sm80 {
+
+inline Tokens tokens_of(const int32_t* cu_seqlens, int64_t tokens, const Shape& s) {
+  Tokens x{cu_seqlens, static_cast<int32_t>(tokens), static_cast<int32_t>(s.num_sequences), 0};
+  x.tiles = all_tiles<TILE>(x);
+  return x;
+}
+inline Tokens queries_of(const Shape& s) { return tokens_of(s.cu_seqlens_q, s.tokens_q, s); }
+inline Tokens keys_of(const Shape& s) { return tokens_of(s.cu_seqlens_k, s.tokens_k, s); }
+
+// Hands out pieces of the workspace, each aligned to 256 bytes; with a null base it only counts.
+struct Carver {
+  char* base;
+  size_t used = 0;
+  void take(void*& pointer, size_t count, size_t size) {
+    pointer = base ? base + used : nullptr;
+    used += (count * size + 255) / 256 * 256;
+  }
+  template <typename T>
+  void take(T*& pointer, size_t count) {
+    void* piece;
+    take(piece, count, sizeof(T));
+    pointer = static_cast<T*>(piece);
+  }
+};
+
+// The arguments of the forward's passes, and how much workspace they take; Keys<Dp> is the record of the main kernel.
+template <template <int> typename Keys>
+std::pair<ForwardArgs, size_t> forward_arguments(const ForwardParams& p, void* workspace) {
+  ForwardArgs a{p, queries_of(p.shape), keys_of(p.shape), {}};
+  const size_t dim = p.shape.head_dim_padded, tiles = p.shape.heads_kv * a.keys.tiles;
+  Carver c{static_cast<char*>(workspace)};
+  c.take(a.w.k_partial, tiles * dim);
+  c.take(a.w.v_partial, tiles * dim);
+  c.take(a.w.v_residual, tiles * dim);
+  c.take(a.w.keys, tiles, dim == 64 ? sizeof(Keys<64>) : sizeof(Keys<128>));
+  return {a, c.used};
+}
+
+// Blocks of one head, of at least 64 tokens each: an upper bound.
+inline int64_t blocks_of(const int32_t* cu_seqlens, int64_t tokens, const Shape& s) {
+  return cu_seqlens ? tokens / 64 + s.num_sequences : s.batch * (tokens / 64 + 1);
+}
+
+// Null, or why this call is beyond what 32-bit token and block numbers can count.
+inline const char* too_large(const Shape& s) {
+  if (s.tokens_q > INT_MAX - 2 * TILE || s.tokens_k > INT_MAX - 2 * TILE) return "more than 2^31 tokens in one row of the batch";
+  if (blocks_of(s.cu_seqlens_q, s.tokens_q, s) * s.heads_q > INT_MAX || blocks_of(s.cu_seqlens_k, s.tokens_k, s) * s.heads_kv > INT_MAX)
+    return "more blocks of 64 tokens than a launch can have";
+  return nullptr;
+}
+
+inline const char* status() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace sagetrain::sm80

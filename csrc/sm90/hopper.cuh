@@ -1,0 +1,99 @@
+// Hopper's own instructions, one inline function each: barriers in shared memory, bulk copies, warpgroup matrix products.
+#pragma once
+#include "../common/cuda.cuh"
+
+namespace sagetrain::sm90 {
+
+using sagetrain::shared_address;
+
+// ---------------------------------------------------------------------------------------------------- barriers, copies
+
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Until the phase of this parity is complete.
+__device__ __forceinline__ void wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+// Copies a run of bytes (multiples of 16) by the copy engine, which reports them to the barrier.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Named barriers of `threads` threads: synchronise waits for all of them, arrive counts as one and goes on.
+__device__ __forceinline__ void synchronise(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+__device__ __forceinline__ void arrive(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+
+template <int registers>
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
+template <int registers>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
+
+// ---------------------------------------------------------------------------------------------------- matrix products
+
+// Descriptor of a K-major matrix of bytes in shared memory, rows of 64 or 128 bytes, swizzled as swizzle<row_bytes> does; it starts at a
+// multiple of 8 rows. The next 32 bytes of k are `+ 2`.
+template <int row_bytes>
+__device__ __forceinline__ uint64_t matrix(uint32_t address) {
+  static_assert(row_bytes == 64 || row_bytes == 128);
+  return static_cast<uint64_t>(row_bytes == 128 ? 1 : 2) << 62 | static_cast<uint64_t>(row_bytes * 8 / 16) << 32 | 1ull << 16 | (address & 0x3FFFF) >> 4;
+}
+// ... of a matrix of 32-byte rows, all elements of which are the same: not swizzled, 8 x 16-byte pieces one after another.
+__device__ __forceinline__ uint64_t uniform_matrix(uint32_t address) {
+  return static_cast<uint64_t>(256 / 16) << 32 | static_cast<uint64_t>(128 / 16) << 16 | (address & 0x3FFFF) >> 4;
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory"); }
+
+// d (+)= a b^T for 64 rows and 64 or 128 columns, 32 bytes of k. For each 8-column tile n, d[4 n + c] is C of mma.m16n8; warp w of the
+// four has rows 16 w to 16 w + 15. Operand registers are A of mma.m16n8k32. Neither may be touched until wait_for_products.
+#define SAGETRAIN_D8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
+#define SAGETRAIN_D32(i) SAGETRAIN_D8(i), SAGETRAIN_D8(i + 8), SAGETRAIN_D8(i + 16), SAGETRAIN_D8(i + 24)
+#define SAGETRAIN_LOW "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define SAGETRAIN_HIGH "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+template <bool add>
+__device__ __forceinline__ void multiply_u8u8(int (&d)[64], uint64_t a, uint64_t b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.u8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, %64, %65, add;\n}"
+               : SAGETRAIN_D32(0), SAGETRAIN_D32(32) : "l"(a), "l"(b), "n"(add));
+}
+template <bool add>
+__device__ __forceinline__ void multiply_s8s8(int (&d)[64], uint64_t a, uint64_t b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, %64, %65, add;\n}"
+               : SAGETRAIN_D32(0), SAGETRAIN_D32(32) : "l"(a), "l"(b), "n"(add));
+}
+template <bool add>
+__device__ __forceinline__ void multiply_u8s8(int (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, {%64,%65,%66,%67}, %68, add;\n}"
+               : SAGETRAIN_D32(0), SAGETRAIN_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add));
+}
+template <bool add>
+__device__ __forceinline__ void multiply_u8s8(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" SAGETRAIN_LOW "}, {%32,%33,%34,%35}, %36, add;\n}"
+               : SAGETRAIN_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add));
+}
+#undef SAGETRAIN_D8
+#undef SAGETRAIN_D32
+#undef SAGETRAIN_LOW
+#undef SAGETRAIN_HIGH
+
+}  // namespace sagetrain::sm90
