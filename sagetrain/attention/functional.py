@@ -28,7 +28,7 @@ def attention(
         k, v: `[B, Hkv, Tk, D]`, dtype and device of q; Hq a multiple of Hkv (grouped-query attention, not expanded).
             D is a multiple of 8, at most 128.
         is_causal: query i sees keys j <= i + Tk - Tq (aligned bottom-right), within its sequence.
-        scale: factor on q·k; 1/sqrt(D) when None.
+        scale: factor on q·k, not negative; 1/sqrt(D) when None.
         cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, first token of each packed sequence (B = 1), non-decreasing. Empty
             sequences are fine; tokens before the first and after the last edge belong to no sequence.
         return_lse: also return the log-sum-exp of scale * q kᵀ (differentiable).
@@ -55,6 +55,8 @@ def attention(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if scale is not None and not scale >= 0:  # the GPU kernels look for a row's largest score before they scale
+        raise ValueError(f"scale is {scale}: it must not be negative; negate q instead")
     o, lse, *_ = ops.attention_forward(
         q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, is_causal, cu_seqlens_q, cu_seqlens_k,
         deterministic or torch.are_deterministic_algorithms_enabled(),

@@ -193,6 +193,8 @@ def _args(**change: object) -> dict:
     ({x: torch.zeros(1, 2, 8, 12).bfloat16() for x in "qkv"}, NotImplementedError, "multiple of 8"),
     ({x: torch.zeros(1, 2, 8, 136).bfloat16() for x in "qkv"}, NotImplementedError, "at most 128"),
     ({"q": torch.zeros(1, 2, 64, 130).bfloat16().mT}, ValueError, "contiguous"),
+    ({"scale": -0.1}, ValueError, "must not be negative"),
+    ({"scale": float("nan")}, ValueError, "must not be negative"),
     ({"cu_seqlens_q": torch.tensor([0, 130])}, ValueError, "go together"),
     ({f"cu_seqlens_{x}": torch.tensor([0, 130]) for x in "qk"}, ValueError, "int32"),
     (_edges([0, 131], [0, 130]), RuntimeError, "within 0..130"),
