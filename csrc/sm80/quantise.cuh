@@ -1,9 +1,13 @@
 // Before the forward, once per token: means, rotation, rounding to INT8. Bound by memory: q is read once, k and v twice
 // (the first time for their means), and a tile stays in registers from its load to its last use.
+//
+// Every backend that includes this compiles the kernels for its own architectures. So they are local to its file: two of one name would
+// be one to the linker, and a device could be given the code of another.
 #pragma once
 #include "rows.cuh"
 
 namespace sagetrain::sm80 {
+namespace {
 
 // ---------------------------------------------------------------------------------------------------- rows of q and k
 
@@ -331,4 +335,5 @@ void run_passes(const ForwardArgs& a, cudaStream_t stream) {
   });
 }
 
+}  // namespace
 }  // namespace sagetrain::sm80
