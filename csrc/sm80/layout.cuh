@@ -28,7 +28,6 @@
 namespace sagetrain::sm80 {
 
 constexpr int TILE = 128;
-constexpr int MEAN_TILES = 4;  // tiles summed by one block on the way to the means
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
@@ -59,6 +58,7 @@ __device__ __forceinline__ void write_scale(float2* scales, float2* biases, int 
 
 template <int Dp>
 struct __align__(16) ForwardKeys {  // TILE keys
+  static constexpr bool shared_scales = false;     // every key has its own
   int8_t k8[TILE * Dp];                            // [key][channel]
   int8_t v8t[Dp * TILE];                           // [channel][key], permuted: v - v_mean, one scale per channel
   float2 k_scale[TILE / 2], k_bias[TILE / 2];      // columns of S
@@ -112,7 +112,7 @@ struct __align__(16) BackwardQueries {  // QUERIES queries; the formulas are bel
 };
 
 struct ForwardScratch {
-  float* k_partial;   // [Hkv][tiles_k][Dp] sums of MEAN_TILES tiles of k, at every MEAN_TILES-th tile of a sequence
+  float* k_partial;   // [Hkv][tiles_k][Dp] sums of the samples of k, TILE each, from the first tile of a sequence on
   float* v_partial;   // [Hkv][tiles_k][Dp] the same of v
   float* v_residual;  // [Hkv][tiles_k][Dp] sum over the tile of v - v_mean - v_scale * v8
   void* keys;         // [Hkv][tiles_k] ForwardKeys<Dp>
@@ -195,7 +195,12 @@ struct QueryRows {
     keys = span_of(k, queries.sequence);
     first = (tile - queries.first_tile) * rows;
     offset = keys.length - queries.length;
-    visible = s.is_causal ? max(0, min(keys.length, min(first + rows, queries.length) + offset)) : keys.length;
+    visible = visible_to(s, 0, rows);
+  }
+  // Keys that any of `count` of the block's queries sees, from number `from` of them on; 0 if there is no such query.
+  __device__ __forceinline__ int visible_to(const Shape& s, int from, int count) const {
+    if (first + from >= queries.length) return 0;
+    return s.is_causal ? max(0, min(keys.length, min(first + from + count, queries.length) + offset)) : keys.length;
   }
   // Within the keys: the last that exists, and the last that `query` sees if nothing but causality hides any.
   __device__ __forceinline__ int last_key() const { return keys.length - 1; }

@@ -1,5 +1,5 @@
-// Before the forward, once per token: means, rotation, rounding to INT8. Bound by memory: q is read once, k and v twice
-// (the first time for their means), and a tile stays in registers from its load to its last use.
+// Before the forward, once per token: means, rotation, rounding to INT8. Bound by memory: q, k and v are read once, and a
+// sample of k and v before, for their means; a tile stays in registers from its load to its last use.
 //
 // Every backend that includes this compiles the kernels for its own architectures. So they are local to its file: two of one name would
 // be one to the linker, and a device could be given the code of another.
@@ -39,17 +39,20 @@ __device__ __forceinline__ void hadamard(float (&x)[n][8]) {
   }
 }
 
-// Rotates and rounds one row, given halved so that no sum overflows, to this lane's bytes; returns its scale.
+// Largest magnitude of a row, over its eight lanes.
 template <int n>
-__device__ __forceinline__ float quantise_row(uint2 (&bytes)[n], float (&x)[n][8]) {
-  hadamard(x);
+__device__ __forceinline__ float row_amax(const float (&x)[n][8]) {
   float amax = 0.f;
 #pragma unroll
   for (int i = 0; i < n; ++i)
 #pragma unroll
     for (int d = 0; d < 8; ++d) amax = fmaxf(amax, fabsf(x[i][d]));
-  amax = fold_row(amax, Max{});
-  const Scale s = int8_scale(2.f * amax, is_finite(x[0][0]));  // one channel that is not finite has reached all
+  return fold_row(amax, Max{});
+}
+
+// Rounds one rotated row, given halved, to this lane's bytes.
+template <int n>
+__device__ __forceinline__ void round_row(uint2 (&bytes)[n], float (&x)[n][8], float amax, const Scale& s) {
   if (amax > 0.5f * AMAX_MAX) {
 #pragma unroll
     for (int i = 0; i < n; ++i)
@@ -63,17 +66,29 @@ __device__ __forceinline__ float quantise_row(uint2 (&bytes)[n], float (&x)[n][8
     for (int d = 0; d < 8; ++d) x[i][d] = fmaf(x[i][d], inverse, MAGIC_FLOAT);
     bytes[i] = {pack_bytes(x[i][0], x[i][1], x[i][2], x[i][3]), pack_bytes(x[i][4], x[i][5], x[i][6], x[i][7])};
   }
+}
+
+// Rotates and rounds one row, given halved so that no sum overflows, to this lane's bytes; returns its scale.
+template <int n>
+__device__ __forceinline__ float quantise_row(uint2 (&bytes)[n], float (&x)[n][8]) {
+  hadamard(x);
+  const float amax = row_amax(x);
+  const Scale s = int8_scale(2.f * amax, is_finite(x[0][0]));  // one channel that is not finite has reached all
+  round_row(bytes, x, amax, s);
   return s.scale;
 }
 
 // ---------------------------------------------------------------------------------------------------- means
 
-// Sums are of (x - the sequence's first token) * 2^-ceil(log2(length)): they cannot overflow, and are zero, not almost
-// zero, where all tokens are equal. This takes them to the mean, less the first token.
-__device__ __forceinline__ int mean_shift(int length) { return length > 1 ? 32 - __clz(length - 1) : 0; }
-__device__ __forceinline__ float mean_factor(int length) {
-  return length ? exp2_int(mean_shift(length)) / static_cast<float>(length) : 0.f;
-}
+// The means only shift K and V, and attention is the same for any shift: they need not be exact. Long sequences are sampled, every
+// mean_step-th token, 1024 to 2047 of them.
+//
+// Sums are of (x - the sequence's first token) * 2^-ceil(log2(samples)): they cannot overflow, and are zero, not almost
+// zero, where all tokens are equal. mean_factor takes them to the mean, less the first token.
+__device__ __forceinline__ int mean_step(int length) { return max(length / 1024, 1); }
+__device__ __forceinline__ int mean_samples(int length) { return (length + mean_step(length) - 1) / mean_step(length); }
+__device__ __forceinline__ int mean_shift(int samples) { return samples > 1 ? 32 - __clz(samples - 1) : 0; }
+__device__ __forceinline__ float mean_factor(int samples) { return samples ? exp2_int(mean_shift(samples)) / static_cast<float>(samples) : 0.f; }
 
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) sum_kernel(const __grid_constant__ ForwardArgs a) {
@@ -83,31 +98,28 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) sum_kernel(const __
   const bool is_value = blockIdx.y;
   const int heads = a.p.shape.heads_kv, head = blockIdx.x % heads, slot = blockIdx.x / heads;
   const Span keys = span_of_tile(a.keys, slot);
-  const int tile = slot - keys.first_tile, begin = tile * TILE;
-  if (tile < 0 || tile % MEAN_TILES || begin >= keys.length) return;
+  const int samples = mean_samples(keys.length), begin = (slot - keys.first_tile) * TILE;
+  if (begin < 0 || begin >= samples) return;
 
-  const float weight = exp2_int(-mean_shift(keys.length));
+  const float weight = exp2_int(-mean_shift(samples));
   const int dim = a.p.shape.head_dim;
   const Strides& strides = is_value ? a.p.v_strides : a.p.k_strides;
   const T* from = at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin);
+  const int64_t stride = strides.token * mean_step(keys.length);
+  uint4 x[ROWS][n], first[n];
+  load_rows(x, from + begin * stride, stride, samples - begin, dim);
   float sum[n][8] = {};
-  uint4 first[n];
 #pragma unroll
   for (int i = 0; i < n; ++i)
     first[i] = channel_of(i) < dim ? *reinterpret_cast<const uint4*>(from + channel_of(i)) : uint4{0, 0, 0, 0};
-#pragma unroll 1
-  for (int row = begin; row < min(begin + MEAN_TILES * TILE, keys.length); row += TILE) {
-    uint4 x[ROWS][n];
-    load_rows(x, from + row * strides.token, strides.token, keys.length - row, dim);
 #pragma unroll
-    for (int j = 0; j < ROWS; ++j) {
-      if (row + tile_row(j) >= keys.length) continue;
+  for (int j = 0; j < ROWS; ++j) {
+    if (tile_row(j) >= samples - begin) continue;
 #pragma unroll
-      for (int i = 0; i < n; ++i)
+    for (int i = 0; i < n; ++i)
 #pragma unroll
-        for (int d = 0; d < 8; ++d)
-          sum[i][d] = fmaf(element<T>(x[j][i], d), weight, fmaf(element<T>(first[i], d), -weight, sum[i][d]));
-    }
+      for (int d = 0; d < 8; ++d)
+        sum[i][d] = fmaf(element<T>(x[j][i], d), weight, fmaf(element<T>(first[i], d), -weight, sum[i][d]));
   }
 #pragma unroll
   for (int i = 0; i < n; ++i) fold_channels<Dp>(folded, sum[i], i, Add{});
@@ -129,7 +141,8 @@ template <typename T, int Dp, typename Keys, bool is_value>
 __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShared<Dp>& shared) {
   constexpr int n = Dp / 64;
   constexpr float down = is_value ? 0.5f : 0.5f / Dp;  // halved: no sum overflows
-  auto& [tile8, folded, mean, scale, inverse] = shared;
+  int8_t* const tile8 = shared.tile8;
+  float *const folded = shared.folded, *const mean = shared.mean, *const scale = shared.scale, *const inverse = shared.inverse;
   const int heads = a.p.shape.heads_kv, head = blockIdx.x % heads, slot = blockIdx.x / heads;
   const Span keys = span_of_tile(a.keys, slot);
   const int tile = slot - keys.first_tile, begin = tile * TILE, rows = min(keys.length - begin, TILE);
@@ -142,8 +155,8 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
 
   const int64_t first = static_cast<int64_t>(head) * a.keys.tiles + keys.first_tile;
   Keys& record = static_cast<Keys*>(a.w.keys)[first + tile];
-  sum_rows<Dp>(mean, folded, (is_value ? a.w.v_partial : a.w.k_partial) + first * Dp,
-               (keys.length + MEAN_TILES * TILE - 1) / (MEAN_TILES * TILE), MEAN_TILES, down * mean_factor(keys.length));
+  const int samples = mean_samples(keys.length);
+  sum_rows<Dp>(mean, folded, (is_value ? a.w.v_partial : a.w.k_partial) + first * Dp, (samples + TILE - 1) / TILE, down * mean_factor(samples));
   if (t < dim && keys.length)
     mean[t] = fmaf(to_float(at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin)[t]), down, mean[t]);
   __syncthreads();
@@ -154,9 +167,7 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
   if constexpr (!is_value) {
     const int64_t row = row_index(keys.batch, heads, head, a.keys.tokens, keys.begin + begin);
     int8_t* k8 = a.p.k8 + row * Dp;
-#pragma unroll
-    for (int j = 0; j < ROWS; ++j) {
-      float y[n][8];
+    const auto centred = [&](float (&y)[n][8], int j) {
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         float m[8];
@@ -164,16 +175,48 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
 #pragma unroll
         for (int d = 0; d < 8; ++d) y[i][d] = fmaf(element<T>(x[j][i], d), down, -m[d]);
       }
+    };
+    const auto write = [&](const uint2 (&bytes)[n], int j, float s) {
       const bool valid = tile_row(j) < rows;
-      uint2 bytes[n];
-      const float s = quantise_row(bytes, y);
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         if (valid) *reinterpret_cast<uint2*>(k8 + tile_row(j) * Dp + channel_of(i)) = bytes[i];
         write_chunk<Dp>(record.k8, tile_row(j), i, valid ? bytes[i] : uint2{0, 0});
       }
       if (lane_chunk() == 0) scale[tile_row(j)] = valid ? s : 0.f;
-      __syncwarp();  // or the means of four rows are loaded at once, and registers spill
+    };
+    if constexpr (Keys::shared_scales) {  // by the rows that lanes with the same lane / 8 have in four warps: row / 64 and row / 2 % 4 are the same
+      float y[ROWS][n][8], amax = 0.f;
+      bool finite = true;
+#pragma unroll
+      for (int j = 0; j < ROWS; ++j) {
+        centred(y[j], j);
+        hadamard(y[j]);
+        const float row = row_amax(y[j]);  // by all lanes
+        if (tile_row(j) < rows) amax = fmaxf(amax, row), finite = finite && is_finite(y[j][0][0]);
+      }
+      const int group = t % 32 / 8;
+      if (lane_chunk() == 0) folded[t / 32 * 4 + group] = finite ? amax : infinity();
+      __syncthreads();
+#pragma unroll
+      for (int w = 0; w < 4; ++w) amax = fmaxf(amax, folded[(t / 128 * 4 + w) * 4 + group]);
+      const Scale s = int8_scale(2.f * amax, is_finite(amax));
+#pragma unroll
+      for (int j = 0; j < ROWS; ++j) {
+        uint2 bytes[n];
+        round_row(bytes, y[j], amax, s);
+        write(bytes, j, s.scale);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < ROWS; ++j) {
+        float y[n][8];
+        centred(y, j);
+        uint2 bytes[n];
+        const float s = quantise_row(bytes, y);
+        write(bytes, j, s);
+        __syncwarp();  // or the means of four rows are loaded at once, and registers spill
+      }
     }
     __syncthreads();
     record.write_key_scales(scale);
@@ -186,17 +229,19 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
   };
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    float m[8], amax[8] = {};
+    float m[8];
+    uint32_t amax[8] = {};
     load_channels(m, mean, i, 1.f);
 #pragma unroll
     for (int j = 0; j < ROWS; ++j)
 #pragma unroll
-      for (int d = 0; d < 8; ++d) amax[d] = fmaxf(amax[d], fabsf(centred(j, i, d, m[d])));
-    fold_channels<Dp>(folded, amax, i, Max{});
+      for (int d = 0; d < 8; ++d) amax[d] = max(amax[d], magnitude(centred(j, i, d, m[d])));
+    fold_channels<Dp>(reinterpret_cast<uint32_t*>(folded), amax, i, Max{});
   }
   __syncthreads();
   if (t < Dp) {
-    const Scale s = int8_scale(2.f * fold_warps<Dp, WARPS>(folded, t, Max{}), is_finite(mean[t]));  // NaN and Inf are in the mean
+    const float amax = __uint_as_float(fold_warps<Dp, WARPS>(reinterpret_cast<const uint32_t*>(folded), t, Max{}));
+    const Scale s = int8_scale(2.f * amax, is_finite(amax));
     scale[t] = s.scale, inverse[t] = s.inverse;
     record.write_value_scale(t, s.scale);
   }
@@ -256,7 +301,7 @@ __global__ void __launch_bounds__(THREADS, 3) query_kernel(const __grid_constant
   if (tile == 0 && head % group == 0) {
     const Span keys = span_of(a.keys, queries.sequence);
     sum_rows<Dp>(total, slices, a.w.v_residual + (static_cast<int64_t>(head_kv) * a.keys.tiles + keys.first_tile) * Dp,
-                 (keys.length + TILE - 1) / TILE, 1, keys.length ? 1.f / static_cast<float>(keys.length) : 0.f);
+                 (keys.length + TILE - 1) / TILE, keys.length ? 1.f / static_cast<float>(keys.length) : 0.f);
     if (t < dim) a.p.v_mean[means + t] += total[t];
   }
   if (rows <= 0) return;

@@ -150,15 +150,15 @@ __device__ __forceinline__ X fold_warps(const X* x, int channel, F fold) {
   return all;
 }
 
-// factor * the sum of `count` rows of [Dp] floats, `stride` rows apart, to total [Dp] in shared memory; always in the same order.
+// factor * the sum of `count` rows of [Dp] floats, to total [Dp] in shared memory; always in the same order.
 template <int Dp>
-__device__ __forceinline__ void sum_rows(float* total, float* slices, const float* from, int count, int stride, float factor) {
+__device__ __forceinline__ void sum_rows(float* total, float* slices, const float* from, int count, float factor) {
   constexpr int lanes = Dp / 4, all_slices = THREADS / lanes;  // slices: [all_slices][Dp] = 4 * THREADS floats
   const int slice = threadIdx.x / lanes, channel = threadIdx.x % lanes * 4;
   float4 sum = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 4
   for (int i = slice; i < count; i += all_slices) {
-    const float4 x = *reinterpret_cast<const float4*>(from + static_cast<int64_t>(i) * stride * Dp + channel);
+    const float4 x = *reinterpret_cast<const float4*>(from + static_cast<int64_t>(i) * Dp + channel);
     sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
   }
   *reinterpret_cast<float4*>(slices + slice * Dp + channel) = sum;

@@ -32,6 +32,12 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int byt
 }
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Read from shared memory by address.
+__device__ __forceinline__ void load(float& x, uint32_t address) { asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory"); }
+__device__ __forceinline__ void load(float2& x, uint32_t address) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+}
+
 // Named barriers of `threads` threads: synchronise waits for all of them, arrive counts as one and goes on.
 __device__ __forceinline__ void synchronise(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 __device__ __forceinline__ void arrive(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
@@ -43,17 +49,14 @@ __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.
 
 // ---------------------------------------------------------------------------------------------------- matrix products
 
-// Descriptor of a K-major matrix of bytes in shared memory, rows of 64 or 128 bytes, swizzled as swizzle<row_bytes> does; it starts at a
-// multiple of 8 rows. The next 32 bytes of k are `+ 2`.
+// Matrices in shared memory are K-major, of bytes, rows of 64 or 128 bytes swizzled as swizzle<row_bytes> does, and start at a multiple
+// of 8 rows. Their descriptor is {where, layout<row_bytes>()}; the next 32 bytes of k are at `where + 2`.
 template <int row_bytes>
-__device__ __forceinline__ uint64_t matrix(uint32_t address) {
+__device__ __forceinline__ constexpr uint32_t layout() {
   static_assert(row_bytes == 64 || row_bytes == 128);
-  return static_cast<uint64_t>(row_bytes == 128 ? 1 : 2) << 62 | static_cast<uint64_t>(row_bytes * 8 / 16) << 32 | 1ull << 16 | (address & 0x3FFFF) >> 4;
+  return (row_bytes == 128 ? 1u : 2u) << 30 | row_bytes * 8 / 16;
 }
-// ... of a matrix of 32-byte rows, all elements of which are the same: not swizzled, 8 x 16-byte pieces one after another.
-__device__ __forceinline__ uint64_t uniform_matrix(uint32_t address) {
-  return static_cast<uint64_t>(256 / 16) << 32 | static_cast<uint64_t>(128 / 16) << 16 | (address & 0x3FFFF) >> 4;
-}
+__device__ __forceinline__ uint32_t where(uint32_t address) { return 1u << 16 | address >> 4; }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -67,29 +70,25 @@ __device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_g
 #define SAGETRAIN_LOW "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define SAGETRAIN_HIGH "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-template <bool add>
-__device__ __forceinline__ void multiply_u8u8(int (&d)[64], uint64_t a, uint64_t b) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.u8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, %64, %65, add;\n}"
-               : SAGETRAIN_D32(0), SAGETRAIN_D32(32) : "l"(a), "l"(b), "n"(add));
+template <int row_bytes, bool add>
+__device__ __forceinline__ void multiply_s8s8(int (&d)[64], uint32_t a, uint32_t b) {
+  asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %66, 0;\nmov.b64 a, {%64, %67};\nmov.b64 b, {%65, %67};\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, a, b, add;\n}"
+               : SAGETRAIN_D32(0), SAGETRAIN_D32(32) : "r"(a), "r"(b), "n"(add), "r"(layout<row_bytes>()));
 }
-template <bool add>
-__device__ __forceinline__ void multiply_s8s8(int (&d)[64], uint64_t a, uint64_t b) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, %64, %65, add;\n}"
-               : SAGETRAIN_D32(0), SAGETRAIN_D32(32) : "l"(a), "l"(b), "n"(add));
+template <int row_bytes, bool add>
+__device__ __forceinline__ void multiply_u8s8(int (&d)[64], const uint32_t (&a)[4], uint32_t b) {
+  asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %69, 0;\nmov.b64 b, {%68, %70};\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, {%64,%65,%66,%67}, b, add;\n}"
+               : SAGETRAIN_D32(0), SAGETRAIN_D32(32)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(add), "r"(layout<row_bytes>()));
 }
-template <bool add>
-__device__ __forceinline__ void multiply_u8s8(int (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, {%64,%65,%66,%67}, %68, add;\n}"
-               : SAGETRAIN_D32(0), SAGETRAIN_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add));
-}
-template <bool add>
-__device__ __forceinline__ void multiply_u8s8(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" SAGETRAIN_LOW "}, {%32,%33,%34,%35}, %36, add;\n}"
-               : SAGETRAIN_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add));
+template <int row_bytes, bool add>
+__device__ __forceinline__ void multiply_u8s8(int (&d)[32], const uint32_t (&a)[4], uint32_t b) {
+  asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %37, 0;\nmov.b64 b, {%36, %38};\n"
+               "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" SAGETRAIN_LOW "}, {%32,%33,%34,%35}, b, add;\n}"
+               : SAGETRAIN_D32(0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(add), "r"(layout<row_bytes>()));
 }
 #undef SAGETRAIN_D8
 #undef SAGETRAIN_D32

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,18 +31,21 @@ AMAX_MIN, AMAX_MAX = 2.0**-100, 2.0**55  # keeps scales and their products finit
 
 @dataclass(frozen=True)
 class Preset:
-    """Where a preset rounds. `forward_keys`: keys in a forward tile; `queries`, `keys`: rows of a backward tile."""
+    """Where a preset rounds. `forward_keys`: keys in a forward tile; `queries`, `keys`: rows of a backward tile;
+    `shared_key_scales`: of K not one scale per token, but one for 16 of every 64 (`shared_amax`)."""
 
     name: str
     forward_keys: int
     queries: int
     keys: int
     rotate: bool = True
+    shared_key_scales: bool = False
 
 
 PAPER = Preset("paper", forward_keys=64, queries=128, keys=64, rotate=False)
 SAGE = Preset("sage", forward_keys=32, queries=64, keys=64)
-PRESETS = {preset.name: preset for preset in (PAPER, SAGE)}
+SAGE_SM90 = replace(SAGE, name="sage_sm90", shared_key_scales=True)  # `sage` as the sm90 forward computes it
+PRESETS = {preset.name: preset for preset in (PAPER, SAGE, SAGE_SM90)}
 
 
 # ---------------------------------------------------------------------------------------------- rounding
@@ -57,9 +60,18 @@ def tile_amax(x: Tensor, rows: int, columns: int) -> Tensor:
     return tiles.repeat_interleave(rows, -2).repeat_interleave(columns, -1)[..., :height, :width]
 
 
+def shared_amax(x: Tensor) -> Tensor:
+    """Largest value `[.., T, 1]` of each token's group in `x [.., T, D]`: of 64, those of the same token / 2 % 4."""
+    groups = torch.nn.functional.pad(x.amax(-1), (0, -x.shape[-2] % 64), value=-math.inf).unflatten(-1, (-1, 8, 4, 2))
+    return groups.amax((-3, -1), keepdim=True).expand_as(groups).flatten(-4)[..., : x.shape[-2], None]
+
+
 def int8_scale(x: Tensor, rows: int, columns: int) -> Tensor:
     """Scale that maps each tile's largest magnitude to 127. NaN where the tile is not finite."""
-    amax = tile_amax(x.abs(), rows, columns)
+    return scale_of(tile_amax(x.abs(), rows, columns))
+
+
+def scale_of(amax: Tensor) -> Tensor:
     return torch.where(amax.isfinite(), amax.clamp(AMAX_MIN, AMAX_MAX), math.nan) / 127
 
 
@@ -151,7 +163,9 @@ def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, pr
     k_mean, v_mean = k.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
     q_turned, k_turned = turn(q), turn(k) - turn(k_mean)
     width = q_turned.shape[-1]
-    q_scale, k_scale = int8_scale(q_turned, 1, width)[..., :1], int8_scale(k_turned, 1, width)[..., :1]
+    q_scale, k_scale = (int8_scale(x, 1, width)[..., :1] for x in (q_turned, k_turned))
+    if preset.shared_key_scales:
+        k_scale = scale_of(shared_amax(k_turned.abs()))
     q8, k8 = int8(q_turned, q_scale), int8(k_turned, k_scale)
     v_hat = round_tiles(v - v_mean, preset.forward_keys, 1)
     v_mean = v_mean + (v - v_mean - v_hat).mean(-2, keepdim=True)  # what rounding lost on average comes back for free

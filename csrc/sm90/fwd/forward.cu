@@ -19,33 +19,41 @@ template <int Dp>
 constexpr int STAGES = Dp == 64 ? 6 : 4;
 template <int Dp>
 constexpr int HANDOVER = Dp == 64 ? 2 : 3;  // of a tile's four steps of exponentials: after these the next warpgroup may start
-constexpr float GROWTH = 10.f;  // a row's maximum may outgrow its reference by 2^10 before O and the sum are rescaled
+constexpr float GROWTH = 10.f;              // a row's maximum may outgrow its reference by 2^10 before O and the sum are rescaled
+constexpr float LOG255 = 7.9943534f;        // log2(255): P is computed 255 times as large
+constexpr int HIDDEN = -2147483647 - 1;     // in place of the integer score of a key that the query does not see
+constexpr int LOWEST = -(1 << 21);          // below every integer score
 
-// Barriers by number; 0 is __syncthreads. Warpgroup w waits for its turn at TURN + w, and for its own threads at ALONE + w.
-constexpr int TURN = 1, ALONE = TURN + CONSUMERS;
+// Barriers by number; 0 is __syncthreads. Warp i of the consumers waits for its turn at TURN + i, and warpgroup w for all its threads at
+// ALONE + w. A turn is given by the warp of the same number in the warpgroup before: they share a scheduler.
+constexpr int TURN = 1, ALONE = TURN + 4 * CONSUMERS;
 
+template <int Dp>
+struct __align__(1024) Stage {
+  ForwardKeys<Dp> keys;
+  uint64_t full, empty;
+};
 template <int Dp>
 struct __align__(1024) Queries {
   int8_t q8[64 * Dp];  // [query][channel], swizzled
 };
 template <int Dp>
-struct __align__(1024) Stage {
-  ForwardKeys<Dp> keys;
-};
-template <int Dp>
 struct Shared {
   Stage<Dp> stages[STAGES<Dp>];
-  Queries<Dp> queries[CONSUMERS];
-  uint4 ones[TILE * 32 / 16];  // bytes of 255
-  uint64_t full[STAGES<Dp>], empty[STAGES<Dp>];
+  Queries<Dp> queries[2][CONSUMERS];  // of this piece and of the next
 };
 
 // Where a warp is in the ring, and in which of its rounds.
 template <int Dp>
 struct Position {
-  int stage = 0, parity = 0;
+  const uint32_t ring;  // address of the first stage
+  uint32_t at = ring;
+  int parity = 0;
+  __device__ __forceinline__ uint32_t full() const { return at + offsetof(Stage<Dp>, full); }
+  __device__ __forceinline__ uint32_t empty() const { return at + offsetof(Stage<Dp>, empty); }
   __device__ __forceinline__ void advance() {
-    if (++stage == STAGES<Dp>) stage = 0, parity ^= 1;
+    at += sizeof(Stage<Dp>);
+    if (at == ring + STAGES<Dp> * sizeof(Stage<Dp>)) at = ring, parity ^= 1;
   }
 };
 
@@ -54,7 +62,12 @@ __device__ __forceinline__ int pieces(const ForwardArgs& a) { return static_cast
 __device__ __forceinline__ int piece_of(int round) {
   return static_cast<int>(round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x));
 }
-__device__ __forceinline__ int tiles_of(const QueryRows<ROWS>& block) { return (block.visible + TILE - 1) / TILE; }
+// The first round from this one on whose piece has queries.
+__device__ __forceinline__ int round_with_queries(const ForwardArgs& a, int round) {
+  while (piece_of(round) < pieces(a) && !QueryRows<ROWS>(a.p.shape, a.queries, a.keys, piece_of(round)).exist()) ++round;
+  return round;
+}
+__device__ __forceinline__ int tiles(int keys) { return (keys + TILE - 1) / TILE; }
 
 // ---------------------------------------------------------------------------------------------------- arithmetic
 
@@ -63,15 +76,32 @@ __device__ __forceinline__ float multiply_up(float x, float y) {
   asm("mul.rp.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
   return z;
 }
-// Also of subnormal numbers, which --use_fast_math would take for zeros.
-__device__ __forceinline__ float multiply_add(float x, float y, float z) {
-  float r;
-  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(x), "f"(y), "f"(z));
-  return r;
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
 }
-__device__ __forceinline__ int quad_max(int x) {
-  x = max(x, __shfl_xor_sync(~0u, x, 1));
-  return max(x, __shfl_xor_sync(~0u, x, 2));
+// Two numbers rounded to bytes, 0 to 255, low one first, below the two bytes of `above`.
+__device__ __forceinline__ uint32_t round_bytes(float low, float high, uint32_t above) {
+  uint32_t x;
+  asm("{\n.reg .s32 a, b;\ncvt.rni.s32.f32 a, %1;\ncvt.rni.s32.f32 b, %2;\ncvt.pack.sat.u8.s32.b32 %0, b, a, %3;\n}" : "=r"(x) : "f"(low), "f"(high), "r"(above));
+  return x;
+}
+
+// ---------------------------------------------------------------------------------------------------- the assembler
+
+// The same in all lanes; the assembler can neither see how it is computed nor compute it again where it is used.
+__device__ __forceinline__ uint32_t once(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+
+// x, but what is derived from it after this does not occupy registers before.
+__device__ __forceinline__ int known_later(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Ends the program if x is a number that it cannot be. What writes (a barrier) the assembler does not move past this.
+__device__ __forceinline__ void fence(float x) {
+  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0xffc12345;\n@p exit;\n}" ::"r"(__float_as_int(x)));
 }
 
 // ---------------------------------------------------------------------------------------------------- consumers
@@ -82,93 +112,69 @@ struct Consumer {
 
   const ForwardArgs& a;
   Shared<Dp>& shared;
-  const int warpgroup = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
-  Position<Dp> position = {};
+  const int warpgroup = once(threadIdx.x / 128 - 1), lane = threadIdx.x % 32;
+  const int turn = once(TURN + threadIdx.x / 32 - 4);
+  Position<Dp> position{once(shared_address(shared.stages))};
+  uint32_t q8 = once(where(shared_address(shared.queries[0][warpgroup].q8)));  // of this piece
+
+  __device__ __forceinline__ void give_turn() const { arrive(turn < TURN + 4 * (CONSUMERS - 1) ? turn + 4 : turn - 4 * (CONSUMERS - 1), 64); }
 
   // The first of a warp's 16 rows, within the piece.
   __device__ __forceinline__ static int warp_row() { return thread_number() / 32 * 16 - 64; }  // after the 128 threads of the producer
 
-  // This warpgroup's queries to shared memory.
-  __device__ __forceinline__ void load_queries(const QueryRows<ROWS>& block) {
-    synchronise(ALONE + warpgroup, 128);  // nobody multiplies the ones before them any more
+  // Starts to copy this warpgroup's queries of a round to shared memory.
+  __device__ __forceinline__ void fetch_queries(int round, uint32_t to) {
+    if (piece_of(round) < pieces(a)) {
+      const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece_of(round));
 #pragma unroll
-    for (int i = threadIdx.x % 128; i < 64 * Dp / 16; i += 128) {
-      const int row = i / (Dp / 16), chunk = i % (Dp / 16), query = block.first + 64 * warpgroup + row;
-      const bool exists = query < block.queries.length;
-      *reinterpret_cast<uint4*>(shared.queries[warpgroup].q8 + swizzle<Dp>(row, chunk)) =
-          exists ? *reinterpret_cast<const uint4*>(a.p.q8 + block.index(a.p.shape, query) * Dp + 16 * chunk) : uint4{0, 0, 0, 0};
-    }
-    fence_async();
-    synchronise(ALONE + warpgroup, 128);
-  }
-
-  // s = S + OFFSET of this warpgroup's queries and the keys of a stage.
-  __device__ __forceinline__ void scores(int (&s)[4 * key_tiles], const ForwardKeys<Dp>& keys) {
-    const uint64_t ones = uniform_matrix(shared_address(shared.ones));
-    const uint64_t q8 = matrix<Dp>(shared_address(shared.queries[warpgroup].q8)), k8 = matrix<Dp>(shared_address(keys.k8));
-    begin_products();
-    multiply_u8u8<false>(s, ones, ones);
-#pragma unroll
-    for (int k = 0; k < Dp / 32; ++k) multiply_s8s8<true>(s, q8 + 2 * k, k8 + 2 * k);
-    commit_products();
-    wait_for_products<0>();
-  }
-
-  // P = exp2(x * scale - shift), rounded to bytes, and the sums of its rows' halves. Gives the turn to the next warpgroup on the way.
-  //
-  // The order of the instructions matters, and the assembler changes it: it moves all that can start early to the front, where it fills
-  // no gap between exponentials. `zero` is 0 because the number of tokens is not negative, but the assembler does not know; so what
-  // is combined with bytes of P and `zero` cannot start before these bytes are done.
-  __device__ __forceinline__ void exponentials(uint32_t (&p8)[steps][4], float (&total)[2], const float (&x)[key_tiles][4], const float (&scale)[2],
-                                               const float (&shift)[2]) {
-    constexpr int pairs = 2 * key_tiles;  // pair i: row i / 4 % 2, columns of 8-column tile i / 8 * 4 + i % 4
-    const int zero = a.queries.tokens >> 31;
-    const __half2 gain = __float2half2_rn(255.f), round = __float2half2_rn(MAGIC_HALF);
-    const auto row = [](int i) { return i / 4 % 2; };
-    const auto tile = [](int i) { return i / 8 * 4 + i % 4; };
-    float y[pairs][2], from[2] = {shift[0], shift[1]};
-    __half2 p[pairs], rounded[pairs], sum[2] = {};
-#pragma unroll
-    for (int i = 0; i < pairs + 3; ++i) {  // a pair's four stages lie in four turns of this loop, so that none waits for the one before
-      if (i < pairs) {
-        const int r = row(i);
-        if (i >= 8 && i % 4 == 0) from[r] = __int_as_float(__float_as_int(from[r]) | (p8[(i - 8) / 8][r] & zero));
-        const float* pair = &x[tile(i)][2 * r];
-        y[i][0] = fmaf(pair[0], scale[r], -from[r]), y[i][1] = fmaf(pair[1], scale[r], -from[r]);
-      }
-      if (i >= 1 && i < pairs + 1) y[i - 1][0] = exp2_fast(y[i - 1][0]), y[i - 1][1] = exp2_fast(y[i - 1][1]);
-      if (i >= 2 && i < pairs + 2) p[i - 2] = __floats2half2_rn(y[i - 2][0], y[i - 2][1]);
-      if (i >= 3) rounded[i - 3] = __hfma2(p[i - 3], gain, round);
-      if (i >= 3 && i % 2 == 0) {
-        const int j = i - 3, r = row(j);  // pairs j - 1 and j
-        p8[j / 8][2 * (j % 4 / 2) + r] = low_bytes(rounded[j - 1], rounded[j]);
-        sum[r] = __hadd2(sum[r], __hadd2(p[j - 1], p[j]));
-        if (j == 8 * HANDOVER<Dp> - 1) arrive(TURN + (warpgroup + 1) % CONSUMERS + (p8[j / 8][3] & zero), 256);
+      for (int i = threadIdx.x % 128; i < 64 * Dp / 16; i += 128) {
+        const int row = i / (Dp / 16), chunk = i % (Dp / 16), query = block.first + 64 * warpgroup + row;
+        const int64_t from = block.index(a.p.shape, min(query, block.queries.length - 1));  // rows past the end are not written anywhere
+        copy16(to + swizzle<Dp>(row, chunk), a.p.q8 + from * Dp + 16 * chunk);
       }
     }
+    commit_copies();
+  }
+
+  // P = 255 exp2(n scale - top), rounded to bytes, and the sums of its rows. Gives the turn to the next warpgroup on the way.
+  template <bool masked>
+  __device__ __forceinline__ void exponentials(uint32_t (&p8)[steps][4], float (&sum)[2], const int (&n)[4 * key_tiles], const float (&scale)[2][2],
+                                               const float (&top)[2]) {
+    constexpr int pairs = 2 * key_tiles, group = 8;  // pair i: row i / 2 % 2, columns of 8-column tile i / 4 * 2 + i % 2
+    float y[pairs][2];
+    const auto argument = [&](int i) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float2 halves = __half22float2(sum[r]);
-      total[r] = halves.x + halves.y;
+      for (int c = 0; c < 2; ++c) {
+        const int r = i / 2 % 2, x = n[4 * (i / 4 * 2 + i % 2) + 2 * r + c];
+        y[i][c] = fmaf(masked && x == HIDDEN ? -INFINITY : __int2float_rn(x), scale[2 * i / pairs][r], -top[r]);
+      }
+    };
+    const auto finish = [&](int i) {  // pairs i and i + 1
+      p8[i / 8][i % 8 / 2] = round_bytes(y[i][0], y[i][1], round_bytes(y[i + 1][0], y[i + 1][1], 0));
+      sum[i / 2 % 2] += (y[i][0] + y[i][1]) + (y[i + 1][0] + y[i + 1][1]);
+    };
+    // A pair's stages lie in three turns of this loop, so that none waits for the one before and fills the gaps of another.
+#pragma unroll
+    for (int i = 0; i < group; ++i) argument(i);
+#pragma unroll
+    for (int i = 0; i < pairs; i += 2) {
+      if (i >= 2) finish(i - 2);
+#pragma unroll
+      for (int j = i; j < i + 2; ++j) {
+        y[j][0] = exp2_fast(y[j][0]), y[j][1] = exp2_fast(y[j][1]);
+        if (j + group < pairs) argument(j + group);
+      }
+      if (i + 2 == pairs / steps * HANDOVER<Dp>) give_turn();
+      if ((i + 2) % group == 0 && i + 2 < pairs) fence(y[i + 1][1]);
     }
+    finish(pairs - 2);
   }
 
-  // d = P V of a stage.
-  __device__ __forceinline__ void values(int (&d)[4 * channel_tiles], const uint32_t (&p8)[steps][4], const ForwardKeys<Dp>& keys) {
-    const uint64_t v8 = matrix<TILE>(shared_address(keys.v8t));
-    begin_products();
-    multiply_u8s8<false>(d, p8[0], v8);
-#pragma unroll
-    for (int k = 1; k < steps; ++k) multiply_u8s8<true>(d, p8[k], v8 + 2 * k);
-    commit_products();
-    wait_for_products<0>();
-  }
+  __device__ __forceinline__ int tiles_seen(const QueryRows<ROWS>& block) const { return tiles(block.visible_to(a.p.shape, 64 * warpgroup, 64)); }
 
-  __device__ __forceinline__ void attend(int piece) {
-    const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece);
-    if (!block.exist()) return;
-    const int tiles = tiles_of(block), group = lane / 4, t = lane % 4;
-    load_queries(block);
+  __device__ __forceinline__ void attend(int round) {
+    const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece_of(round));
+    const int group = lane / 4, t = lane % 4;
     float q_unit[2];  // q_scale_i * scale * log2(e) * Dp
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -176,45 +182,64 @@ struct Consumer {
       const float q_scale = query < block.queries.length ? a.p.q_scale[block.index(a.p.shape, query)] : 0.f;
       q_unit[r] = scale22(q_scale * (a.p.shape.scale * LOG2E * Dp));
     }
+    wait_for_copies<0>();
+    fence_async();
+    synchronise(ALONE + warpgroup, 128);  // all of these queries are there, and nobody multiplies the ones before them any more
+    {
+      const uint32_t first = shared_address(shared.queries[0][warpgroup].q8), second = shared_address(shared.queries[1][warpgroup].q8);
+      fetch_queries(round_with_queries(a, round + 1), q8 == where(first) ? second : first);
+    }
 
     float o[channel_tiles][4] = {};
-    float sum[2] = {0.f, 0.f};              // of exp2(s - reference), this lane's share
+    float sum[2] = {0.f, 0.f};              // of 255 exp2(s - reference), this lane's share
     float reference[2] = {-3e38f, -3e38f};  // below any score: what O and the sum are scaled by; within GROWTH of the running maximum
 
-    // Within the tile: the last key that exists, and the last that the warp's first row sees.
-    int last = block.last_key(), diagonal = block.diagonal(a.p.shape, block.first + warp_row());
-    for (int tile = 0; tile < tiles; ++tile) {
-      const ForwardKeys<Dp>& keys = shared.stages[position.stage].keys;
-      wait(shared_address(&shared.full[position.stage]), position.parity);
-      int s[4 * key_tiles];
-      scores(s, keys);
+    // Which of the last two tiles have a key that the warp's first row does not see: its other rows see at most 15 more, the warpgroup's 63.
+    const int limit = min(block.last_key(), block.diagonal(a.p.shape, block.first + warp_row())) - (tiles_seen(block) - 1) * TILE;
+    const int hiding = (limit < TILE - 1) + (limit + TILE < TILE - 1);
+    for (int left = tiles_seen(block); left > 0; --left) {
+      const uint32_t at = position.at;
+      wait(position.full(), position.parity);
+      int n[4 * key_tiles];
+      begin_products();
+      multiply_s8s8<Dp, false>(n, q8, where(at));
+#pragma unroll
+      for (int k = 1; k < Dp / 32; ++k) multiply_s8s8<Dp, true>(n, q8 + 2 * k, where(at) + 2 * k);
+      commit_products();
+      float k_scale[2];
+      load(k_scale[0], at + offsetof(ForwardKeys<Dp>, k_scale) + 4 * t), load(k_scale[1], at + offsetof(ForwardKeys<Dp>, k_scale) + 16 + 4 * t);
+      wait_for_products<0>();
 
-      float x[key_tiles][4];
+      const bool masked = left <= hiding;
+      if (masked) {
+        const QueryRows<ROWS> again(a.p.shape, a.queries, a.keys, piece_of(known_later(round)));
+        const int before = (tiles_seen(again) - left) * TILE, last = again.last_key() - before;
+        const int diagonal = again.diagonal(a.p.shape, again.first + warp_row() + group) - before;
 #pragma unroll
-      for (int n = 0; n < key_tiles; ++n) {
-        const float4 k = keys.k[4 * n + t];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) x[n][c] = multiply_add(__int_as_float(s[4 * n + c]), c % 2 ? k.y : k.x, c % 2 ? k.w : k.z);
-      }
-      if (min(diagonal, last) < TILE - 1) {
-#pragma unroll
-        for (int n = 0; n < key_tiles; ++n)
+        for (int i = 0; i < key_tiles; ++i)
 #pragma unroll
           for (int c = 0; c < 4; ++c)
-            if (n * 8 + 2 * t + c % 2 > min(last, diagonal + group + c / 2 * 8)) x[n][c] = -INFINITY;
+            if (i * 8 + 2 * t + c % 2 > min(last, diagonal + c / 2 * 8)) n[4 * i + c] = HIDDEN;
       }
-      last -= TILE, diagonal -= TILE;
 
-      // s = x * scale - shift + top, and top is the largest of a row (the smallest possible score, where all keys are hidden).
-      float scale[2], shift[2], top[2];
+      // A score is n * scale; top is the largest of a row, less log2(255) (the smallest possible, where all keys are hidden).
+      float scale[2][2], top[2];  // [half of the tile][row], [row]
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        int x_top = 0;
+        float x = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < key_tiles; ++n) x_top = __vimax3_s32(x_top, __float_as_int(x[n][2 * r]), __float_as_int(x[n][2 * r + 1]));
-        scale[r] = fmaxf(q_unit[r] * keys.unit, 1e-37f);  // not 0, for -inf * 0 is no number
-        shift[r] = multiply_up(__int_as_float(quad_max(x_top)), scale[r]);  // up: P is never above 1
-        top[r] = fmaf(-CENTRE, scale[r], shift[r]);
+        for (int half = 0; half < 2; ++half) {
+          int n_top = LOWEST;
+#pragma unroll
+          for (int i = 0; i < key_tiles / 2; ++i) {
+            const int* pair = &n[2 * key_tiles * half + 4 * i + 2 * r];
+            n_top = __vimax3_s32(n_top, pair[0], pair[1]);
+          }
+          scale[half][r] = max_or_nan(q_unit[r] * k_scale[half], 1e-37f);  // not 0, for -inf * 0 is no number
+          x = fmaxf(x, multiply_up(__int2float_rn(n_top), scale[half][r]));
+        }
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+        top[r] = fmaxf(x, __shfl_xor_sync(~0u, x, 2)) - LOG255;
       }
       if (__any_sync(~0u, top[0] > reference[0] + GROWTH || top[1] > reference[1] + GROWTH)) {
 #pragma unroll
@@ -224,38 +249,57 @@ struct Consumer {
           reference[r] = higher;
           sum[r] *= shrink;
 #pragma unroll
-          for (int n = 0; n < channel_tiles; ++n) o[n][2 * r] *= shrink, o[n][2 * r + 1] *= shrink;
+          for (int i = 0; i < channel_tiles; ++i) o[i][2 * r] *= shrink, o[i][2 * r + 1] *= shrink;
         }
       }
-      float factor[2], total[2];
+      float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) factor[r] = exp2_fast(top[r] - reference[r]);
-
-      synchronise(TURN + warpgroup, 256);
       uint32_t p8[steps][4];
-      exponentials(p8, total, x, scale, shift);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) sum[r] = fmaf(total[r], factor[r], sum[r]), factor[r] *= 1.f / 255.f;
+      float total[2] = {};
+      synchronise(turn + (__float_as_int(top[0]) & __float_as_int(top[1]) & (a.queries.tokens >> 31)), 64);  // + 0, but not before top
+      fence(top[0]);
+      if (masked) exponentials<true>(p8, total, n, scale, top); else exponentials<false>(p8, total, n, scale, top);
 
+#pragma unroll
+      for (int r = 0; r < 2; ++r) sum[r] = fmaf(total[r], factor[r], sum[r]);
       int d[4 * channel_tiles];
-      values(d, p8, keys);
+      begin_products();
+      constexpr uint32_t v8 = offsetof(ForwardKeys<Dp>, v8t) / 16;
+      multiply_u8s8<TILE, false>(d, p8[0], where(at) + v8);
 #pragma unroll
-      for (int n = 0; n < channel_tiles; ++n) {
-        const float2 v = keys.v_scale[4 * n + t];
+      for (int k = 1; k < steps; ++k) multiply_u8s8<TILE, true>(d, p8[k], where(at) + v8 + 2 * k);
+      commit_products();
+      wait_for_products<0>();
 #pragma unroll
-        for (int c = 0; c < 4; ++c) o[n][c] = fmaf(__int2float_rn(d[4 * n + c]) * (c % 2 ? v.y : v.x), factor[c / 2], o[n][c]);
+      for (int i = 0; i < channel_tiles; ++i) {
+        float2 v;
+        load(v, at + offsetof(ForwardKeys<Dp>, v_scale) + 32 * i + 8 * t);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) o[i][c] = fmaf(__int2float_rn(d[4 * i + c]) * (c % 2 ? v.y : v.x), factor[c / 2], o[i][c]);
       }
-      __syncwarp();
-      if (lane == 0) arrive(shared_address(&shared.empty[position.stage]));
-      position.advance();
+      leave_stage();
     }
-    finish(piece, o, sum, reference);
+    const QueryRows<ROWS> again(a.p.shape, a.queries, a.keys, piece_of(known_later(round)));
+    for (int left = tiles(again.visible) - tiles_seen(again); left > 0; --left) {  // tiles that only the warpgroups after this one see
+      wait(position.full(), position.parity);
+      synchronise(turn, 64);
+      give_turn();
+      leave_stage();
+    }
+    q8 = where(shared_address(shared.queries[0][warpgroup].q8)) + where(shared_address(shared.queries[1][warpgroup].q8)) - q8;
+    finish(round, o, sum, reference);
+  }
+
+  __device__ __forceinline__ void leave_stage() {
+    __syncwarp();
+    if (lane == 0) arrive(position.empty());
+    position.advance();
   }
 
   // Divides by the sums and writes the results.
-  __device__ __forceinline__ void finish(int piece, const float (&o)[channel_tiles][4], const float (&sum)[2], const float (&reference)[2]) {
-    asm volatile("" : "+r"(piece));  // what is derived from it here does not occupy registers before
-    const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece);
+  __device__ __forceinline__ void finish(int round, const float (&o)[channel_tiles][4], const float (&sum)[2], const float (&reference)[2]) {
+    const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece_of(known_later(round)));
     const int head_dim = a.p.shape.head_dim, t = lane % 4;
     const float* v_mean = a.p.v_mean + (static_cast<int64_t>(block.queries.sequence) * a.p.shape.heads_kv + block.head_kv) * head_dim;
 #pragma unroll
@@ -287,17 +331,15 @@ struct Consumer {
 
 template <int Dp>
 __device__ __forceinline__ void produce(const ForwardArgs& a, Shared<Dp>& shared) {
-  Position<Dp> position;
-  for (int round = 0; piece_of(round) < pieces(a); ++round) {
+  Position<Dp> position{shared_address(shared.stages)};
+  for (int round = round_with_queries(a, 0); piece_of(round) < pieces(a); round = round_with_queries(a, round + 1)) {
     const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece_of(round));
-    if (!block.exist()) continue;
     const ForwardKeys<Dp>* keys =
         static_cast<const ForwardKeys<Dp>*>(a.w.keys) + static_cast<int64_t>(block.head_kv) * a.keys.tiles + block.keys.first_tile;
-    for (int tile = 0; tile < tiles_of(block); ++tile) {
-      const uint32_t full = shared_address(&shared.full[position.stage]);
-      wait(shared_address(&shared.empty[position.stage]), position.parity ^ 1);  // the first round finds all stages empty
-      arrive_expecting(full, sizeof(ForwardKeys<Dp>));
-      copy_bulk(shared_address(&shared.stages[position.stage].keys), keys + tile, sizeof(ForwardKeys<Dp>), full);
+    for (int tile = 0; tile < tiles(block.visible); ++tile) {
+      wait(position.empty(), position.parity ^ 1);  // the first round finds all stages empty
+      arrive_expecting(position.full(), sizeof(ForwardKeys<Dp>));
+      copy_bulk(position.at, keys + tile, sizeof(ForwardKeys<Dp>), position.full());
       position.advance();
     }
   }
@@ -308,15 +350,10 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
   after_previous();
   extern __shared__ __align__(1024) unsigned char bytes[];
   Shared<Dp>& shared = *reinterpret_cast<Shared<Dp>*>(bytes);
-  if (threadIdx.x < TILE * 32 / 16) shared.ones[threadIdx.x] = uint4{~0u, ~0u, ~0u, ~0u};
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES<Dp>; ++i) {
-      init_barrier(shared_address(&shared.full[i]), 1);
-      init_barrier(shared_address(&shared.empty[i]), 4 * CONSUMERS);
-    }
+    for (Stage<Dp>& stage : shared.stages) init_barrier(shared_address(&stage.full), 1), init_barrier(shared_address(&stage.empty), 4 * CONSUMERS);
     fence_barriers();
   }
-  fence_async();
   __syncthreads();
   if (threadIdx.x < 128) {
     give_registers<PRODUCER_REGISTERS>();
@@ -324,8 +361,10 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
   } else {
     take_registers<CONSUMER_REGISTERS>();
     Consumer<T, Dp> consumer{a, shared};
-    if (consumer.warpgroup == CONSUMERS - 1) arrive(TURN, 256);  // the first turn is warpgroup 0's
-    for (int round = 0; piece_of(round) < pieces(a); ++round) consumer.attend(piece_of(round));
+    if (consumer.warpgroup == CONSUMERS - 1) consumer.give_turn();  // the first turn is warpgroup 0's
+    int round = round_with_queries(a, 0);
+    consumer.fetch_queries(round, shared_address(shared.queries[0][consumer.warpgroup].q8));
+    for (; piece_of(round) < pieces(a); round = round_with_queries(a, round + 1)) consumer.attend(round);
   }
 }
 
