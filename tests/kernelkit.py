@@ -126,11 +126,14 @@ def error(got: Tensor, truth: Tensor) -> float:
     return float(difference / norm) if norm else float(difference)
 
 
+def preset_of(device: torch.device | str) -> reference.Preset:
+    """The preset that the kernel for a device computes."""
+    return reference.SAGE_SM90 if sagetrain.kernel_name(device) == "sm90" else reference.SAGE
+
+
 def plain(q: Tensor, k: Tensor, v: Tensor, preset: str | reference.Preset | None = None, **options: object) -> Tensor:
-    """The plain reference, by the preset that the kernel for this device computes unless another is given."""
-    if preset is None:
-        preset = "sage_sm90" if sagetrain.kernel_name(q.device) == "sm90" else "sage"
-    return reference.attention(q, k, v, preset=preset, **options)
+    """The plain reference, by the preset of the device unless another is given."""
+    return reference.attention(q, k, v, preset=preset or preset_of(q.device), **options)
 
 
 def check(attend: Callable[..., Tensor], case: Case, preset: str | reference.Preset | None = None) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 import sagetrain
 from sagetrain.attention import reference
-from sagetrain.attention.reference import SAGE
 from tests.kernelkit import (
     NAMES,
     RATIO,
@@ -33,6 +32,7 @@ from tests.kernelkit import (
     given,
     packed,
     plain,
+    preset_of,
     run,
     same,
     variants,
@@ -106,9 +106,6 @@ def test_error_is_that_of_the_preset(case, attend):
     check(attend, case)
 
 
-OWN_TILES = replace(SAGE, forward_keys=128)  # of csrc/sm80
-
-
 @st.composite
 def any_case(draw: Callable) -> Case:
     lengths = st.integers(1, 150) | st.integers(1, 600)
@@ -131,7 +128,7 @@ def any_case(draw: Callable) -> Case:
 def test_any_shape(case, attend):
     """Against the reference with the kernel's own tiles: what coarser tiles cost depends on the shape, and is held to
     the preset's error by the grid above."""
-    check(attend, case, OWN_TILES)
+    check(attend, case, replace(preset_of(DEVICE), forward_keys=128))
 
 
 @pytest.mark.parametrize("case", [
