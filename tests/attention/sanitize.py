@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 import sagetrain  # noqa: E402
-from tests.kernelkit import NAMES, RATIO, Case, deterministic, error, exact, given, packed, plain, run  # noqa: E402
+from tests.kernelkit import NAMES, RATIO, Case, deterministic, error, exact, given, packed, plain, preset_of, run  # noqa: E402
 
 BASE = Case(hq=2, hkv=1, tq=130, tk=130)
 CASES = {
@@ -60,7 +60,8 @@ def main() -> None:
             tensors = [x.to(args.device)[..., -case.d :] for x in tensors]
             got = run(attend, given(replace(case, device=args.device), *tensors))
             got = {n: x.cpu() for n, x in got.items()}  # waits for the kernels
-            truth, expected = exact(case), run(plain, case)
+            expected = run(lambda *x, **o: plain(*x, preset=preset_of(args.device), **o), case)
+            truth = exact(case)
             what = f"{name}, {layout}, {attend.__name__}"
             for n in NAMES:
                 bar = RATIO * max(error(expected[n], truth[n]), torch.finfo(case.dtype).eps)

@@ -99,7 +99,8 @@ __device__ __forceinline__ int known_later(int x) {
   return x;
 }
 
-// Ends the program if x is a number that it cannot be. What writes (a barrier) the assembler does not move past this.
+// Ends the thread if x is a number that it cannot be: no instruction makes a NaN with these bits. Barriers the assembler does not move past
+// this, and two slots are all it costs.
 __device__ __forceinline__ void fence(float x) {
   asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0xffc12345;\n@p exit;\n}" ::"r"(__float_as_int(x)));
 }
@@ -153,7 +154,7 @@ struct Consumer {
       p8[i / 8][i % 8 / 2] = round_bytes(y[i][0], y[i][1], round_bytes(y[i + 1][0], y[i + 1][1], 0));
       sum[i / 2 % 2] += (y[i][0] + y[i][1]) + (y[i + 1][0] + y[i + 1][1]);
     };
-    // A pair's stages lie in three turns of this loop, so that none waits for the one before and fills the gaps of another.
+    // Arguments are computed `group` pairs ahead and bytes one turn behind, so that no exponential is waited for.
 #pragma unroll
     for (int i = 0; i < group; ++i) argument(i);
 #pragma unroll
