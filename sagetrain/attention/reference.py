@@ -1,4 +1,4 @@
-"""Attention in plain torch: exact, and the two INT8 presets, step by step.
+"""Attention in plain torch: exact, and the INT8 presets, step by step.
 
 Method
     `exact` is softmax(scale * Q K^T) V in FP64 (or any dtype), differentiable by autograd. `paper` follows Algorithms 1
@@ -72,6 +72,7 @@ def int8_scale(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def scale_of(amax: Tensor) -> Tensor:
+    """Scale that maps these largest magnitudes to 127. NaN where one is not finite."""
     return torch.where(amax.isfinite(), amax.clamp(AMAX_MIN, AMAX_MAX), math.nan) / 127
 
 
@@ -157,7 +158,8 @@ def paper_backward(
 
 
 def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, preset: Preset) -> dict[str, Tensor]:
-    """Per-token rotated Q and K; V centred, per channel and key tile; P against its tile's maximum, 8 unsigned bits."""
+    """Q and K rotated, a scale per token (K: or 16); V centred, a scale per channel and key tile; P against its tile's
+    maximum, 8 unsigned bits."""
     turn = rotate if preset.rotate else (lambda x: x)
     gain = padded_head_dim(q.shape[-1]) if preset.rotate else 1  # Dp * rotate(q) . rotate(k) = q . k
     k_mean, v_mean = k.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
@@ -285,7 +287,7 @@ def attention(
     scale: float | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False, record: list | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """`sagetrain.attention` in plain torch, by the preset named (`paper` or `sage`); differentiable once.
+    """`sagetrain.attention` in plain torch, by the preset named (`PRESETS`); differentiable once.
 
     `record`: a list that receives dS `[Hq, Tq, Tk]` of each sequence during the backward.
     """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sagetrain.attention import reference
-from tests.kernelkit import NAMES, Case, error, exact, run
+from tests.kernelkit import NAMES, RATIO, Case, error, exact, plain, run
 
 
 def test_exact_gradients_match_finite_differences():
@@ -13,9 +13,9 @@ def test_exact_gradients_match_finite_differences():
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("preset", ["paper", "sage"])
+@pytest.mark.parametrize("preset", list(reference.PRESETS))
 def test_preset_gradients_are_those_of_attention_when_rounding_vanishes(preset, is_causal, monkeypatch):
-    """With 8-bit rounding replaced by none, both presets must be attention itself, in all four results and the LSE."""
+    """With 8-bit rounding replaced by none, every preset must be attention itself, in all four results and the LSE."""
     monkeypatch.setattr(reference, "int8", lambda x, scale: x / scale)
     monkeypatch.setattr(torch.Tensor, "round", lambda x: x)
     case = Case(b=2, hq=4, hkv=2, tq=70, tk=90, d=40, is_causal=is_causal, dtype=torch.float32)
@@ -59,6 +59,23 @@ def test_sage_is_better_than_published(d, is_causal, sigma, kind):
     for name in NAMES:
         ratio = error(sage[name], truth[name]) / error(paper[name], truth[name])
         assert ratio <= (0.8 if sigma == 3 or name == "o" else 0.6), f"{name}: {ratio:.2f}"
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 150])
+def test_shared_scales_are_those_of_the_group(tokens):
+    x = torch.rand(2, tokens, 8)
+    group = [(i // 64, i // 2 % 4) for i in range(tokens)]
+    for i, amax in enumerate(reference.shared_amax(x).unbind(1)):
+        assert torch.equal(amax[:, 0], x[:, [g == group[i] for g in group]].amax((1, 2)))
+
+
+@pytest.mark.parametrize("sigma", [1, 3])
+def test_shared_scales_cost_less_than_a_kernel_may(sigma):
+    """`sage_sm90` is itself within RATIO of `sage`; and it is not the same."""
+    case = Case(hq=2, hkv=1, tq=1024, tk=1024, sigma=sigma, dtype=torch.float32)
+    truth, sage, shared = exact(case), run(plain, case), run(lambda *x, **o: plain(*x, preset="sage_sm90", **o), case)
+    for name in NAMES:
+        assert 1 < error(shared[name], truth[name]) / error(sage[name], truth[name]) <= RATIO, name
 
 
 def test_ds_rowsum_residual_is_small_and_real():

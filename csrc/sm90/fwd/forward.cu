@@ -192,8 +192,8 @@ struct Consumer {
     }
 
     float o[channel_tiles][4] = {};
-    float sum[2] = {0.f, 0.f};              // of 255 exp2(s - reference), this lane's share
-    float reference[2] = {-3e38f, -3e38f};  // below any score: what O and the sum are scaled by; within GROWTH of the running maximum
+    float sum[2] = {0.f, 0.f};              // of exp2(s - reference), this lane's share
+    float reference[2] = {-3e38f, -3e38f};  // below any score: what O and the sum are scaled by; within GROWTH of the largest top so far
 
     // Which of the last two tiles have a key that the warp's first row does not see: its other rows see at most 15 more, the warpgroup's 63.
     const int limit = min(block.last_key(), block.diagonal(a.p.shape, block.first + warp_row())) - (tiles_seen(block) - 1) * TILE;
