@@ -1,8 +1,8 @@
 // Forward: o = softmax(scale Q K^T) V, both matmuls in INT8, on wgmma. Bound, schedule, variants: docs/sm90-forward.md.
 //
-// One block per multiprocessor, for good. A producer thread copies key records into a ring of stages; three warpgroups of consumers own
-// 64 queries each and walk over them. The consumers take turns with the exponentials, so that one uses the special function unit while
-// the others multiply, scale and wait for the tensor cores.
+// One block per multiprocessor, for good. Of a first warpgroup, a thread copies key records into a ring of stages, and three warps fetch the
+// next piece of work with its queries. Three warpgroups of consumers own 64 queries of a piece each and walk over the keys. They take turns
+// with the exponentials, so that one uses the special function unit while the others multiply, scale and wait for the tensor cores.
 #include "../../sm80/matmul.cuh"
 #include "../hopper.cuh"
 #include "layout.cuh"
@@ -14,33 +14,45 @@ using sm80::QueryRows, sm80::all_tiles, sm80::store_row;
 
 constexpr int CONSUMERS = 3;  // warpgroups
 constexpr int ROWS = 64 * CONSUMERS, THREADS = 128 * (1 + CONSUMERS);
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 160;  // 128 * (24 + 3 * 160) of the 65536 of a multiprocessor
+constexpr int FETCHERS = 96;                                      // threads 32 to 127; thread 0 is the producer
+constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;  // 128 * (32 + 3 * 160): the 65536 of a multiprocessor
 template <int Dp>
 constexpr int STAGES = Dp == 64 ? 6 : 4;
-template <int Dp>
-constexpr int HANDOVER = Dp == 64 ? 2 : 3;  // of a tile's four steps of exponentials: after these the next warpgroup may start
-constexpr float GROWTH = 10.f;              // a row's maximum may outgrow its reference by 2^10 before O and the sum are rescaled
-constexpr float LOG255 = 7.9943534f;        // log2(255): P is computed 255 times as large
-constexpr int HIDDEN = -2147483647 - 1;     // in place of the integer score of a key that the query does not see
-constexpr int LOWEST = -(1 << 21);          // below every integer score
+constexpr float GROWTH = 10.f;           // a row's maximum may outgrow its reference by 2^10 before O and the sum are rescaled
+constexpr float LOG255 = 7.9943534f;     // log2(255): P is computed 255 times as large
+constexpr int HIDDEN = -2147483647 - 1;  // in place of the integer score of a key that the query does not see
+constexpr int LOWEST = -(1 << 21);       // below every integer score
 
-// Barriers by number; 0 is __syncthreads. Warp i of the consumers waits for its turn at TURN + i, and warpgroup w for all its threads at
-// ALONE + w. A turn is given by the warp of the same number in the warpgroup before: they share a scheduler.
-constexpr int TURN = 1, ALONE = TURN + 4 * CONSUMERS;
+// Barriers by number: warp i of the consumers waits for its turn at TURN + i, the fetchers for each other at FETCHED; 0 is __syncthreads. A
+// turn is given by the warp of the same number in the warpgroup before: they share a scheduler.
+constexpr int TURN = 1, FETCHED = TURN + 4 * CONSUMERS;
 
 template <int Dp>
 struct __align__(1024) Stage {
   ForwardKeys<Dp> keys;
   uint64_t full, empty;
 };
+
+// A piece of work: ROWS queries of a head, and what the consumers need to know of them.
 template <int Dp>
-struct __align__(1024) Queries {
-  int8_t q8[64 * Dp];  // [query][channel], swizzled
+struct __align__(1024) Piece {
+  int8_t q8[CONSUMERS][64 * Dp];  // [query][channel], swizzled
+  float q_unit[ROWS];             // q_scale_i * scale * log2(e) * Dp
+  float lse[ROWS];                // scale * q_i . k_mean
+  float v_mean[Dp];
+  void* o;                 // row of the first query
+  int64_t first;           // index of the first query in [B, Hq, Tq]
+  int64_t means;           // index of its mean of V in [N, Hkv, D]
+  int rows;                // of the sequence, from the first query on; 0: there are no more pieces
+  int seen[CONSUMERS];     // tiles of keys that a warpgroup sees
+  int tiles;               // that any of them sees
+  int last_key, diagonal;  // the last that exists; the last that the first query sees, if nothing but causality hides any
+  uint64_t full, empty;
 };
 template <int Dp>
 struct Shared {
   Stage<Dp> stages[STAGES<Dp>];
-  Queries<Dp> queries[2][CONSUMERS];  // of this piece and of the next
+  Piece<Dp> pieces[2];  // this and the next
 };
 
 // Where a warp is in the ring, and in which of its rounds.
@@ -116,26 +128,11 @@ struct Consumer {
   const int warpgroup = once(threadIdx.x / 128 - 1), lane = threadIdx.x % 32;
   const int turn = once(TURN + threadIdx.x / 32 - 4);
   Position<Dp> position{once(shared_address(shared.stages))};
-  uint32_t q8 = once(where(shared_address(shared.queries[0][warpgroup].q8)));  // of this piece
 
   __device__ __forceinline__ void give_turn() const { arrive(turn < TURN + 4 * (CONSUMERS - 1) ? turn + 4 : turn - 4 * (CONSUMERS - 1), 64); }
 
   // The first of a warp's 16 rows, within the piece.
   __device__ __forceinline__ static int warp_row() { return thread_number() / 32 * 16 - 64; }  // after the 128 threads of the producer
-
-  // Starts to copy this warpgroup's queries of a round to shared memory.
-  __device__ __forceinline__ void fetch_queries(int round, uint32_t to) {
-    if (piece_of(round) < pieces(a)) {
-      const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece_of(round));
-#pragma unroll
-      for (int i = threadIdx.x % 128; i < 64 * Dp / 16; i += 128) {
-        const int row = i / (Dp / 16), chunk = i % (Dp / 16), query = block.first + 64 * warpgroup + row;
-        const int64_t from = block.index(a.p.shape, min(query, block.queries.length - 1));  // rows past the end are not written anywhere
-        copy16(to + swizzle<Dp>(row, chunk), a.p.q8 + from * Dp + 16 * chunk);
-      }
-    }
-    commit_copies();
-  }
 
   // P = 255 exp2(n scale - top), rounded to bytes, and the sums of its rows. Gives the turn to the next warpgroup on the way.
   template <bool masked>
@@ -154,51 +151,41 @@ struct Consumer {
       p8[i / 8][i % 8 / 2] = round_bytes(y[i][0], y[i][1], round_bytes(y[i + 1][0], y[i + 1][1], 0));
       sum[i / 2 % 2] += (y[i][0] + y[i][1]) + (y[i + 1][0] + y[i + 1][1]);
     };
-    // Arguments are computed `group` pairs ahead and bytes one turn behind, so that no exponential is waited for.
+    // Arguments are computed a group ahead and bytes a group behind, so that no exponential is waited for.
 #pragma unroll
     for (int i = 0; i < group; ++i) argument(i);
 #pragma unroll
     for (int i = 0; i < pairs; i += 2) {
-      if (i >= 2) finish(i - 2);
 #pragma unroll
       for (int j = i; j < i + 2; ++j) {
         y[j][0] = exp2_fast(y[j][0]), y[j][1] = exp2_fast(y[j][1]);
         if (j + group < pairs) argument(j + group);
       }
-      if (i + 2 == pairs / steps * HANDOVER<Dp>) give_turn();
-      if ((i + 2) % group == 0 && i + 2 < pairs) fence(y[i + 1][1]);
+      if (i >= group) finish(i - group);
+      if (i + 2 == pairs / 2) fence(y[i + 1][1]), give_turn();
     }
-    finish(pairs - 2);
+#pragma unroll
+    for (int i = pairs - group; i < pairs; i += 2) finish(i);
   }
 
-  __device__ __forceinline__ int tiles_seen(const QueryRows<ROWS>& block) const { return tiles(block.visible_to(a.p.shape, 64 * warpgroup, 64)); }
-
-  __device__ __forceinline__ void attend(int round) {
-    const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece_of(round));
+  // The block's piece of this number. False if there are no more.
+  __device__ __forceinline__ bool attend(int number) {
+    const Piece<Dp>& piece = shared.pieces[number % 2];
+    wait(shared_address(&piece.full), number / 2 % 2);
+    if (piece.rows == 0) return false;
     const int group = lane / 4, t = lane % 4;
-    float q_unit[2];  // q_scale_i * scale * log2(e) * Dp
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = block.first + warp_row() + group + 8 * r;
-      const float q_scale = query < block.queries.length ? a.p.q_scale[block.index(a.p.shape, query)] : 0.f;
-      q_unit[r] = scale22(q_scale * (a.p.shape.scale * LOG2E * Dp));
-    }
-    wait_for_copies<0>();
-    fence_async();
-    synchronise(ALONE + warpgroup, 128);  // all of these queries are there, and nobody multiplies the ones before them any more
-    {
-      const uint32_t first = shared_address(shared.queries[0][warpgroup].q8), second = shared_address(shared.queries[1][warpgroup].q8);
-      fetch_queries(round_with_queries(a, round + 1), q8 == where(first) ? second : first);
-    }
+    const uint32_t q8 = once(where(shared_address(piece.q8[warpgroup])));
+    const float q_unit[2] = {piece.q_unit[warp_row() + group], piece.q_unit[warp_row() + group + 8]};
 
     float o[channel_tiles][4] = {};
     float sum[2] = {0.f, 0.f};              // of exp2(s - reference), this lane's share
     float reference[2] = {-3e38f, -3e38f};  // below any score: what O and the sum are scaled by; within GROWTH of the largest top so far
 
     // Which of the last two tiles have a key that the warp's first row does not see: its other rows see at most 15 more, the warpgroup's 63.
-    const int limit = min(block.last_key(), block.diagonal(a.p.shape, block.first + warp_row())) - (tiles_seen(block) - 1) * TILE;
+    const int seen = piece.seen[warpgroup];
+    const int limit = min(piece.last_key, piece.diagonal + warp_row()) - (seen - 1) * TILE;
     const int hiding = (limit < TILE - 1) + (limit + TILE < TILE - 1);
-    for (int left = tiles_seen(block); left > 0; --left) {
+    for (int left = seen; left > 0; --left) {
       const uint32_t at = position.at;
       wait(position.full(), position.parity);
       int n[4 * key_tiles];
@@ -213,9 +200,9 @@ struct Consumer {
 
       const bool masked = left <= hiding;
       if (masked) {
-        const QueryRows<ROWS> again(a.p.shape, a.queries, a.keys, piece_of(known_later(round)));
-        const int before = (tiles_seen(again) - left) * TILE, last = again.last_key() - before;
-        const int diagonal = again.diagonal(a.p.shape, again.first + warp_row() + group) - before;
+        const Piece<Dp>& again = shared.pieces[known_later(number) % 2];
+        const int before = (again.seen[warpgroup] - left) * TILE, last = again.last_key - before;
+        const int diagonal = again.diagonal + warp_row() + group - before;
 #pragma unroll
         for (int i = 0; i < key_tiles; ++i)
 #pragma unroll
@@ -281,15 +268,17 @@ struct Consumer {
       }
       leave_stage();
     }
-    const QueryRows<ROWS> again(a.p.shape, a.queries, a.keys, piece_of(known_later(round)));
-    for (int left = tiles(again.visible) - tiles_seen(again); left > 0; --left) {  // tiles that only the warpgroups after this one see
+    Piece<Dp>& again = shared.pieces[known_later(number) % 2];
+    for (int left = again.tiles - again.seen[warpgroup]; left > 0; --left) {  // tiles that only the warpgroups after this one see
       wait(position.full(), position.parity);
       synchronise(turn, 64);
       give_turn();
       leave_stage();
     }
-    q8 = where(shared_address(shared.queries[0][warpgroup].q8)) + where(shared_address(shared.queries[1][warpgroup].q8)) - q8;
-    finish(round, o, sum, reference);
+    finish(again, o, sum, reference);
+    __syncwarp();
+    if (lane == 0) arrive(shared_address(&again.empty));
+    return true;
   }
 
   __device__ __forceinline__ void leave_stage() {
@@ -299,30 +288,26 @@ struct Consumer {
   }
 
   // Divides by the sums and writes the results.
-  __device__ __forceinline__ void finish(int round, const float (&o)[channel_tiles][4], const float (&sum)[2], const float (&reference)[2]) {
-    const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece_of(known_later(round)));
+  __device__ __forceinline__ void finish(const Piece<Dp>& piece, const float (&o)[channel_tiles][4], const float (&sum)[2], const float (&reference)[2]) {
     const int head_dim = a.p.shape.head_dim, t = lane % 4;
-    const float* v_mean = a.p.v_mean + (static_cast<int64_t>(block.queries.sequence) * a.p.shape.heads_kv + block.head_kv) * head_dim;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = block.first + warp_row() + lane / 4 + 8 * r;
-      const bool exists = query < block.queries.length;
-      const int64_t i = block.index(a.p.shape, query);
+      const int row = warp_row() + lane / 4 + 8 * r;
+      const bool exists = row < piece.rows;
       float all = sum[r];
       all += __shfl_xor_sync(~0u, all, 1);
       all += __shfl_xor_sync(~0u, all, 2);
-      if (exists && (__float_as_uint(a.p.q_scale[i]) & 0x7fffffff) >= 0x7f800000) all = __int_as_float(0x7fffffff);  // the query is not finite
+      if ((__float_as_uint(piece.q_unit[row]) & 0x7fffffff) >= 0x7f800000) all = __int_as_float(0x7fffffff);  // the query is not finite
       const bool blind = all == 0.f;  // sees no key
       const float inverse = blind ? 0.f : 1.f / all;
-      store_row<channel_tiles>(block.template row<T>(a.p.o, a.p.o_strides, query), exists, head_dim, [&](int n) {
-        const int channel = n * 8 + 2 * t;
-        const float2 mean = blind || channel >= head_dim ? float2{} : *reinterpret_cast<const float2*>(v_mean + channel);
+      store_row<channel_tiles>(static_cast<T*>(piece.o) + row * a.p.o_strides.token, exists, head_dim, [&](int n) {
+        const float2 mean = blind ? float2{} : *reinterpret_cast<const float2*>(piece.v_mean + n * 8 + 2 * t);
         return pack16<T>(fmaf(o[n][2 * r], inverse, mean.x), fmaf(o[n][2 * r + 1], inverse, mean.y));
       });
       if (exists && t == 0) {
         const float smooth = blind ? -INFINITY : (reference[r] + log2f(all)) * LN2;
-        a.p.lse_smooth[i] = smooth;
-        a.p.lse[i] = blind ? -INFINITY : smooth + a.p.lse[i];  // held scale * q . k_mean
+        a.p.lse_smooth[piece.first + row] = smooth;
+        a.p.lse[piece.first + row] = blind ? -INFINITY : smooth + piece.lse[row];
       }
     }
   }
@@ -346,6 +331,56 @@ __device__ __forceinline__ void produce(const ForwardArgs& a, Shared<Dp>& shared
   }
 }
 
+// By FETCHERS threads: the pieces of this block, in order.
+template <typename T, int Dp>
+__device__ __forceinline__ void fetch(const ForwardArgs& a, Shared<Dp>& shared) {
+  const int t = threadIdx.x - (128 - FETCHERS);
+  int slot = 0, parity = 1;  // the first round finds both empty
+  for (int round = 0;; ++round) {
+    Piece<Dp>& piece = shared.pieces[slot];
+    wait(shared_address(&piece.empty), parity);
+    if (t == 0) {
+      round = round_with_queries(a, round);
+      if (piece_of(round) < pieces(a)) {
+        const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece_of(round));
+        piece.o = block.template row<T>(a.p.o, a.p.o_strides, block.first);
+        piece.means = (static_cast<int64_t>(block.queries.sequence) * a.p.shape.heads_kv + block.head_kv) * a.p.shape.head_dim;
+        piece.first = block.index(a.p.shape, block.first), piece.rows = block.queries.length - block.first;
+#pragma unroll 1
+        for (int w = 0; w < CONSUMERS; ++w) piece.seen[w] = tiles(block.visible_to(a.p.shape, 64 * w, 64));
+        piece.tiles = tiles(block.visible);
+        piece.last_key = block.last_key(), piece.diagonal = block.diagonal(a.p.shape, block.first);
+      } else {
+        piece.rows = 0;
+      }
+    }
+    synchronise(FETCHED, FETCHERS);
+    const int rows = piece.rows;
+    if (rows) {
+      const int8_t* q8 = a.p.q8 + piece.first * Dp;
+#pragma unroll 1
+      for (int i = t; i < ROWS * Dp / 16; i += FETCHERS) {
+        const int row = i / (Dp / 16), chunk = i % (Dp / 16);
+        copy16(shared_address(piece.q8[row / 64]) + swizzle<Dp>(row % 64, chunk), q8 + min(row, rows - 1) * Dp + 16 * chunk);  // later rows are nobody's
+      }
+      commit_copies();
+      const float *q_scale = a.p.q_scale + piece.first, *lse = a.p.lse + piece.first, *v_mean = a.p.v_mean + piece.means;
+#pragma unroll 1
+      for (int row = t; row < ROWS; row += FETCHERS) {
+        piece.q_unit[row] = row < rows ? q_scale[row] * (a.p.shape.scale * LOG2E * Dp) : 0.f;
+        piece.lse[row] = row < rows ? lse[row] : 0.f;
+      }
+#pragma unroll 1
+      for (int i = t; i < Dp; i += FETCHERS) piece.v_mean[i] = i < a.p.shape.head_dim ? v_mean[i] : 0.f;
+      wait_for_copies<0>();
+      fence_async();
+    }
+    arrive(shared_address(&piece.full));
+    if (!rows) return;
+    parity ^= slot, slot ^= 1;
+  }
+}
+
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_constant__ ForwardArgs a) {
   after_previous();
@@ -353,19 +388,19 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
   Shared<Dp>& shared = *reinterpret_cast<Shared<Dp>*>(bytes);
   if (threadIdx.x == 0) {
     for (Stage<Dp>& stage : shared.stages) init_barrier(shared_address(&stage.full), 1), init_barrier(shared_address(&stage.empty), 4 * CONSUMERS);
+    for (Piece<Dp>& piece : shared.pieces) init_barrier(shared_address(&piece.full), FETCHERS), init_barrier(shared_address(&piece.empty), 4 * CONSUMERS);
     fence_barriers();
   }
   __syncthreads();
   if (threadIdx.x < 128) {
     give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) produce<Dp>(a, shared);
+    if (threadIdx.x >= 128 - FETCHERS) fetch<T, Dp>(a, shared);
   } else {
     take_registers<CONSUMER_REGISTERS>();
     Consumer<T, Dp> consumer{a, shared};
     if (consumer.warpgroup == CONSUMERS - 1) consumer.give_turn();  // the first turn is warpgroup 0's
-    int round = round_with_queries(a, 0);
-    consumer.fetch_queries(round, shared_address(shared.queries[0][consumer.warpgroup].q8));
-    for (; piece_of(round) < pieces(a); round = round_with_queries(a, round + 1)) consumer.attend(round);
+    for (int number = 0; consumer.attend(number); ++number) continue;
   }
 }
 
