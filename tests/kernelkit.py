@@ -136,10 +136,12 @@ def plain(q: Tensor, k: Tensor, v: Tensor, preset: str | reference.Preset | None
     return reference.attention(q, k, v, preset=preset or preset_of(q.device), **options)
 
 
-def check(attend: Callable[..., Tensor], case: Case, preset: str | reference.Preset | None = None) -> None:
-    """Asserts that every result of `attend` is finite and within RATIO of the reference's own error.
+def check(
+    attend: Callable[..., Tensor], case: Case, preset: str | reference.Preset | None = None, least: float = 0.0
+) -> None:
+    """Asserts that every result of `attend` is finite and within RATIO of the reference's own error, or of `least`.
 
-    Both are given the rounding of the inputs' dtype on top, since a result cannot be closer than that. Where the
+    The rounding of the inputs' dtype is the least in any case, since a result cannot be closer than that. Where the
     reference itself keeps no digit (an error above 1, e.g. of gradients behind a saturated softmax), finite is enough.
     """
     truth = exact(case)
@@ -149,7 +151,7 @@ def check(attend: Callable[..., Tensor], case: Case, preset: str | reference.Pre
         assert got[name].isfinite().all(), f"{case}: {name} is not finite"
         rounding = torch.finfo(case.dtype).eps
         ours = error(same[name], truth[name])
-        bar = RATIO * max(ours, rounding)
+        bar = RATIO * max(ours, rounding, least)
         assert ours > 1 or error(got[name], truth[name]) <= bar, (
             f"{case}: {name} error {error(got[name], truth[name]):.2e} > {bar:.2e}"
         )

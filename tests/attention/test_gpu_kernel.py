@@ -127,8 +127,9 @@ def any_case(draw: Callable) -> Case:
 @hypothesis.given(any_case(), st.sampled_from([sagetrain.attention, deterministic]))
 def test_any_shape(case, attend):
     """Against the reference with the kernel's own tiles: what coarser tiles cost depends on the shape, and is held to
-    the preset's error by the grid above."""
-    check(attend, case, replace(preset_of(DEVICE), forward_keys=128))
+    the preset's error by the grid above. The smallest shapes have so few roundings that their error is a matter of
+    luck (over seeds, 3e-3 to 8e-3 of dV for 58 tokens of 8 channels): none is held to less than an INT8 step."""
+    check(attend, case, replace(preset_of(DEVICE), forward_keys=128), least=1 / 127)
 
 
 @pytest.mark.parametrize("case", [
