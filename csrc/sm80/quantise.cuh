@@ -81,11 +81,11 @@ __device__ __forceinline__ float quantise_row(uint2 (&bytes)[n], float (&x)[n][8
 // ---------------------------------------------------------------------------------------------------- means
 
 // The means only shift K and V, and attention is the same for any shift: they need not be exact. Long sequences are sampled, every
-// mean_step-th token, 1024 to 2047 of them.
+// mean_step-th token, 512 to 1023 of them.
 //
 // Sums are of (x - the sequence's first token) * 2^-ceil(log2(samples)): they cannot overflow, and are zero, not almost
 // zero, where all tokens are equal. mean_factor takes them to the mean, less the first token.
-__device__ __forceinline__ int mean_step(int length) { return max(length / 1024, 1); }
+__device__ __forceinline__ int mean_step(int length) { return max(length / 512, 1); }
 __device__ __forceinline__ int mean_samples(int length) { return (length + mean_step(length) - 1) / mean_step(length); }
 __device__ __forceinline__ int mean_shift(int samples) { return samples > 1 ? 32 - __clz(samples - 1) : 0; }
 __device__ __forceinline__ float mean_factor(int samples) { return samples ? exp2_int(mean_shift(samples)) / static_cast<float>(samples) : 0.f; }

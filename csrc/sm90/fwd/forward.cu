@@ -194,8 +194,6 @@ struct Consumer {
 #pragma unroll
       for (int k = 1; k < Dp / 32; ++k) multiply_s8s8<Dp, true>(n, q8 + 2 * k, where(at) + 2 * k);
       commit_products();
-      float k_scale[2];
-      load(k_scale[0], at + offsetof(ForwardKeys<Dp>, k_scale) + 4 * t), load(k_scale[1], at + offsetof(ForwardKeys<Dp>, k_scale) + 16 + 4 * t);
       wait_for_products<0>();
 
       const bool masked = left <= hiding;
@@ -211,7 +209,8 @@ struct Consumer {
       }
 
       // A score is n * scale; top is the largest of a row, less log2(255) (the smallest possible, where all keys are hidden).
-      float scale[2][2], top[2];  // [half of the tile][row], [row]
+      float k_scale[2], scale[2][2], top[2];  // [half of the tile], [half of the tile][row], [row]
+      load(k_scale[0], at + offsetof(ForwardKeys<Dp>, k_scale) + 4 * t), load(k_scale[1], at + offsetof(ForwardKeys<Dp>, k_scale) + 16 + 4 * t);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float x = -INFINITY;
