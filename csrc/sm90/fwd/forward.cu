@@ -330,7 +330,7 @@ __device__ __forceinline__ void produce(const ForwardArgs& a, Shared<Dp>& shared
   }
 }
 
-// By FETCHERS threads: the pieces of this block, in order.
+// By FETCHERS threads: the pieces of this block, in order. Not unrolled: it has PRODUCER_REGISTERS.
 template <typename T, int Dp>
 __device__ __forceinline__ void fetch(const ForwardArgs& a, Shared<Dp>& shared) {
   const int t = threadIdx.x - (128 - FETCHERS);
