@@ -330,7 +330,8 @@ __device__ __forceinline__ void produce(const ForwardArgs& a, Shared<Dp>& shared
   }
 }
 
-// By FETCHERS threads: the pieces of this block, in order. Not unrolled: it has PRODUCER_REGISTERS.
+// By FETCHERS threads: the pieces of this block, in order. The producer works them out once more, for it runs ahead: reading them from here
+// made the kernel slower. Not unrolled: it has PRODUCER_REGISTERS.
 template <typename T, int Dp>
 __device__ __forceinline__ void fetch(const ForwardArgs& a, Shared<Dp>& shared) {
   const int t = threadIdx.x - (128 - FETCHERS);
