@@ -1,7 +1,7 @@
-"""Time and memory of a whole training step with INT8 attention and with SDPA: a slice of Llama-3.2-1B.
+"""Time and memory of a whole training step with INT8 attention, SDPA and FlashAttention-4: Llama-3.2-1B or a slice.
 
     python -m benchmarks.train_step                             # H100, 2 layers, 1 x 8192 and 1 x 16384 tokens
-    python -m benchmarks.train_step --layers 16 --shapes 1x8192
+    python -m benchmarks.train_step --layers 16
     python -m benchmarks.train_step --device cpu --layers 1 --shapes 1x128 --rounds 1 --no-save \\
         --set hidden_size=128 intermediate_size=256 num_attention_heads=2 num_key_value_heads=1 vocab_size=512
 
@@ -10,7 +10,8 @@ FP32 and autocast to BF16, as the recipes train it; transformers' own loss; torc
 not compiled. All arms share one model and one optimizer, so that each arm's peak memory is its own, and are interleaved
 round by round; they differ in the name of the attention only, through the same Hugging Face interface. No arm gets a
 mask tensor (one causal sequence a row needs none): transformers itself hands SDPA one when it is compiled, which flash
-refuses and cuDNN pays for. A step is the forward, backward, update and zeroing of gradients, on random tokens.
+refuses and cuDNN pays for. FlashAttention-4 (peers.py says which wheels; without them it is refused) is an operator of
+the graph like the others. A step is the forward, backward, update and zeroing of gradients, on random tokens.
 
 Columns: ms (median), tokens_per_s, x_<arm> (how many times faster than it), peak_mib (weights, gradients and optimizer
 state included), loss (nats, before the first update: the same weights for every arm), fullgraph (False: the graph
@@ -35,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from benchmarks import peers
 from benchmarks.common import conditions, kernel_file, laps, write
 from sagetrain.paths import CONF_DIR
 
@@ -43,7 +45,7 @@ SDPA = {  # arm -> the backend that it forces
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa_math": SDPBackend.MATH,
 }
-ARMS = {"cuda": ("sage_int8", "sdpa_flash", "sdpa_cudnn"), "cpu": ("sage_int8", "sdpa_flash")}
+ARMS = {"cuda": ("sage_int8", "sdpa_flash", "sdpa_cudnn", "fa4"), "cpu": ("sage_int8", "sdpa_flash")}
 
 
 def implementation(arm: str) -> str:
@@ -51,19 +53,44 @@ def implementation(arm: str) -> str:
     return arm.replace("flash", "fa2")
 
 
-def register(arm: str, backend: SDPBackend) -> None:
-    """Makes the arm an attention of transformers: its own `sdpa`, on this backend and no other, without masks."""
+def register(arm: str, run: Callable[..., tuple[Tensor, None]]) -> None:
+    """Makes the arm an attention of transformers, without masks. run: as attention functions of transformers are."""
 
     def attend(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         if attention_mask is not None:
             raise RuntimeError(f"{arm} was given a mask tensor: it would measure something else")
-        with sdpa_kernel(backend):
-            return sdpa_attention_forward(module, q, k, v, None, **kwargs)
+        return run(module, q, k, v, None, **kwargs)
 
     AttentionInterface.register(implementation(arm), attend)
     AttentionMaskInterface.register(implementation(arm), lambda *args, **kwargs: None)
+
+
+def register_all() -> None:
+    """transformers' own `sdpa`, on one backend and no other; and FlashAttention-4, if it is there."""
+
+    def sdpa(backend: SDPBackend) -> Callable[..., tuple[Tensor, None]]:
+        def run(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            with sdpa_kernel(backend):
+                return sdpa_attention_forward(*args, **kwargs)
+
+        return run
+
+    for name, backend in SDPA.items():
+        register(name, sdpa(backend))
+    try:
+        fa4 = peers.fa4_compilable()
+    except ImportError as error:
+        reason = f"{type(error).__name__}: {error}"
+
+        def fa4(*args: Any) -> Tensor:
+            raise ImportError(reason)
+
+    def run(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **kwargs: Any) -> tuple[Tensor, None]:
+        return fa4(*(x.transpose(1, 2).to(torch.bfloat16) for x in (q, k, v))), None
+
+    register("fa4", run)
 
 
 def build(layers: int, changes: dict[str, Any], device: str) -> nn.Module:
@@ -143,7 +170,7 @@ def measure(model: nn.Module, names: list[str], shape: tuple[int, int], rounds: 
         try:
             arm.warm_up()
         except Exception as error:
-            if not name.startswith("sdpa"):
+            if name == "sage_int8":
                 raise
             optimizer.zero_grad(set_to_none=True)
             refused.append({"attention": name, "refused": " ".join(f"{type(error).__name__}: {error}".split())[:200]})
@@ -158,7 +185,7 @@ def measure(model: nn.Module, names: list[str], shape: tuple[int, int], rounds: 
     for arm in arms:
         ms = medians[arm.name]
         rows.append({"attention": arm.name, "ms": round(ms, 2), "tokens_per_s": round(tokens.numel() / ms * 1e3)})
-        rows[-1] |= {f"x_{n}": round(other / ms, 3) for n, other in medians.items() if n.startswith("sdpa")}
+        rows[-1] |= {f"x_{n}": round(other / ms, 3) for n, other in medians.items() if n != "sage_int8"}
         rows[-1] |= {"peak_mib": round(arm.peak / 2**20) if arm.peak else ""} | arm.found
     return rows + refused
 
@@ -168,13 +195,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--shapes", nargs="+", default=["1x8192", "1x16384"], help="rows x tokens of a micro-batch")
-    parser.add_argument("--backends", nargs="+", choices=["sage_int8", *SDPA])
+    parser.add_argument("--backends", nargs="+", choices=["sage_int8", *SDPA, "fa4"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the model's shape")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
-    for name, backend in SDPA.items():
-        register(name, backend)
+    register_all()
     model = build(args.layers, {k: yaml.safe_load(v) for k, v in (x.split("=", 1) for x in args.set)}, args.device)
     parameters = sum(p.numel() for p in model.parameters())
     start = conditions(args.device) | {"model": " ".join(["llama1b", *args.set]), "layers": args.layers}

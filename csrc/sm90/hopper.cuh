@@ -30,12 +30,28 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int byt
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
+// Adds 32-bit integers in shared memory to those in device memory, by the copy engine; what is added is in no order, so neither are floats.
+__device__ __forceinline__ void add_bulk(int* to, uint32_t from, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+// Until at most `pending` of this thread's additions have still to be read from shared memory; until all are done.
+template <int pending>
+__device__ __forceinline__ void wait_for_reads() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory"); }
+__device__ __forceinline__ void wait_for_additions() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Read from shared memory by address.
 __device__ __forceinline__ void load(float& x, uint32_t address) { asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory"); }
 __device__ __forceinline__ void load(float2& x, uint32_t address) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void load(uint2& x, uint32_t address) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+}
+// The reverse of load_matrices, transposed: row l % 8 of matrix l / 8, at lane l's address, receives column l % 8.
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 // Named barriers of `threads` threads: synchronise waits for all of them, arrive counts as one and goes on.
@@ -56,6 +72,8 @@ __device__ __forceinline__ constexpr uint32_t layout() {
   static_assert(row_bytes == 64 || row_bytes == 128);
   return (row_bytes == 128 ? 1u : 2u) << 30 | row_bytes * 8 / 16;
 }
+template <int row_bytes>
+__device__ __forceinline__ uint64_t descriptor(uint32_t where) { return static_cast<uint64_t>(layout<row_bytes>()) << 32 | where; }
 __device__ __forceinline__ uint32_t where(uint32_t address) { return 1u << 16 | address >> 4; }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -63,7 +81,7 @@ __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_g
 template <int pending>
 __device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory"); }
 
-// d (+)= a b^T for 64 rows and 64 or 128 columns, 32 bytes of k. For each 8-column tile n, d[4 n + c] is C of mma.m16n8; warp w of the
+// d (+)= a b^T for 64 rows and 32, 64 or 128 columns, 32 bytes of k (multiply_16bit: both operands of 16 bits, rows of 128 bytes). For each 8-column tile n, d[4 n + c] is C of mma.m16n8; warp w of the
 // four has rows 16 w to 16 w + 15. Operand registers are A of mma.m16n8k32. Neither may be touched until wait_for_products.
 #define SAGETRAIN_D8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
 #define SAGETRAIN_D32(i) SAGETRAIN_D8(i), SAGETRAIN_D8(i + 8), SAGETRAIN_D8(i + 16), SAGETRAIN_D8(i + 24)
@@ -72,24 +90,66 @@ __device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_g
 
 template <int row_bytes, bool add>
 __device__ __forceinline__ void multiply_s8s8(int (&d)[64], uint32_t a, uint32_t b) {
-  asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %66, 0;\nmov.b64 a, {%64, %67};\nmov.b64 b, {%65, %67};\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, a, b, add;\n}"
-               : SAGETRAIN_D32(0), SAGETRAIN_D32(32) : "r"(a), "r"(b), "n"(add), "r"(layout<row_bytes>()));
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, %64, %65, add;\n}"
+               : SAGETRAIN_D32(0), SAGETRAIN_D32(32) : "l"(descriptor<row_bytes>(a)), "l"(descriptor<row_bytes>(b)), "n"(add));
 }
 template <int row_bytes, bool add>
 __device__ __forceinline__ void multiply_u8s8(int (&d)[64], const uint32_t (&a)[4], uint32_t b) {
-  asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %69, 0;\nmov.b64 b, {%68, %70};\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, {%64,%65,%66,%67}, b, add;\n}"
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" SAGETRAIN_LOW "," SAGETRAIN_HIGH "}, {%64,%65,%66,%67}, %68, add;\n}"
                : SAGETRAIN_D32(0), SAGETRAIN_D32(32)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(add), "r"(layout<row_bytes>()));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor<row_bytes>(b)), "n"(add));
 }
 template <int row_bytes, bool add>
 __device__ __forceinline__ void multiply_u8s8(int (&d)[32], const uint32_t (&a)[4], uint32_t b) {
-  asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %37, 0;\nmov.b64 b, {%36, %38};\n"
-               "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" SAGETRAIN_LOW "}, {%32,%33,%34,%35}, b, add;\n}"
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" SAGETRAIN_LOW "}, {%32,%33,%34,%35}, %36, add;\n}"
                : SAGETRAIN_D32(0)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(add), "r"(layout<row_bytes>()));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor<row_bytes>(b)), "n"(add));
 }
+template <int row_bytes, bool add>
+__device__ __forceinline__ void multiply_s8s8(int (&d)[32], uint32_t a, uint32_t b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGETRAIN_LOW "}, %32, %33, add;\n}"
+               : SAGETRAIN_D32(0) : "l"(descriptor<row_bytes>(a)), "l"(descriptor<row_bytes>(b)), "n"(add));
+}
+template <int row_bytes, bool add>
+__device__ __forceinline__ void multiply_s8s8(int (&d)[32], const uint32_t (&a)[4], uint32_t b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGETRAIN_LOW "}, {%32,%33,%34,%35}, %36, add;\n}"
+               : SAGETRAIN_D32(0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor<row_bytes>(b)), "n"(add));
+}
+#define SAGETRAIN_D16 SAGETRAIN_D8(0), SAGETRAIN_D8(8)
+#define SAGETRAIN_LOWEST "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+template <int row_bytes, bool add>
+__device__ __forceinline__ void multiply_s8s8(int (&d)[16], const uint32_t (&a)[4], uint32_t b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {" SAGETRAIN_LOWEST "}, {%16,%17,%18,%19}, %20, add;\n}"
+               : SAGETRAIN_D16
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor<row_bytes>(b)), "n"(add));
+}
+template <int row_bytes, bool add>
+__device__ __forceinline__ void multiply_u8s8(int (&d)[16], const uint32_t (&a)[4], uint32_t b) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {" SAGETRAIN_LOWEST "}, {%16,%17,%18,%19}, %20, add;\n}"
+               : SAGETRAIN_D16
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor<row_bytes>(b)), "n"(add));
+}
+#undef SAGETRAIN_D16
+#undef SAGETRAIN_LOWEST
+#define SAGETRAIN_F8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+template <typename T, bool add>
+__device__ __forceinline__ void multiply_16bit(float (&d)[32], uint32_t a, uint32_t b) {
+#define SAGETRAIN_MULTIPLY(type)                                                                                                                  \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                                                     \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" SAGETRAIN_LOW "}, %32, %33, add, 1, 1, 0, 0;\n}"                  \
+               : SAGETRAIN_F8(0), SAGETRAIN_F8(8), SAGETRAIN_F8(16), SAGETRAIN_F8(24) : "l"(descriptor<128>(a)), "l"(descriptor<128>(b)), "n"(add))
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) SAGETRAIN_MULTIPLY("bf16"); else SAGETRAIN_MULTIPLY("f16");
+#undef SAGETRAIN_MULTIPLY
+}
+#undef SAGETRAIN_F8
 #undef SAGETRAIN_D8
 #undef SAGETRAIN_D32
 #undef SAGETRAIN_LOW

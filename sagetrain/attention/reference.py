@@ -32,7 +32,8 @@ AMAX_MIN, AMAX_MAX = 2.0**-100, 2.0**55  # keeps scales and their products finit
 @dataclass(frozen=True)
 class Preset:
     """Where a preset rounds. `forward_keys`: keys in a forward tile; `queries`, `keys`: rows of a backward tile;
-    `shared_key_scales`: of K not one scale per token, but one for 16 of every 64 (`shared_amax`)."""
+    `shared_key_scales`: of K not one scale per token, but one for 16 of every 64 (`shared_amax`).
+    `token_gradients`: dO of dV has one scale per token, which joins P before that is rounded, not one per channel."""
 
     name: str
     forward_keys: int
@@ -40,11 +41,13 @@ class Preset:
     keys: int
     rotate: bool = True
     shared_key_scales: bool = False
+    token_gradients: bool = False
 
 
 PAPER = Preset("paper", forward_keys=64, queries=128, keys=64, rotate=False)
 SAGE = Preset("sage", forward_keys=32, queries=64, keys=64)
-SAGE_SM90 = replace(SAGE, name="sage_sm90", shared_key_scales=True)  # `sage` as the sm90 forward computes it
+# `sage` as the sm90 kernels compute it
+SAGE_SM90 = replace(SAGE, name="sage_sm90", shared_key_scales=True, token_gradients=True)
 PRESETS = {preset.name: preset for preset in (PAPER, SAGE, SAGE_SM90)}
 
 
@@ -185,17 +188,20 @@ def sage_backward(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Natural scales: per row of dS for dQ, per column for dK and of P for dV; dP in the operands' own 16 bits."""
     q8, q_scale, k8, k_scale, v_mean = (saved[name] for name in ("q8", "q_scale", "k8", "k_scale", "v_mean"))
-    # A power of two moves between P and dO, so that rows with large gradients do not set everybody's scale.
+    # A factor moves between P and dO, so that rows with large gradients do not set everybody's scale: the root of the
+    # row's largest, as a power of two, or all of it.
     amax = d_o.abs().amax(-1, keepdim=True)
     exponent = torch.frexp(torch.where(amax > 0, amax, 1.0)).exponent - 1  # floor(log2(amax))
-    rho = torch.where(amax > 0, torch.exp2(exponent.div(2, rounding_mode="floor").float()), 1.0)
+    root = torch.exp2(exponent.div(2, rounding_mode="floor").float())
+    rho = torch.where(amax > 0, amax if preset.token_gradients else root, 1.0)
     delta = ((d_o * (o - v_mean)).sum(-1, keepdim=True) - d_lse) / rho
     d_o = d_o / rho
     p = torch.where(mask, torch.exp2(saved["s"] - saved["lse2"]), 0.0) * rho
 
     column_max = tile_amax(p, preset.queries, 1).clamp(min=AMAX_MIN)
     p_hat = (p / column_max * 255).round() / 255 * column_max
-    d_v = p_hat.mT @ round_tiles(d_o, preset.queries, 1)
+    tile = (1, d_o.shape[-1]) if preset.token_gradients else (preset.queries, 1)
+    d_v = p_hat.mT @ round_tiles(d_o, *tile)
 
     d_p = d_o @ (v - v_mean).to(operand_dtype).to(v.dtype).mT
     d_s = torch.where(mask, p * (d_p - delta), 0.0)

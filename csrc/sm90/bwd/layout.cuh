@@ -1,0 +1,76 @@
+// What the kernels of the sm90 backward hand to each other. Letters, tiles, permutation of tokens: sm80/layout.cuh.
+//
+// Records lie as in shared memory: matrices swizzled for wgmma (hopper.cuh), rows and columns past the end of the sequence zeros.
+//
+// The main kernel's rows are the keys of a block, 64 to a warpgroup and 16 to a warp, in an order that gives a warp keys of one scale: of 64
+// keys, warp w of the warpgroup has those with key / 2 % 4 = w, which is a group of the forward (sm90/fwd/layout.cuh). `key_of_row` says which.
+//
+// For key i and query j of a record, s the base-2 score and lse2 = lse_smooth * log2(e):
+//   P''  = exp2(s - L_j) = 2^15 P rho_j,      L_j = lse2_j - log2(rho_j) - 15; +inf past the end and for rows that see no key
+//          rho_j = amax_j / 2^E, 2^E > the record's largest |dO|; amax_j the row's largest |dO|, do8_j = dO_j / (amax_j / 127), rounded
+//   dV_i = sum_j P''_ij do8_j * dv_unit,                   dv_unit = 2^-15 2^E / 127
+//   u    = c_j dP16 - d_j:    c_j = lift_j q_scale_j 2^e_j / rho_j / W,  d_j = c_j delta16_j,    dO = 2^e_j do16_j
+//          e_j = floor(log2(amax_j)) + a number for all queries of a sequence that keeps |dP16| below 2^10: it fits a half
+//          W = 2^ceil(log2(max over the record of q_scale_j 2^e_j bound_j max(1, 2^-12 / rho_j))), bound_j = ||do16_j|| max ||v|| + |delta16_j|
+//          lift_j >= 1, a power of two: brings small rows to 1/4 of the largest, as far as |u| <= 2^12; q8t_j = q8_j / lift_j, rounded
+//   dK_i = scale sum_j P''_ij u_ij * dk_unit * q8t_j,     dk_unit = 2^-15 W
+//   dQ_j = out_j sum_i P''_ij u_ij unit_i * k_bound k8_i,  unit_i = k_scale_i / k_bound, k_bound the largest of the tile;  out_j = scale * dk_unit / (q_scale_j lift_j)
+// The sums of dQ are integers: multiples of 1 / fine_j, a power of two so large that no sum can leave 32 bits: |P'' u| <= 2^15 P 2^reach_j with
+// 2^reach_j = the row's share of W, after lifting, and the P of a row sum to one. So what is added in no order has the same bits every time.
+// Every block adds MAGIC besides, which is for free; finish.cu knows how many blocks there are.
+#pragma once
+#include "../../sm80/layout.cuh"
+
+namespace sagetrain::sm90 {
+
+using sm80::LOG2E, sm80::TILE, sm80::Tokens;
+
+constexpr int QUERIES = 64;  // of a record
+constexpr int KEYS = 64;     // of a record: those of a warpgroup
+
+// The key, within its record, of a row of the main kernel.
+__host__ __device__ __forceinline__ constexpr int key_of_row(int row) { return (row & 64) | (row & 14) << 2 | (row >> 4 & 3) << 1 | (row & 1); }
+
+template <int Dp>
+struct __align__(128) KeyRecord {  // KEYS keys, by rows
+  int16_t v[KEYS * Dp];            // [channel / 64][row][64 channels] v - v_mean, rounded to 16 bits
+  int8_t k8[KEYS * Dp];            // [row][channel]
+  int8_t k8t[Dp * KEYS];           // [channel][row], permuted
+  float scale[4], padding[28];     // k_scale of a warp's rows
+};
+
+template <int Dp>
+struct __align__(128) QueryRecord {  // QUERIES queries
+  int8_t q8[QUERIES * Dp];           // [query][channel]
+  int8_t q8t[Dp * QUERIES];          // [channel][query], permuted, like the next
+  int8_t do8t[Dp * QUERIES];         // [channel][query]
+  int16_t do16[QUERIES * Dp];        // [channel / 64][query][64 channels] dO / 2^e: exact
+  float4 s[QUERIES / 2];             // queries 2i and 2i + 1: {q_scale * scale * log2(e) * Dp, twice; -L, twice}
+  uint2 u[QUERIES / 2];              // as halves: {c, c}, {-d, -d}
+  float dv_unit, dk_unit, padding[30];
+};
+
+struct BackwardScratch {
+  void* keys;         // [Hkv][tiles_k][TILE / KEYS] KeyRecord<Dp>
+  float* v_norm;      // [Hkv][tiles_k] largest ||v_j - v_mean|| of the tile (0 where empty)
+  float* k_bound;     // [Hkv][tiles_k] largest k_scale of the tile (0 where empty)
+  void* queries;      // [Hq][tiles_q][TILE / QUERIES] QueryRecord<Dp>
+  float* fine;        // [Hq][tiles_q][TILE]
+  float* out;         // [Hq][tiles_q][TILE] out / fine; infinite for rows that see no key
+  int* d_q;           // [Hq][tiles_q][TILE / QUERIES][Dp / 64][4][8][lane][4] sums of dQ, 16 x 64 tiles as accumulators lie in registers
+  float* d_kv;        // splits > 1: [Hkv][tiles_k][splits][dK, dV][warp][Dp / 8][lane][4] parts of dK and dV, likewise
+};
+
+struct BackwardArgs {
+  BackwardParams p;
+  Tokens queries, keys;
+  int splits;  // blocks that share a tile of keys
+  int heads;   // of keys that are worked on at a time: a divisor of Hkv
+  BackwardScratch w;
+};
+
+void prepare(const BackwardArgs&, cudaStream_t);    // prepare.cu: records, constants, zeros for the sums of dQ
+void gradients(const BackwardArgs&, cudaStream_t);  // backward.cu: sums of dQ; dK and dV, or their parts
+void finish(const BackwardArgs&, cudaStream_t);     // finish.cu: dQ, and where there are parts dK and dV
+
+}  // namespace sagetrain::sm90
