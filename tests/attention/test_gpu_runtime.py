@@ -72,8 +72,9 @@ def test_what_lies_in_fresh_memory_does_not_matter(case, attend):
 def test_twenty_calls_give_the_same(case, attend):
     real = given(case, *case.tensors())
     first = run(attend, real)
+    same_bits = attend is deterministic or sagetrain.kernel_name(DEVICE) == "sm90"  # which is so unasked
     for i in range(2, 21):
-        assert_same(run(attend, real), first, f"call {i}", attend is deterministic)
+        assert_same(run(attend, real), first, f"call {i}", same_bits)
     assert all(torch.equal(x, y) for x, y in zip(real.given, case.tensors(), strict=True))  # nothing wrote to them
 
 
@@ -327,7 +328,8 @@ def test_the_environment_can_choose_an_older_kernel(monkeypatch):
 
 
 def test_many_launches_of_random_shapes_come_to_an_end():
-    """10,000 forwards, 10 of each random shape, the same bits from all: a lost wakeup hangs, a race differs."""
+    """10,000 forwards and as many backwards, 10 of each random shape, with the same bits: a lost wakeup hangs, a race
+    differs."""
     dice = random.Random(1)
     for _ in range(1000):
         hkv, tq = dice.choice([1, 2, 3]), dice.choice([1, 63, 128, 190, 200, 385, 700, 1500])
@@ -339,7 +341,12 @@ def test_many_launches_of_random_shapes_come_to_an_end():
         q = torch.randn(b, hkv * dice.choice([1, 2, 4]), case.tq, d, device=DEVICE, dtype=BF16)
         k, v = torch.randn(2, b, hkv, case.tk, d, device=DEVICE, dtype=BF16)
         found = [sagetrain.attention(q, k, v, return_lse=True, **options) for _ in range(10)]
-        assert all(torch.equal(x, y) for pair in found[1:] for x, y in zip(pair, found[0], strict=True)), (case, b, d)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        o, lse = sagetrain.attention(*leaves, return_lse=True, deterministic=True, **options)
+        towards = torch.randn_like(o), torch.randn_like(lse)
+        grads = [torch.autograd.grad((o, lse), leaves, towards, retain_graph=True) for _ in range(10)]
+        for ten in found, grads:
+            assert all(torch.equal(x, y) for one in ten[1:] for x, y in zip(one, ten[0], strict=True)), (case, b, d)
 
 
 # -------------------------------------------------------------------------------------------------------- two devices

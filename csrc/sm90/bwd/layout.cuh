@@ -28,7 +28,7 @@ using sm80::LOG2E, sm80::TILE, sm80::Tokens;
 constexpr int QUERIES = 64;  // of a record
 constexpr int KEYS = 64;     // of a record: those of a warpgroup
 
-// The key, within its record, of a row of the main kernel.
+// The key of a row of the main kernel, within its record or tile.
 __host__ __device__ __forceinline__ constexpr int key_of_row(int row) { return (row & 64) | (row & 14) << 2 | (row >> 4 & 3) << 1 | (row & 1); }
 
 template <int Dp>
