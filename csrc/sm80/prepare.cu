@@ -12,28 +12,12 @@ constexpr int LEAST_WEIGHT = -2;       // of a query, log2
 constexpr float LEAST_UNIT = 0x1p-5f;  // of a key
 constexpr int U_MAX = 12;              // log2 of |u|, which must fit a half
 
-// Largest of the warps' values in [first, first + count).
-template <int count, typename X>
-__device__ __forceinline__ X largest(const X* x, int first) {
-  X all = x[first];
-#pragma unroll
-  for (int w = 1; w < count; ++w) all = max(all, x[first + w]);
-  return all;
-}
-
 // ---------------------------------------------------------------------------------------------------- outside sequences
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS) backward_rest_kernel(const __grid_constant__ BackwardArgs a) {
   after_previous();
-  if (blockIdx.x == 0) check_edges(a.queries, 'q'), check_edges(a.keys, 'k');
-  const int dim = a.p.shape.head_dim;
-  for_rest(a.queries, a.p.shape.heads_q,
-           [&](int head, int token, int lane) { zero_row<T>(a.p.d_q, a.p.d_q_strides, head, token, lane, dim); });
-  for_rest(a.keys, a.p.shape.heads_kv, [&](int head, int token, int lane) {
-    zero_row<T>(a.p.d_k, a.p.d_k_strides, head, token, lane, dim);
-    zero_row<T>(a.p.d_v, a.p.d_v_strides, head, token, lane, dim);
-  });
+  zero_rest<T>(a);
 }
 
 // ---------------------------------------------------------------------------------------------------- backward: keys

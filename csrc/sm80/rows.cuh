@@ -130,6 +130,15 @@ __device__ __forceinline__ X fold_row(X x, F fold) {  // over the eight lanes of
   return x;
 }
 
+// Largest of the warps' values in [first, first + count).
+template <int count, typename X>
+__device__ __forceinline__ X largest(const X* x, int first) {
+  X all = x[first];
+#pragma unroll
+  for (int w = 1; w < count; ++w) all = max(all, x[first + w]);
+  return all;
+}
+
 // Folds eight channels over the rows of a warp; the warp's results go to its row of `to` [WARPS][Dp].
 template <int Dp, typename X, typename F>
 __device__ __forceinline__ void fold_channels(X* to, X (&x)[8], int i, F fold) {
@@ -283,6 +292,19 @@ template <typename T>
 __device__ __forceinline__ void zero_row(void* x, const Strides& s, int head, int token, int lane, int dim) {
   for (int d = 8 * lane; d < dim; d += 64)
     *reinterpret_cast<uint4*>(static_cast<T*>(x) + head * s.head + token * s.token + d) = uint4{0, 0, 0, 0};
+}
+
+// Gradients of the tokens of no sequence; stops the program where edges are wrong. Args: BackwardArgs of either architecture.
+template <typename T, typename Args>
+__device__ __forceinline__ void zero_rest(const Args& a) {
+  if (blockIdx.x == 0) check_edges(a.queries, 'q'), check_edges(a.keys, 'k');
+  const int dim = a.p.shape.head_dim;
+  for_rest(a.queries, a.p.shape.heads_q,
+           [&](int head, int token, int lane) { zero_row<T>(a.p.d_q, a.p.d_q_strides, head, token, lane, dim); });
+  for_rest(a.keys, a.p.shape.heads_kv, [&](int head, int token, int lane) {
+    zero_row<T>(a.p.d_k, a.p.d_k_strides, head, token, lane, dim);
+    zero_row<T>(a.p.d_v, a.p.d_v_strides, head, token, lane, dim);
+  });
 }
 
 }  // namespace sagetrain::sm80

@@ -9,18 +9,9 @@ namespace {
 using namespace sm80;
 using sm90::BackwardArgs, sm90::KEYS, sm90::QUERIES;
 
-constexpr int FINE = 25;               // log2 of what the sums of dQ may reach: rounds to 2^-25 of that, and most products of a block are below 2^22
-constexpr int LEAST_WEIGHT = -2;       // log2 of what small queries are lifted to, of the largest in their record
+constexpr int FINE = 25;                // log2 of what the sums of dQ may reach: rounding is to 2^-25 of that, and most products of a block are below 2^22
+constexpr int LEAST_WEIGHT = -2;        // log2 of what small queries are lifted to, of the largest in their record
 constexpr int U_MAX = 12, DP_MAX = 10;  // log2 of |u| and of |dP16|, which must fit a half
-
-// Largest of the warps' values in [first, first + count).
-template <int count, typename X>
-__device__ __forceinline__ X largest(const X* x, int first) {
-  X all = x[first];
-#pragma unroll
-  for (int w = 1; w < count; ++w) all = max(all, x[first + w]);
-  return all;
-}
 
 // Row `row` of a matrix of 16-bit numbers, 64 rows of 64 channels to a panel: this lane's chunk i.
 __device__ __forceinline__ void write_panel(int16_t* matrix, int row, int i, const uint4& x) {
@@ -51,14 +42,7 @@ __device__ __forceinline__ uint32_t largest_of_row(const uint4 (&x)[n]) {  // as
 template <typename T>
 __global__ void __launch_bounds__(THREADS) backward_rest_kernel(const __grid_constant__ BackwardArgs a) {
   after_previous();
-  if (blockIdx.x == 0) check_edges(a.queries, 'q'), check_edges(a.keys, 'k');
-  const int dim = a.p.shape.head_dim;
-  for_rest(a.queries, a.p.shape.heads_q,
-           [&](int head, int token, int lane) { zero_row<T>(a.p.d_q, a.p.d_q_strides, head, token, lane, dim); });
-  for_rest(a.keys, a.p.shape.heads_kv, [&](int head, int token, int lane) {
-    zero_row<T>(a.p.d_k, a.p.d_k_strides, head, token, lane, dim);
-    zero_row<T>(a.p.d_v, a.p.d_v_strides, head, token, lane, dim);
-  });
+  zero_rest<T>(a);
 }
 
 // ---------------------------------------------------------------------------------------------------- keys
@@ -141,10 +125,8 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   constexpr int n = Dp / 64, records_of_tile = TILE / QUERIES;
   __shared__ __align__(16) int8_t tile8[2][Dp * TILE];  // of q8, of do8
   __shared__ float row_lse[TILE], row_norm[TILE], row_dot[TILE], row_shrink[TILE];
-  __shared__ uint32_t row_amax[TILE];
-  __shared__ uint32_t warp_amax[WARPS];
-  __shared__ int warp_w[WARPS];
-  __shared__ uint32_t warp_norm[WARPS], warp_bound[WARPS];
+  __shared__ uint32_t row_amax[TILE], warp_norm[WARPS], warp_bound[WARPS];
+  __shared__ int warp_e[WARPS], warp_w[WARPS];
 
   const int heads = a.p.shape.heads_q, head = blockIdx.x % heads, slot = blockIdx.x / heads;
   const int head_kv = head / (heads / static_cast<int>(a.p.shape.heads_kv));
@@ -237,9 +219,9 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const bool broken = live && !(known && exponent != UNBOUNDED && is_finite(dot) && is_finite(d_lse));
 
   const int e_warp = __reduce_max_sync(~0u, exponent);
-  if (t < TILE && t % 32 == 0) warp_amax[warp] = e_warp;
+  if (t < TILE && t % 32 == 0) warp_e[warp] = e_warp;
   __syncthreads();
-  const int e_record = static_cast<int>(largest<QUERIES / 32>(reinterpret_cast<const int*>(warp_amax), first_warp));  // E - 1
+  const int e_record = largest<QUERIES / 32>(warp_e, first_warp);  // E - 1
   const float mantissa_of_row = is_number(exponent) ? fmaxf(scale_by(__uint_as_float(amax), -e), 1.f) : 1.f;  // amax = 2^e mantissa_of_row
   const int log2_rho = is_number(exponent) ? e - e_record - 1 : 0;                                          // rho = 2^log2_rho mantissa_of_row
   const int log2_bound = ceil_log2(q_scale, bound);  // NONE for rows that see no key
