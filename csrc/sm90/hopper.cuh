@@ -30,7 +30,7 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int byt
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
-// Adds 32-bit integers in shared memory to those in device memory, by the copy engine; what is added is in no order, so neither are floats.
+// Adds 32-bit integers in shared memory to those in device memory, by the copy engine. In no order: sums of floats would differ from call to call.
 __device__ __forceinline__ void add_bulk(int* to, uint32_t from, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
 }
@@ -45,13 +45,15 @@ __device__ __forceinline__ void load(float& x, uint32_t address) { asm volatile(
 __device__ __forceinline__ void load(float2& x, uint32_t address) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
 }
-
-__device__ __forceinline__ void load(uint2& x, uint32_t address) {
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
-}
 // The reverse of load_matrices, transposed: row l % 8 of matrix l / 8, at lane l's address, receives column l % 8.
 __device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
 }
 
 // Named barriers of `threads` threads: synchronise waits for all of them, arrive counts as one and goes on.
@@ -81,8 +83,8 @@ __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_g
 template <int pending>
 __device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory"); }
 
-// d (+)= a b^T for 64 rows and 32, 64 or 128 columns, 32 bytes of k (multiply_16bit: both operands of 16 bits, rows of 128 bytes). For each 8-column tile n, d[4 n + c] is C of mma.m16n8; warp w of the
-// four has rows 16 w to 16 w + 15. Operand registers are A of mma.m16n8k32. Neither may be touched until wait_for_products.
+// d (+)= a b^T for 64 rows and 32, 64 or 128 columns, 32 bytes of k (multiply_16bit: both operands of 16 bits, rows of 128 bytes). For each
+// 8-column tile n, d[4 n + c] is C of mma.m16n8; warp w of the four has rows 16 w to 16 w + 15. Operand registers are A of mma.m16n8k32. Neither may be touched until wait_for_products.
 #define SAGETRAIN_D8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
 #define SAGETRAIN_D32(i) SAGETRAIN_D8(i), SAGETRAIN_D8(i + 8), SAGETRAIN_D8(i + 16), SAGETRAIN_D8(i + 24)
 #define SAGETRAIN_LOW "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"

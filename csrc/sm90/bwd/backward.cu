@@ -34,9 +34,9 @@ struct __align__(1024) Shared {
     QueryRecord<Dp> record;
     int query;                                     // causal: the record's first query, less the first that sees the block's first key
   } stages[STAGES<Dp>];
-  __half ds[BUFFERS][GROUPS][QUERIES * KEYS];  // [query][row], 16-byte chunks swizzled
+  __half ds[BUFFERS][GROUPS][QUERIES * KEYS];      // [query][row], 16-byte chunks swizzled
   int dq[QUERIES * Dp];                            // on its way to the sums, as these lie
-  __half2 unit[4 * GROUPS];                 // of the keys of a warp, twice the same
+  __half2 unit[4 * GROUPS];                        // of the keys of a warp, twice the same
   uint64_t keys_full, full[STAGES<Dp>], ds_full[BUFFERS], ds_empty[BUFFERS];
   int begin, blocks, stride;                       // as in KeyBlock
   int keys_left;                                   // of the sequence, from the block's first
@@ -130,11 +130,6 @@ __device__ __forceinline__ void ready(X (&x)[n]) {
     if constexpr (std::is_same_v<X, int>) asm volatile("" : "+r"(x[i])); else asm volatile("" : "+f"(x[i]));
 }
 
-__device__ __forceinline__ float max_or_nan(float x, float y) {
-  float z;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
 __device__ __forceinline__ uint32_t bits(__half2 x) { return reinterpret_cast<const uint32_t&>(x); }
 __device__ __forceinline__ __half2 half2_of(uint32_t x) { return reinterpret_cast<const __half2&>(x); }
 

@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_keys_kernel
 
 // ---------------------------------------------------------------------------------------------------- queries
 
-// In two steps with a barrier between them: rows of dO and o (eight lanes each); the constants of each row (one thread each).
+// In three steps with barriers between them: the largest row of V and scale of K in the sequence; rows of dO and o (eight lanes each); the
+// constants of each row (one thread each).
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_kernel(const __grid_constant__ BackwardArgs a) {
   after_previous();

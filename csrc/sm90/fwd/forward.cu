@@ -88,11 +88,6 @@ __device__ __forceinline__ float multiply_up(float x, float y) {
   asm("mul.rp.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
   return z;
 }
-__device__ __forceinline__ float max_or_nan(float x, float y) {
-  float z;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
 // Two numbers rounded to bytes, 0 to 255, low one first, below the two bytes of `above`.
 __device__ __forceinline__ uint32_t round_bytes(float low, float high, uint32_t above) {
   uint32_t x;
