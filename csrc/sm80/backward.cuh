@@ -20,10 +20,9 @@ __device__ __forceinline__ float scale_of(float top, float levels) {
   return scale < 1.f / LARGEST_INVERSE ? 1.f / LARGEST_INVERSE : scale;
 }
 
-// Scales of the rows r and r + 8 of a warp tile: the largest of `x` (magnitudes) over its columns becomes `levels`.
-// inverse: what multiplies x; scale: what takes the rounded values back. NaN stays NaN.
+// The largest of the rows r (low half) and r + 8 (high half) of a warp tile; x[i] has two columns of both. NaN stays NaN.
 template <int n>
-__device__ __forceinline__ void row_scales(const __half2 (&x)[n][2], float levels, bool is_signed, __half2 (&inverse)[2], float (&scale)[2]) {
+__device__ __forceinline__ __half2 row_tops(const __half2 (&x)[n][2], bool is_signed) {
   __half2 top[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -33,7 +32,14 @@ __device__ __forceinline__ void row_scales(const __half2 (&x)[n][2], float level
   }
   __half2 both = __hmax2_nan(__lows2half2(top[0], top[1]), __highs2half2(top[0], top[1]));
   both = __hmax2_nan(both, __shfl_xor_sync(~0u, both, 1));
-  both = __hmax2_nan(both, __shfl_xor_sync(~0u, both, 2));
+  return __hmax2_nan(both, __shfl_xor_sync(~0u, both, 2));
+}
+
+// Scales of these rows: the largest of `x` (magnitudes) over its columns becomes `levels`.
+// inverse: what multiplies x; scale: what takes the rounded values back. NaN stays NaN.
+template <int n>
+__device__ __forceinline__ void row_scales(const __half2 (&x)[n][2], float levels, bool is_signed, __half2 (&inverse)[2], float (&scale)[2]) {
+  const __half2 both = row_tops(x, is_signed);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float top_r = r ? __high2float(both) : __low2float(both);

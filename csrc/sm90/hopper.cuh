@@ -151,6 +151,16 @@ __device__ __forceinline__ void multiply_16bit(float (&d)[32], uint32_t a, uint3
   if constexpr (std::is_same_v<T, __nv_bfloat16>) SAGETRAIN_MULTIPLY("bf16"); else SAGETRAIN_MULTIPLY("f16");
 #undef SAGETRAIN_MULTIPLY
 }
+template <typename T, bool add>
+__device__ __forceinline__ void multiply_16bit(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
+#define SAGETRAIN_MULTIPLY(type)                                                                                                                  \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                                                                     \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" SAGETRAIN_LOW "}, {%32,%33,%34,%35}, %36, add, 1, 1, 0;\n}"      \
+               : SAGETRAIN_F8(0), SAGETRAIN_F8(8), SAGETRAIN_F8(16), SAGETRAIN_F8(24)                                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor<128>(b)), "n"(add))
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) SAGETRAIN_MULTIPLY("bf16"); else SAGETRAIN_MULTIPLY("f16");
+#undef SAGETRAIN_MULTIPLY
+}
 #undef SAGETRAIN_F8
 #undef SAGETRAIN_D8
 #undef SAGETRAIN_D32

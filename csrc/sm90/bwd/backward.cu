@@ -5,7 +5,8 @@
 //   the first warpgroup, 64 queries:    dS (halves, through shared memory) -> dQ += dS K                  sums in device memory, as integers
 //
 // dS^T, rounded by rows, is the A operand of dK. dQ wants it the other way round and by a scale per query, so the first warpgroup gets it
-// unrounded, and is a step behind. It also copies the records: once it has dS of a step, nobody reads the record of the step before.
+// unrounded, and is a step behind. It also copies the records: once it has dS of a step, nobody reads the record of the step before, nor
+// what dS of this step was made of.
 #include <cstddef>
 
 #include "../../sm80/backward.cuh"
@@ -22,10 +23,21 @@ constexpr int GROUPS = TILE / KEYS;  // warpgroups of keys
 constexpr int BLOCK_THREADS = 128 * (1 + GROUPS);
 constexpr int DQ_REGISTERS = 88, KEY_REGISTERS = 208;  // 88 + 2 * 208 = 3 * 168: what the launch takes
 template <int Dp>
-constexpr int STAGES = Dp == 64 ? 3 : 2;
-constexpr int BUFFERS = 2;
+constexpr int STAGES = Dp == 64 ? 3 : 2;  // of records, and of dS
+template <int Dp>
+constexpr bool IN_TWO = Dp == 128;        // records come in two copies, since there is no third stage
 constexpr int COPIER = 96;  // thread of the first warpgroup that starts copies
 constexpr int ADDED = 1;    // named barrier of the first warpgroup
+
+// The record of a step, one step after another.
+struct Walk {
+  int record, done;  // done: records of its head before it
+
+  __device__ __forceinline__ void advance(int blocks, int stride) {
+    ++record;
+    if (++done == blocks) done = 0, record += stride - blocks;
+  }
+};
 
 template <int Dp>
 struct __align__(1024) Shared {
@@ -34,13 +46,15 @@ struct __align__(1024) Shared {
     QueryRecord<Dp> record;
     int query;                                     // causal: the record's first query, less the first that sees the block's first key
   } stages[STAGES<Dp>];
-  __half ds[BUFFERS][GROUPS][QUERIES * KEYS];      // [query][row], 16-byte chunks swizzled
+  __half ds[STAGES<Dp>][GROUPS][QUERIES * KEYS];   // [query][row], 16-byte chunks swizzled
   int dq[QUERIES * Dp];                            // on its way to the sums, as these lie
   __half2 unit[4 * GROUPS];                        // of the keys of a warp, twice the same
-  uint64_t keys_full, full[STAGES<Dp>], ds_full[BUFFERS], ds_empty[BUFFERS];
+  uint64_t keys_full, full[STAGES<Dp>], rest_full[STAGES<Dp>], ds_full[STAGES<Dp>], ds_empty[STAGES<Dp>];
   int begin, blocks, stride;                       // as in KeyBlock
   int keys_left;                                   // of the sequence, from the block's first
-  int record, done, steps;                         // the next to be copied, how many of its head's come before it, how many steps are left
+  int steps;                                       // how many records have still to be copied
+  Walk next;                                       // the first of them
+  int last;                                        // the one before it, -1 behind the end
 };
 
 // Which keys a block owns and its steps: the records of the queries that see any of them.
@@ -70,42 +84,44 @@ struct KeyBlock {
     records = head * group * stride + queries.first_tile * (TILE / QUERIES) + start;
   }
   __device__ __forceinline__ bool exists() const { return k0 >= 0 && left > 0; }
-};
-
-// The record of a step, one step after another.
-struct Walk {
-  int record, done;  // done: records of its head before it
-
-  template <int Dp>
-  __device__ explicit Walk(const KeyBlock<Dp>& b) {
-    done = b.blocks ? b.first % b.blocks : 0;
-    record = b.records + (b.blocks ? b.first / b.blocks * b.stride : 0) + done;
-  }
-  __device__ __forceinline__ void advance(int blocks, int stride) {
-    ++record;
-    if (++done == blocks) done = 0, record += stride - blocks;
+  __device__ __forceinline__ Walk walk() const {
+    const int done = blocks ? first % blocks : 0;
+    return {records + (blocks ? first / blocks * stride : 0) + done, done};
   }
 };
 
-// Starts the copy of the block's next record, if there is one, to a stage that is free.
+// Copies bytes [first, end) of a record to a stage.
+template <int Dp, int first, int end>
+__device__ __forceinline__ void copy_part(const BackwardArgs& a, Shared<Dp>& shared, int stage, int record, uint64_t& full) {
+  const char* from = reinterpret_cast<const char*>(static_cast<const QueryRecord<Dp>*>(a.w.queries) + record);
+  arrive_expecting(shared_address(&full), end - first);
+  copy_bulk(shared_address(&shared.stages[stage]) + first, from + first, end - first, shared_address(&full));
+}
+// Starts the copy of the block's next record, if there is one, to a stage that is free: all of it, or what dS is made of.
 template <int Dp>
 __device__ __forceinline__ void copy_queries(const BackwardArgs& a, Shared<Dp>& shared, int stage) {
+  constexpr int end = IN_TWO<Dp> ? offsetof(QueryRecord<Dp>, q8t) : sizeof(QueryRecord<Dp>);
+  shared.last = -1;
   if (shared.steps == 0) return;
-  const int record = shared.record, done = shared.done;
-  const bool last = done + 1 == shared.blocks;
-  shared.record = last ? record + 1 + shared.stride - shared.blocks : record + 1, shared.done = last ? 0 : done + 1, --shared.steps;
-  shared.stages[stage].query = shared.begin + done * QUERIES;
-  const uint32_t full = shared_address(&shared.full[stage]);
-  arrive_expecting(full, sizeof(QueryRecord<Dp>));
-  copy_bulk(shared_address(&shared.stages[stage]), static_cast<const QueryRecord<Dp>*>(a.w.queries) + record, sizeof(QueryRecord<Dp>), full);
+  const Walk at = shared.next;
+  shared.stages[stage].query = shared.begin + at.done * QUERIES, shared.last = at.record, --shared.steps;
+  shared.next.advance(shared.blocks, shared.stride);
+  copy_part<Dp, 0, end>(a, shared, stage, at.record, shared.full[stage]);
+}
+// The rest of the record that copy_queries was called for last.
+template <int Dp>
+__device__ __forceinline__ void copy_rest(const BackwardArgs& a, Shared<Dp>& shared, int stage) {
+  if (shared.last >= 0) copy_part<Dp, offsetof(QueryRecord<Dp>, q8t), sizeof(QueryRecord<Dp>)>(a, shared, stage, shared.last, shared.rest_full[stage]);
 }
 
 // By one thread: everything of the block that the others wait for.
 template <int Dp>
 __device__ __forceinline__ void start(const BackwardArgs& a, Shared<Dp>& shared) {
   init_barrier(shared_address(&shared.keys_full), 1);
-  for (uint64_t& full : shared.full) init_barrier(shared_address(&full), 1);
-  for (int i = 0; i < BUFFERS; ++i) init_barrier(shared_address(&shared.ds_full[i]), 4 * GROUPS), init_barrier(shared_address(&shared.ds_empty[i]), 4);
+  for (int i = 0; i < STAGES<Dp>; ++i) {
+    init_barrier(shared_address(&shared.full[i]), 1), init_barrier(shared_address(&shared.rest_full[i]), 1);
+    init_barrier(shared_address(&shared.ds_full[i]), 4 * GROUPS), init_barrier(shared_address(&shared.ds_empty[i]), 4);
+  }
   fence_barriers();
   const KeyBlock<Dp> block(a, block_number());
   if (!block.exists()) return;
@@ -113,10 +129,12 @@ __device__ __forceinline__ void start(const BackwardArgs& a, Shared<Dp>& shared)
   arrive_expecting(full, GROUPS * sizeof(KeyRecord<Dp>));
   const KeyRecord<Dp>* keys = static_cast<const KeyRecord<Dp>*>(a.w.keys) + (static_cast<int64_t>(block.head) * a.keys.tiles + block.slot) * GROUPS;
   for (int i = 0; i < GROUPS; ++i) copy_bulk(shared_address(&shared.keys[i]), keys + i, sizeof(KeyRecord<Dp>), full);
-  const Walk walk(block);
   shared.begin = block.begin, shared.blocks = block.blocks, shared.stride = block.stride, shared.keys_left = block.left;
-  shared.record = walk.record, shared.done = walk.done, shared.steps = block.steps;
-  for (int i = 0; i < STAGES<Dp>; ++i) copy_queries(a, shared, i);
+  shared.next = block.walk(), shared.steps = block.steps;
+  for (int i = 0; i < STAGES<Dp>; ++i) {
+    copy_queries(a, shared, i);
+    if (IN_TWO<Dp> && i + 1 < STAGES<Dp>) copy_rest(a, shared, i);
+  }
 }
 
 // The same in all lanes, in a uniform register, where matrix descriptors are made without a detour.
@@ -133,6 +151,18 @@ __device__ __forceinline__ void ready(X (&x)[n]) {
 __device__ __forceinline__ uint32_t bits(__half2 x) { return reinterpret_cast<const uint32_t&>(x); }
 __device__ __forceinline__ __half2 half2_of(uint32_t x) { return reinterpret_cast<const __half2&>(x); }
 
+// What takes the largest numbers to `levels`, never above levels + 0.2 (all halves tried), at most 65504; NaN of NaN. The bits of a half are about
+// its logarithm, so a difference of bits is within 6% of a quotient; one step of Newton's takes that to 0.4%.
+template <int levels>
+__device__ __forceinline__ __half2 inverse_scales(__half2 tops) {
+  static_assert(levels == 255 || levels == 127);
+  constexpr uint32_t one_over = levels == 255 ? 0x97809780u : 0x93789378u, largest = 0x77ff77ffu;  // twice `largest` is still a half
+  const __half2 guess = half2_of(__vminu2(one_over - bits(tops), largest));
+  const __half2 error = __hfma2(__hmul2(tops, guess), __float2half2_rn(-1.f / levels), __float2half2_rn(1.f));
+  return __hfma2(guess, error, guess);
+}
+__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.f, x); }
+
 // ---------------------------------------------------------------------------------------------------- dK and dV
 
 template <typename T, int Dp>
@@ -140,10 +170,12 @@ struct KeyGroup {
   using Record = QueryRecord<Dp>;
   static constexpr int tiles = QUERIES / 8, channel_tiles = Dp / 8, steps32 = QUERIES / 32;
   static constexpr int width = Dp == 64 ? 64 : 32, products = 2 * Dp / width;  // dV and dK are multiplied `width` channels at a time
+  static constexpr bool holds_v = Dp == 64;                                    // V in registers: half of what dP reads of shared memory
   const BackwardArgs& a;
   Shared<Dp>& shared;
   const int lane = threadIdx.x % 32, warp = (Dp == 64 ? static_cast<int>(uniform(threadIdx.x / 32)) : threadIdx.x / 32) - 4;  // of all that have keys
   float dk[channel_tiles][4] = {}, dv[channel_tiles][4] = {};
+  uint32_t held_v[holds_v ? Dp / 16 : 1][4];
 
   // y = x times a matrix [channel][QUERIES] of bytes; x the rounded operand.
   template <bool is_unsigned>
@@ -172,12 +204,15 @@ struct KeyGroup {
     for (int k = 1; k < Dp / 32; ++k) multiply_s8s8<Dp, true>(s, k8 + 2 * k, q8 + 2 * k);
     commit_products();
   }
-  __device__ __forceinline__ static void products_with_v(float (&dp)[32], uint32_t v, uint32_t at) {
+  __device__ __forceinline__ void products_with_v(float (&dp)[32], uint32_t v, uint32_t at) const {
     begin_products();
     const uint32_t do16 = where(at + offsetof(Record, do16));
-    multiply_16bit<T, false>(dp, v, do16);
 #pragma unroll
-    for (int k = 1; k < Dp / 16; ++k) multiply_16bit<T, true>(dp, v + k / 4 * 512 + k % 4 * 2, do16 + k / 4 * 512 + k % 4 * 2);
+    for (int k = 0; k < Dp / 16; ++k) {
+      const uint32_t next = k / 4 * 512 + k % 4 * 2;
+      if constexpr (holds_v) k ? multiply_16bit<T, true>(dp, held_v[k], do16 + next) : multiply_16bit<T, false>(dp, held_v[k], do16 + next);
+      else k ? multiply_16bit<T, true>(dp, v + next, do16 + next) : multiply_16bit<T, false>(dp, v + next, do16 + next);
+    }
     commit_products();
   }
 
@@ -192,30 +227,32 @@ struct KeyGroup {
     const KeyRecord<Dp>& keys = shared.keys[number].record;
     const float k_scale = keys.scale[warp % 4];
     const uint32_t k8 = uniform(where(shared_address(keys.k8))), v = uniform(where(shared_address(keys.v)));
+    if constexpr (holds_v)
+#pragma unroll
+      for (int k = 0; k < Dp / 16; ++k) load_matrices(held_v[k], shared_address(keys.v) + swizzle<128>(warp % 4 * 16 + lane % 16, 2 * k + lane / 16));
     const uint32_t ds_rows = shared_address(shared.ds[0][number]) + swizzle<2 * KEYS>(lane / 16 * 8 + lane % 8, warp % 4 * 2 + lane / 8 % 2);
 
     int s[32];
     float dp[32];
-    __half2 p[tiles][2], inverse[2];  // P, then dS
+    __half2 p[tiles][2], ds[tiles][2];
     uint32_t p8[steps32][4], ds8[steps32][4] = {};
     float p_scale[2], ds_scale[2] = {0.f, 0.f};
+    float4 ahead;  // the first of a record's constants of S
 
-    const auto exponentials = [&](const Record& record, int first, int last) {
+    const auto start_scores = [&](const Record& record, uint32_t at) {
+      scores(s, k8, at);
+      ahead = record.s[t];
+    };
+    const auto exponentials = [&](const Record& record) {
 #pragma unroll
-      for (int n = first; n < last; ++n) {
-        const float4 x = record.s[n * 4 + t];
+      for (int n = 0; n < tiles; ++n) {
+        const float4 x = n ? record.s[n * 4 + t] : ahead;
         const float scale[2] = {x.x * k_scale, x.y * k_scale}, offset[2] = {x.z, x.w};
         float e[4];
 #pragma unroll
         for (int c = 0; c < 4; ++c) e[c] = exp2_fast(fmaf(__int2float_rn(s[4 * n + c]), scale[c % 2], offset[c % 2]));
         p[n][0] = __floats2half2_rn(e[0], e[1]), p[n][1] = __floats2half2_rn(e[2], e[3]);
       }
-    };
-    const auto round_p = [&](const Record& record) {
-      row_scales(p, 255.f, false, inverse, p_scale);
-#pragma unroll
-      for (int k = 0; k < steps32; ++k) to_operand(p8[k], &p[4 * k], inverse);
-      p_scale[0] *= record.dv_unit, p_scale[1] *= record.dv_unit;
     };
     const auto to_ds = [&](const Record& record) {
       ready(dp);
@@ -224,91 +261,106 @@ struct KeyGroup {
         const uint2 u = record.u[n * 4 + t];
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          p[n][r] = __hmul2(p[n][r], __hfma2(__floats2half2_rn(dp[4 * n + 2 * r], dp[4 * n + 2 * r + 1]), half2_of(u.x), half2_of(u.y)));
+          ds[n][r] = __hmul2(p[n][r], __hfma2(__floats2half2_rn(dp[4 * n + 2 * r], dp[4 * n + 2 * r + 1]), half2_of(u.x), half2_of(u.y)));
       }
     };
-    const auto send_ds = [&](int step) {  // to the first warpgroup
-      const int buffer = step % BUFFERS;
-      wait(shared_address(&shared.ds_empty[buffer]), step / BUFFERS % 2 ^ 1);
+    const auto send_ds = [&](int stage) {  // to the first warpgroup
 #pragma unroll
       for (int n = 0; n < tiles; n += 2)
-        store_transposed(ds_rows + buffer * sizeof(shared.ds[0]) + n * 8 * (2 * KEYS), bits(p[n][0]), bits(p[n][1]), bits(p[n + 1][0]), bits(p[n + 1][1]));
+        store_transposed(ds_rows + stage * sizeof(shared.ds[0]) + n * 8 * (2 * KEYS), bits(ds[n][0]), bits(ds[n][1]), bits(ds[n + 1][0]), bits(ds[n + 1][1]));
       __syncwarp();
-      if (lane == 0) arrive(shared_address(&shared.ds_full[buffer]));
+      if (lane == 0) arrive(shared_address(&shared.ds_full[stage]));
     };
-    const auto round_ds = [&](const Record& record) {
-      row_scales(p, 127.f, true, inverse, ds_scale);
+    const auto round = [&](uint32_t (&x8)[steps32][4], float (&scale)[2], const __half2 (&x)[tiles][2], __half2 inverse_of_both, float unit) {
+      const __half2 inverse[2] = {__low2half2(inverse_of_both), __high2half2(inverse_of_both)};
 #pragma unroll
-      for (int k = 0; k < steps32; ++k) to_operand(ds8[k], &p[4 * k], inverse);
-      ds_scale[0] *= record.dk_unit, ds_scale[1] *= record.dk_unit;
+      for (int k = 0; k < steps32; ++k) to_operand(x8[k], &x[4 * k], inverse);
+      scale[0] = unit * reciprocal(__low2float(inverse_of_both)), scale[1] = unit * reciprocal(__high2float(inverse_of_both));
     };
 
+    // S of a step is multiplied in the step before it. Behind the last step: of whatever is there, and nobody reads it.
+    if (steps) wait(shared_address(&shared.full[0]), 0);
+    start_scores(shared.stages[0].record, shared_address(&shared.stages[0].record));
+    wait_for_products<0>();
+    ready(s);
     if constexpr (Dp == 64) {
-      // S of a step is multiplied in the step before it, dK in the step after it.
-      int stage = 0, parity = 0, y[32];
-      uint32_t before = uniform(shared_address(&shared.stages[0].record)), at = before;
-      if (steps) wait(shared_address(&shared.full[0]), 0);
-      scores(s, k8, at);
-      wait_for_products<0>();
-      ready(s);
-      for (int step = 0; step < steps; ++step) {
+      // dK is multiplied in the step after it.
+      int y[32], parity = 0;
+      const auto one = [&](auto stage_number, int step) {
+        constexpr int stage = decltype(stage_number)::value, next = (stage + 1) % STAGES<Dp>, before = (stage + STAGES<Dp> - 1) % STAGES<Dp>;
         const Record& record = shared.stages[stage].record;
+        const uint32_t at = shared_address(&record);
         const int query = shared.stages[stage].query;
-        multiply<false>(y, ds8, before + offsetof(Record, q8t));
+        multiply<false>(y, ds8, shared_address(&shared.stages[before].record) + offsetof(Record, q8t));
         products_with_v(dp, v, at);
-        exponentials(record, 0, tiles / 2);
-        wait_for_products<1>();
-        exponentials(record, tiles / 2, tiles);
-        accumulate(dk, 1, y, ds_scale);
+        exponentials(record);
         if (query < last_query) hide(p, query);
-        round_p(record);
-        multiply<true>(y, p8, at + offsetof(Record, do8t));
         wait_for_products<1>();
+        const __half2 p_inverse = inverse_scales<255>(row_tops(p, false));
+        accumulate(dk, 1, y, ds_scale);
+        wait(shared_address(&shared.ds_empty[stage]), parity ^ 1);  // here, since it keeps the assembler from waiting for dP further up
+        wait_for_products<0>();
         to_ds(record);
-        send_ds(step);
-        before = at;
-        if (++stage == STAGES<Dp>) stage = 0, parity ^= 1;
-        at = uniform(shared_address(&shared.stages[stage].record));
-        if (step + 1 < steps) wait(shared_address(&shared.full[stage]), parity);
-        scores(s, k8, at);  // of the last step: of whatever is there, and nobody reads it
-        round_ds(record);
+        const __half2 ds_inverse = inverse_scales<127>(row_tops(ds, true));
+        round(p8, p_scale, p, p_inverse, record.dv_unit);
+        multiply<true>(y, p8, at + offsetof(Record, do8t));
+        round(ds8, ds_scale, ds, ds_inverse, record.dk_unit);
+        send_ds(stage);
+        if (next == 0) parity ^= 1;
+        if (step + 1 < steps) wait(shared_address(&shared.full[next]), parity);
+        start_scores(shared.stages[next].record, shared_address(&shared.stages[next].record));
+        wait_for_products<1>();
+        accumulate(dv, 0, y, p_scale);
         wait_for_products<0>();
         ready(s);
-        accumulate(dv, 0, y, p_scale);
+      };
+      for (int step = 0; step < steps; step += STAGES<Dp>) {
+        one(std::integral_constant<int, 0>{}, step);
+        if (step + 1 == steps) break;
+        one(std::integral_constant<int, 1>{}, step + 1);
+        if (step + 2 == steps) break;
+        one(std::integral_constant<int, 2>{}, step + 2);
       }
       if (steps) {
-        multiply<false>(y, ds8, before + offsetof(Record, q8t));
+        multiply<false>(y, ds8, shared_address(&shared.stages[(steps - 1) % STAGES<Dp>].record) + offsetof(Record, q8t));
         wait_for_products<0>();
         accumulate(dk, 1, y, ds_scale);
       }
     } else {
+      uint32_t at = uniform(shared_address(&shared.stages[0].record));
       for (int step = 0; step < steps; ++step) {
-        const int stage = step % STAGES<Dp>;
+        const int stage = step % STAGES<Dp>, next = (step + 1) % STAGES<Dp>, query = shared.stages[stage].query;
         const Record& record = shared.stages[stage].record;
-        const uint32_t at = uniform(shared_address(&record));
-        wait(shared_address(&shared.full[stage]), step / STAGES<Dp> % 2);
-        scores(s, k8, at);
-        wait_for_products<0>();
-        ready(s);
-        exponentials(record, 0, tiles);
+        exponentials(record);
         products_with_v(dp, v, at);
-        if (shared.stages[stage].query < last_query) hide(p, shared.stages[stage].query);
-        round_p(record);
+        if (query < last_query) hide(p, query);
+        wait(shared_address(&shared.rest_full[stage]), step / STAGES<Dp> % 2);
+        round(p8, p_scale, p, inverse_scales<255>(row_tops(p, false)), record.dv_unit);
         wait_for_products<0>();
         to_ds(record);
+        const __half2 ds_inverse = inverse_scales<127>(row_tops(ds, true));
         int y[2][width / 2];
         const auto product = [&](int i) {
           const uint32_t matrix = at + i % (products / 2) * (width * QUERIES);
           i < products / 2 ? multiply<true>(y[i % 2], p8, matrix + offsetof(Record, do8t)) : multiply<false>(y[i % 2], ds8, matrix + offsetof(Record, q8t));
         };
         product(0);
-        send_ds(step);
-        round_ds(record);
+        send_ds(stage);  // its place is empty: this record was copied after everybody had read dS of two steps before
+        round(ds8, ds_scale, ds, ds_inverse, record.dk_unit);
 #pragma unroll
         for (int i = 0; i < products; ++i) {
-          if (i + 1 < products) product(i + 1), wait_for_products<1>(); else wait_for_products<0>();
+          if (i + 1 < products) {
+            product(i + 1);
+          } else {
+            if (step + 1 < steps) wait(shared_address(&shared.full[next]), (step + 1) / STAGES<Dp> % 2);
+            at = uniform(shared_address(&shared.stages[next].record));
+            start_scores(shared.stages[next].record, at);
+          }
+          wait_for_products<1>();
           accumulate(i < products / 2 ? dv : dk, i, y[i % 2], i < products / 2 ? p_scale : ds_scale);
         }
+        wait_for_products<0>();
+        ready(s);
       }
     }
     store();
@@ -361,7 +413,7 @@ __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared
   constexpr int steps16 = TILE / 16, steps32 = TILE / 32, chunks = Dp / 32;  // a step of 16: the keys of a warp; chunks of 32 channels
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp * 16 + lane / 4;
   const KeyBlock<Dp> block(a, block_number());
-  Walk walk(block);
+  Walk walk = block.walk();
   const int steps = block.steps, blocks = block.blocks, stride = block.stride;
   wait(shared_address(&shared.keys_full), 0);
   float k_bound = 0.f;
@@ -372,43 +424,32 @@ __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared
   synchronise(ADDED, 128);
   const uint32_t k8t = where(shared_address(shared.keys[0].record.k8t)), rows = shared_address(shared.ds) + swizzle<2 * KEYS>(warp * 16 + lane % 16, lane / 16);
   for (int step = 0; step < steps; ++step, walk.advance(blocks, stride)) {
-    const int buffer = step % BUFFERS;
+    const int stage = step % STAGES<Dp>;
     const int64_t record = walk.record;
     float scale[2] = {a.w.fine[record * QUERIES + row] * k_bound, a.w.fine[record * QUERIES + row + 8] * k_bound};
-    wait(shared_address(&shared.ds_full[buffer]), step / BUFFERS % 2);
-    if (threadIdx.x == COPIER && step > 0) copy_queries(a, shared, (step - 1) % STAGES<Dp>);
-    uint32_t x[steps16][4];
+    wait(shared_address(&shared.ds_full[stage]), step / STAGES<Dp> % 2);
+    if (threadIdx.x == COPIER) {
+      if constexpr (IN_TWO<Dp>) copy_rest(a, shared, (step + 1) % STAGES<Dp>);
+      else if (step > 0) copy_queries(a, shared, (step - 1) % STAGES<Dp>);
+    }
+    __half2 x[2 * steps16][2];  // dS by units of the keys
 #pragma unroll
     for (int k = 0; k < steps16; ++k) {
-      load_matrices(x[k], ((rows + buffer * static_cast<int>(sizeof(shared.ds[0]))) ^ (k % 4 * 32)) + k / 4 * static_cast<int>(sizeof(shared.ds[0][0])));
+      uint32_t loaded[4];
+      load_matrices(loaded, ((rows + stage * static_cast<int>(sizeof(shared.ds[0]))) ^ (k % 4 * 32)) + k / 4 * static_cast<int>(sizeof(shared.ds[0][0])));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[k][i] = bits(__hmul2(half2_of(x[k][i]), shared.unit[k]));
+      for (int i = 0; i < 4; ++i) x[2 * k + i / 2][i % 2] = __hmul2(half2_of(loaded[i]), shared.unit[k]);
     }
-    __syncwarp();
-    if (lane == 0) arrive(shared_address(&shared.ds_empty[buffer]));
-    __half2 top[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      top[r] = __hmax2_nan(__habs2(half2_of(x[0][r])), __habs2(half2_of(x[0][r + 2])));
-#pragma unroll
-      for (int k = 1; k < steps16; ++k) top[r] = __hmax2_nan(top[r], __hmax2_nan(__habs2(half2_of(x[k][r])), __habs2(half2_of(x[k][r + 2]))));
+    if constexpr (!IN_TWO<Dp>) {
+      __syncwarp();
+      if (lane == 0) arrive(shared_address(&shared.ds_empty[stage]));
     }
-    __half2 both = __hmax2_nan(__lows2half2(top[0], top[1]), __highs2half2(top[0], top[1])), inverse[2];
-    both = __hmax2_nan(both, __shfl_xor_sync(~0u, both, 1));
-    both = __hmax2_nan(both, __shfl_xor_sync(~0u, both, 2));
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float largest = r ? __high2float(both) : __low2float(both);
-      inverse[r] = __half2half2(inverse_scale(largest, 127.f)), scale[r] *= scale_of(largest, 127.f);
-    }
+    const __half2 both = inverse_scales<127>(row_tops(x, true)), inverse[2] = {__low2half2(both), __high2half2(both)};
+    scale[0] *= reciprocal(__low2float(both)), scale[1] *= reciprocal(__high2float(both));
     const bool small = __all_sync(~0u, scale[0] <= 2.f && scale[1] <= 2.f);  // then |y scale| <= 2^22: a sum with MAGIC_FLOAT rounds it
     uint32_t operand[steps32][4];
-    const __half2 magic = __float2half2_rn(MAGIC_HALF);
 #pragma unroll
-    for (int k = 0; k < steps32; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        operand[k][i] = low_bytes(__hfma2(half2_of(x[2 * k + i / 2][i % 2]), inverse[i % 2], magic), __hfma2(half2_of(x[2 * k + i / 2][i % 2 + 2]), inverse[i % 2], magic));
+    for (int k = 0; k < steps32; ++k) to_operand(operand[k], &x[4 * k], inverse);
     int y[2][16];
     const auto product = [&](int chunk) {
       begin_products();
@@ -421,6 +462,7 @@ __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared
     product(0);
     if (threadIdx.x == 0) wait_for_reads<0>();
     synchronise(ADDED, 128);
+    if (IN_TWO<Dp> && threadIdx.x == COPIER) copy_queries(a, shared, stage);  // not before: it says that everybody here has read dS
 #pragma unroll
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (chunk + 1 < chunks) product(chunk + 1), wait_for_products<1>(); else wait_for_products<0>();

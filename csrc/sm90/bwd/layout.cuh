@@ -41,13 +41,16 @@ struct __align__(128) KeyRecord {  // KEYS keys, by rows
 
 template <int Dp>
 struct __align__(128) QueryRecord {  // QUERIES queries
+  // what S, P and dS are made of
   int8_t q8[QUERIES * Dp];           // [query][channel]
-  int8_t q8t[Dp * QUERIES];          // [channel][query], permuted, like the next
-  int8_t do8t[Dp * QUERIES];         // [channel][query]
   int16_t do16[QUERIES * Dp];        // [channel / 64][query][64 channels] dO / 2^e: exact, but for a half too small to be normal
   float4 s[QUERIES / 2];             // queries 2i and 2i + 1: {q_scale * scale * log2(e) * Dp, twice; -L, twice}
   uint2 u[QUERIES / 2];              // as halves: {c, c}, {-d, -d}
-  float dv_unit, dk_unit, padding[30];
+  float padding[64];
+  // what dK and dV are made of
+  int8_t q8t[Dp * QUERIES];          // [channel][query], permuted, like the next
+  int8_t do8t[Dp * QUERIES];         // [channel][query]
+  float dv_unit, dk_unit, more_padding[30];
 };
 
 struct BackwardScratch {

@@ -140,6 +140,11 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const int64_t first_row = row_index(queries.batch, heads, head, a.queries.tokens, queries.begin + begin);
   const int64_t padded = static_cast<int64_t>(head) * a.queries.tiles + slot;
   QueryRecord<Dp>* records = static_cast<QueryRecord<Dp>*>(a.w.queries) + padded * records_of_tile;
+  // Everything is loaded before anything is stored: the compiler does not know that they are different places.
+  const T* o_tile = at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
+  const T* d_o_tile = at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin);
+  uint4 d_o[ROWS][n], o[ROWS][n];
+  load_rows(d_o, d_o_tile, a.p.d_o_strides.token, rows, dim), load_rows(o, o_tile, a.p.o_strides.token, rows, dim);
   {
     uint2 q8[ROWS][n];
     load_rows(q8, a.p.q8 + first_row * Dp, rows);
@@ -163,31 +168,25 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const int shift = min(max(ceil_log2(v_norm, 1.f) + 5 - DP_MAX, -13), 100);
   const float v_shift = exp2_int(-shift);
   const float* v_mean = a.p.v_mean + (static_cast<int64_t>(queries.sequence) * static_cast<int>(a.p.shape.heads_kv) + head_kv) * dim;
-  const T* o_tile = at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
-  const T* d_o_tile = at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin);
   uint2 do8[ROWS][n];
 #pragma unroll
   for (int j = 0; j < ROWS; ++j) {
-    uint4 d_o[n];
     const int row = tile_row(j);
     const float lse = row < rows && keys.length ? a.p.lse_smooth[first_row + row] : -infinity();
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      d_o[i] = load_chunk(d_o_tile, a.p.d_o_strides.token, j, i, rows, dim);
-      if (lse == -infinity()) d_o[i] = uint4{0, 0, 0, 0};  // whatever is there takes no part
-    }
-    const uint32_t amax = largest_of_row<T>(d_o);
+    for (int i = 0; i < n; ++i)
+      if (lse == -infinity()) d_o[j][i] = uint4{0, 0, 0, 0};  // whatever is there takes no part
+    const uint32_t amax = largest_of_row<T>(d_o[j]);
     const int exponent = row_exponent(amax), e = is_number(exponent) ? exponent : 0;
     float x[n][8], norm2 = 0.f, dot = 0.f;
-    multiply_row<T>(x, d_o, e);
+    multiply_row<T>(x, d_o[j], e);
     const float to8 = is_number(exponent) ? 127.f / fmaxf(scale_by(__uint_as_float(amax), -e), 1.f) : 0.f;  // of a smaller row: less than 127
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const uint4 o = load_chunk(o_tile, a.p.o_strides.token, j, i, rows, dim);
 #pragma unroll
       for (int d = 0; d < 8; ++d) {
         norm2 = fmaf(x[i][d], x[i][d], norm2);
-        if (lse != -infinity() && channel_of(i) < dim) dot = fmaf(x[i][d], element<T>(o, d) - v_mean[channel_of(i) + d], dot);
+        if (lse != -infinity() && channel_of(i) < dim) dot = fmaf(x[i][d], element<T>(o[j][i], d) - v_mean[channel_of(i) + d], dot);
       }
       write_panel(records[row / QUERIES].do16, row % QUERIES, i,
                        uint4{pack16<T>(x[i][0] * v_shift, x[i][1] * v_shift), pack16<T>(x[i][2] * v_shift, x[i][3] * v_shift),
@@ -254,6 +253,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     __half* u = reinterpret_cast<__half*>(record.u) + i;
     s[0] = scale, s[2] = live ? static_cast<float>(log2_rho + 15) + log2f(mantissa_of_row) - lse2 : -infinity();
     u[0] = __float2half_rn(scale_by(c, shift)), u[2] = __float2half_rn(-c * delta16);
+    record.padding[row % QUERIES] = 0.f;
     if (row % QUERIES < 32) {
       const float dv_unit = e_record == NONE ? 0.f : scale_by(1.f / 127.f, e_record + 1 - 15), dk_unit = exp2_int(min(log2_w - 15, 127));
       (&record.dv_unit)[row % QUERIES] = row % QUERIES == 0 ? (e_record == UNBOUNDED ? nan_float() : dv_unit)
