@@ -153,6 +153,7 @@ __device__ __forceinline__ __half2 half2_of(uint32_t x) { return reinterpret_cas
 
 // What takes the largest numbers to `levels`, never above levels + 0.2 (all halves tried), at most 65504; NaN of NaN. The bits of a half are about
 // its logarithm, so a difference of bits is within 6% of a quotient; one step of Newton's takes that to 0.4%.
+// Infinity would come out as zero, but does not come in: P'' and dS'' stay within 2^15 (layout.cuh), and rows that are not finite are NaN.
 template <int levels>
 __device__ __forceinline__ __half2 inverse_scales(__half2 tops) {
   static_assert(levels == 255 || levels == 127);
