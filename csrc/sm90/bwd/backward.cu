@@ -39,6 +39,38 @@ struct Walk {
   }
 };
 
+// Which keys a block owns and its steps: the records of the queries that see any of them. One thread works it out, in some 300 instructions one
+// after another; the others read it in shared memory.
+struct KeyBlock {
+  Span keys;
+  int head, slot, k0;  // slot: of all tiles of a head; k0: the first key, within its sequence
+  int left;            // keys of the sequence from there on
+  int steps;           // of all steps of these keys, those of this split
+  int blocks, stride;  // records of a query head, and from head to head
+  int begin;           // causal: the first query of the first of them, less the first that sees the first key; else large
+  Walk walk;           // at the first step
+
+  __device__ KeyBlock(const BackwardArgs& a, int number) {
+    const int heads_kv = a.p.shape.heads_kv, group = static_cast<int>(a.p.shape.heads_q) / heads_kv;
+    const int tile = number / a.splits, split = number - tile * a.splits, some = a.heads * a.keys.tiles, turn = tile / some, place = tile - turn * some;
+    slot = place / a.heads, head = turn * a.heads + place - slot * a.heads;
+    keys = span_of_tile(a.keys, slot);
+    k0 = (slot - keys.first_tile) * TILE, left = keys.length - k0;
+    const Span queries = span_of(a.queries, keys.sequence);
+    const int diagonal = k0 - keys.length + queries.length, start = a.p.shape.is_causal ? max(0, diagonal) / QUERIES : 0;
+    begin = a.p.shape.is_causal ? start * QUERIES - diagonal : 1 << 29;
+    blocks = max(0, (queries.length + QUERIES - 1) / QUERIES - start);
+    stride = a.queries.tiles * (TILE / QUERIES);
+    const int all = blocks * group, records = head * group * stride + queries.first_tile * (TILE / QUERIES) + start;
+    walk = {records, 0}, steps = all;
+    if (a.splits > 1 && all) {
+      const int share = all / a.splits, more = all - share * a.splits, first = share * split + min(split, more), heads = first / blocks;
+      walk.done = first - heads * blocks, walk.record = records + heads * stride + walk.done, steps = share + (split < more);
+    }
+  }
+  __device__ __forceinline__ bool exists() const { return k0 >= 0 && left > 0; }
+};
+
 template <int Dp>
 struct __align__(1024) Shared {
   struct __align__(1024) { KeyRecord<Dp> record; } keys[GROUPS];
@@ -50,44 +82,10 @@ struct __align__(1024) Shared {
   int dq[QUERIES * Dp];                            // on its way to the sums, as these lie
   __half2 unit[4 * GROUPS];                        // of the keys of a warp, twice the same
   uint64_t keys_full, full[STAGES<Dp>], rest_full[STAGES<Dp>], ds_full[STAGES<Dp>], ds_empty[STAGES<Dp>];
-  int begin, blocks, stride;                       // as in KeyBlock
-  int keys_left;                                   // of the sequence, from the block's first
+  KeyBlock block;
   int steps;                                       // how many records have still to be copied
   Walk next;                                       // the first of them
   int last;                                        // the one before it, -1 behind the end
-};
-
-// Which keys a block owns and its steps: the records of the queries that see any of them.
-template <int Dp>
-struct KeyBlock {
-  Span keys;
-  int head, slot, k0;   // slot: of all tiles of a head; k0: the first key, within its sequence
-  int left;             // keys of the sequence from there on
-  int first, steps;     // of all steps of these keys, those of this split
-  int blocks;           // records of a query head
-  int begin;            // causal: the first query of the first of them, less the first that sees the first key; else large
-  int records, stride;  // the first record of the group's first head, and from head to head
-
-  __device__ KeyBlock(const BackwardArgs& a, int number) {
-    const int heads_kv = a.p.shape.heads_kv, group = a.p.shape.heads_q / heads_kv;
-    const int split = number % a.splits, tile = number / a.splits, some = a.heads * a.keys.tiles;
-    slot = tile % some / a.heads, head = tile / some * a.heads + tile % a.heads;
-    keys = span_of_tile(a.keys, slot);
-    k0 = (slot - keys.first_tile) * TILE, left = keys.length - k0;
-    const Span queries = span_of(a.queries, keys.sequence);
-    const int diagonal = k0 - keys.length + queries.length, start = a.p.shape.is_causal ? max(0, diagonal) / QUERIES : 0;
-    begin = a.p.shape.is_causal ? start * QUERIES - diagonal : 1 << 29;
-    blocks = max(0, (queries.length + QUERIES - 1) / QUERIES - start);
-    const int64_t all = static_cast<int64_t>(blocks) * group;
-    first = static_cast<int>(all * split / a.splits), steps = static_cast<int>(all * (split + 1) / a.splits) - first;
-    stride = a.queries.tiles * (TILE / QUERIES);
-    records = head * group * stride + queries.first_tile * (TILE / QUERIES) + start;
-  }
-  __device__ __forceinline__ bool exists() const { return k0 >= 0 && left > 0; }
-  __device__ __forceinline__ Walk walk() const {
-    const int done = blocks ? first % blocks : 0;
-    return {records + (blocks ? first / blocks * stride : 0) + done, done};
-  }
 };
 
 // Copies bytes [first, end) of a record to a stage.
@@ -104,8 +102,8 @@ __device__ __forceinline__ void copy_queries(const BackwardArgs& a, Shared<Dp>& 
   shared.last = -1;
   if (shared.steps == 0) return;
   const Walk at = shared.next;
-  shared.stages[stage].query = shared.begin + at.done * QUERIES, shared.last = at.record, --shared.steps;
-  shared.next.advance(shared.blocks, shared.stride);
+  shared.stages[stage].query = shared.block.begin + at.done * QUERIES, shared.last = at.record, --shared.steps;
+  shared.next.advance(shared.block.blocks, shared.block.stride);
   copy_part<Dp, 0, end>(a, shared, stage, at.record, shared.full[stage]);
 }
 // The rest of the record that copy_queries was called for last.
@@ -114,23 +112,24 @@ __device__ __forceinline__ void copy_rest(const BackwardArgs& a, Shared<Dp>& sha
   if (shared.last >= 0) copy_part<Dp, offsetof(QueryRecord<Dp>, q8t), sizeof(QueryRecord<Dp>)>(a, shared, stage, shared.last, shared.rest_full[stage]);
 }
 
-// By one thread: everything of the block that the others wait for.
 template <int Dp>
-__device__ __forceinline__ void start(const BackwardArgs& a, Shared<Dp>& shared) {
+__device__ __forceinline__ void init_barriers(Shared<Dp>& shared) {
   init_barrier(shared_address(&shared.keys_full), 1);
   for (int i = 0; i < STAGES<Dp>; ++i) {
     init_barrier(shared_address(&shared.full[i]), 1), init_barrier(shared_address(&shared.rest_full[i]), 1);
     init_barrier(shared_address(&shared.ds_full[i]), 4 * GROUPS), init_barrier(shared_address(&shared.ds_empty[i]), 4);
   }
   fence_barriers();
-  const KeyBlock<Dp> block(a, block_number());
-  if (!block.exists()) return;
+}
+// Starts the first copies.
+template <int Dp>
+__device__ __forceinline__ void start(const BackwardArgs& a, Shared<Dp>& shared) {
+  const KeyBlock& block = shared.block;
   const uint32_t full = shared_address(&shared.keys_full);
   arrive_expecting(full, GROUPS * sizeof(KeyRecord<Dp>));
   const KeyRecord<Dp>* keys = static_cast<const KeyRecord<Dp>*>(a.w.keys) + (static_cast<int64_t>(block.head) * a.keys.tiles + block.slot) * GROUPS;
   for (int i = 0; i < GROUPS; ++i) copy_bulk(shared_address(&shared.keys[i]), keys + i, sizeof(KeyRecord<Dp>), full);
-  shared.begin = block.begin, shared.blocks = block.blocks, shared.stride = block.stride, shared.keys_left = block.left;
-  shared.next = block.walk(), shared.steps = block.steps;
+  shared.next = block.walk, shared.steps = block.steps;
   for (int i = 0; i < STAGES<Dp>; ++i) {
     copy_queries(a, shared, i);
     if (IN_TWO<Dp> && i + 1 < STAGES<Dp>) copy_rest(a, shared, i);
@@ -219,11 +218,9 @@ struct KeyGroup {
 
   __device__ __forceinline__ void run() {
     const int t = lane % 4, number = warp / 4;  // of the warpgroup
-    int steps, last_query;                      // last_query: of a record's first, the last that does not see all of the warpgroup's keys
-    {
-      const KeyBlock<Dp> block(a, block_number());
-      steps = static_cast<int>(uniform(block.steps)), last_query = static_cast<int>(uniform(block.left < KEYS * (number + 1) ? 1 << 30 : KEYS * number + KEYS - 1));
-    }
+    const int steps = static_cast<int>(uniform(shared.block.steps));
+    // Of a record's first query, the last that does not see all of the warpgroup's keys.
+    const int last_query = static_cast<int>(uniform(shared.block.left < KEYS * (number + 1) ? 1 << 30 : KEYS * number + KEYS - 1));
     wait(shared_address(&shared.keys_full), 0);
     const KeyRecord<Dp>& keys = shared.keys[number].record;
     const float k_scale = keys.scale[warp % 4];
@@ -369,7 +366,7 @@ struct KeyGroup {
 
   // P of keys that a query does not see, and of keys past the end, which must not reach dQ. query: first of the record, as in Shared.
   __device__ __forceinline__ void hide(__half2 (&p)[tiles][2], int query) const {
-    const int thread = thread_number(), row = thread % 128 / 32 * 16 + thread % 32 / 4, before = (thread / 128 - 1) * KEYS, left = shared.keys_left;
+    const int thread = thread_number(), row = thread % 128 / 32 * 16 + thread % 32 / 4, before = (thread / 128 - 1) * KEYS, left = shared.block.left;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int key = before + key_of_row(row + 8 * r);
@@ -381,8 +378,8 @@ struct KeyGroup {
 
   // Writes dK and dV, or this split's parts.
   __device__ __forceinline__ void store() {
-    const KeyBlock<Dp> block(a, block_number());
-    const int head_dim = a.p.shape.head_dim;
+    const KeyBlock& block = shared.block;
+    const int head_dim = a.p.shape.head_dim, thread = thread_number(), lane = thread % 32, warp = thread / 32 - 4;
     if (a.splits > 1) {
       constexpr int warps = 4 * GROUPS;
       const int64_t part = (static_cast<int64_t>(block.head) * a.keys.tiles + block.slot) * a.splits + block_number() % a.splits;
@@ -413,9 +410,8 @@ template <int Dp>
 __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared) {
   constexpr int steps16 = TILE / 16, steps32 = TILE / 32, chunks = Dp / 32;  // a step of 16: the keys of a warp; chunks of 32 channels
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp * 16 + lane / 4;
-  const KeyBlock<Dp> block(a, block_number());
-  Walk walk = block.walk();
-  const int steps = block.steps, blocks = block.blocks, stride = block.stride;
+  Walk walk = shared.block.walk;
+  const int steps = shared.block.steps, blocks = shared.block.blocks, stride = shared.block.stride;
   wait(shared_address(&shared.keys_full), 0);
   float k_bound = 0.f;
 #pragma unroll
@@ -493,9 +489,11 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1) backward_kernel(const __grid
   after_previous();
   extern __shared__ __align__(1024) unsigned char bytes[];
   Shared<Dp>& shared = *reinterpret_cast<Shared<Dp>*>(bytes);
-  if (threadIdx.x == 0) start(a, shared);
+  if (threadIdx.x == 0) shared.block = KeyBlock(a, block_number());
+  if (threadIdx.x == COPIER) init_barriers(shared);
   __syncthreads();
-  if (!KeyBlock<Dp>(a, block_number()).exists()) return;
+  if (!shared.block.exists()) return;
+  if (threadIdx.x == COPIER) start(a, shared);
   if (threadIdx.x < 128) {
     give_registers<DQ_REGISTERS>();
     add_dq<Dp>(a, shared);

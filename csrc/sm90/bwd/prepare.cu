@@ -140,11 +140,14 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const int64_t first_row = row_index(queries.batch, heads, head, a.queries.tokens, queries.begin + begin);
   const int64_t padded = static_cast<int64_t>(head) * a.queries.tiles + slot;
   QueryRecord<Dp>* records = static_cast<QueryRecord<Dp>*>(a.w.queries) + padded * records_of_tile;
-  // Everything is loaded before anything is stored: the compiler does not know that they are different places.
+  // Everything is loaded before anything that has to wait for it is stored: the compiler does not know that they are different places.
   const T* o_tile = at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
   const T* d_o_tile = at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin);
   uint4 d_o[ROWS][n], o[ROWS][n];
   load_rows(d_o, d_o_tile, a.p.d_o_strides.token, rows, dim), load_rows(o, o_tile, a.p.o_strides.token, rows, dim);
+  uint4* sums = reinterpret_cast<uint4*>(a.w.d_q) + padded * (TILE * Dp / 4);
+#pragma unroll
+  for (int i = 0; i < TILE * Dp / 4; i += THREADS) sums[i + t] = uint4{};
   {
     uint2 q8[ROWS][n];
     load_rows(q8, a.p.q8 + first_row * Dp, rows);
@@ -275,7 +278,6 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
 template <typename T, int Dp>
 void launch(const BackwardArgs& a, cudaStream_t stream) {
   const size_t key_blocks = a.keys.tiles * a.p.shape.heads_kv, query_blocks = a.queries.tiles * a.p.shape.heads_q;
-  cudaMemsetAsync(a.w.d_q, 0, query_blocks * (TILE * Dp * sizeof(int)), stream);
   if (a.queries.cu_seqlens) launch_kernel(backward_rest_kernel<T>, REST_BLOCKS, THREADS, 0, stream, a);
   if (key_blocks) launch_kernel(prepare_keys_kernel<T, Dp>, key_blocks, THREADS, 0, stream, a);
   if (query_blocks) launch_kernel(prepare_queries_kernel<T, Dp>, query_blocks, THREADS, 0, stream, a);
