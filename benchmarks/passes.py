@@ -4,7 +4,7 @@
     python -m benchmarks.passes --shapes 1x32x8x8192x64
 
 Method: torch's profiler, median over the calls, forward and backward apart; causal, BF16, memory as in attention.py.
-One row per kernel, in benchmarks/results/passes-<kernel>.csv. Setting memory to zeros is no kernel and has no row.
+One row per kernel, in benchmarks/results/passes-<kernel>.csv. What sm80 sets to zeros by memset is no kernel: no row.
 
 Columns: `us`; and for the forward's main kernel `bound_us` and `share_of_bound`: the time that the exponentials alone
 take, 16 a clock and multiprocessor at the highest clock that the device reports (docs/sm90-forward.md), over `us`.

@@ -12,7 +12,7 @@ namespace {
 int splits_of(const Shape& s) { return static_cast<int>(std::clamp<int64_t>(256 / std::max<int64_t>(s.heads_kv * sm80::keys_of(s).tiles, 1), 1, 8)); }
 
 // Heads of keys at a time: the fewest whose tiles are about two waves, or all. What is added to dQ stays in L2 then. With one wave, the longest
-// blocks of the last heads start when half of the time is over, and multiprocessors idle at the end for 3% of it.
+// blocks of the last heads start when half of the time is over, and multiprocessors idle at the end: docs/sm90-backward.md, variants.
 int heads_of(const Shape& s) {
   int heads = 1;
   while (heads < s.heads_kv && (heads * sm80::keys_of(s).tiles < 256 || s.heads_kv % heads)) ++heads;
