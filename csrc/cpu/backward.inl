@@ -90,13 +90,14 @@ static void scores(const QuerySide<kDim>& q, const KeySide<kDim>& k, TilePair<kD
     store(b_inverse, packing_scale(load(b_rows), 127.0f, b_scale));
     for (int m = 0; m < M; ++m) {
       t.p_scale[j + m] = p_scale[m];
-      t.b_scale[j + m] = b_scale[m];
+      t.b_scale[j + m] = b_scale[m] * q.unit;
       pack_lanes(t.p8 + (j + m) * T, t.p + m * T, splat(p_inverse[m]), vf{});
       pack_lanes(t.b8 + (j + m) * T, t.b + m * T, splat(b_inverse[m]), splat((float)U));
     }
   });
   for (int i = 0; i < T; i += W) {
     const vf inverse = packing_scale(load(t.a_max + i), 127.0f, t.a_scale + i);
+    store(t.a_scale + i, load(t.a_scale + i) * load(q.row_unit + i));
     for (int j = 0; j < kKeys; j += G) {
       vf rows[G];
       for (int r = 0; r < G; ++r) rows[r] = fma(load(t.a + (j + r) * T + i), inverse, splat((float)U));
@@ -161,6 +162,7 @@ static void write_d_q(const BackwardParams& p, const Sequence& q, int64_t n, int
   for (int64_t c = 1; c < chunks; ++c)
     for (int64_t i = 0; i < kDim * T; i += W) store(x + i, load(x + i) + load(d_q + c * chunk_step + i));
   rotate(x, T, kDim);
+  change_signs(x, T, kDim);
   for (int64_t i = 0; i < smaller<int64_t>(T, q.tq - i0); ++i) {
     float out[128];
     const bool sees = p.lse_smooth[row + i] != -__builtin_inff();
@@ -177,6 +179,7 @@ static void write_d_kv(const BackwardParams& p, const Sequence& q, int64_t head,
   for (int64_t j = 0; j < kKeys; ++j)
     for (int64_t d = 0; d < kDim; ++d) x[d * T + j] = k.d_k[j * kDim + d];
   rotate(x, T, kDim);
+  change_signs(x, T, kDim);
   for (int64_t j = 0; j < smaller<int64_t>(kKeys, q.tk - j0); ++j) {
     float out[128];
     for (int64_t d = 0; d < s.head_dim; ++d) out[d] = s.scale * x[d * T + j];

@@ -14,9 +14,10 @@ struct QuerySide {            // one query tile of one head, packed
   elem q_rows[kDim * T];       // Q8  [T/G][Dp][G]
   elem d_o8[kDim * T];         // dO8 [T/G][Dp][G]
   float d_o[kDim * T];         // dO' [D/2][T][2] bf16 or [D][T] fp32
-  float d_o_scale[kDim];       // sdO
+  float d_o_scale[kDim];       // sdO * unit
   int32_t q_sum[kDim];         // -U * sum_i Q8
-  float g[T], offset[T], cap[T], minus_delta[T], q_scale[T];
+  float g[T], offset[T], cap[T], minus_delta[T], q_scale[T];  // q_scale: in units of `unit` / row_unit
+  float row_unit[T], unit;     // what one of dS' is worth, of a row; the largest of them
 };
 template <int kDim>
 struct KeySide {              // one key tile, packed
@@ -71,6 +72,22 @@ static BackwardScratch<kDim> backward_scratch(const Shape& s, const Parallel& pa
   return w;
 }
 
+// ---- exponents -------------------------------------------------------------------------------------------------
+constexpr int kExponentMin = -126, kExponentMax = 126, kNone = -1000;
+constexpr int kLeastRho = -32;  // of a row 2^-64 of the largest, or zero: 8 bits hold nothing of it
+
+static inline int exponent_of(float x) {  // floor(log2(|x|)), of what has a normal exponent with a normal inverse
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return larger(kExponentMin, smaller(kExponentMax, (int)(bits >> 23 & 255) - 127));
+}
+static inline float exp2_int(int n) {  // of kExponentMin to kExponentMax
+  const uint32_t bits = (uint32_t)(n + 127) << 23;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
 // ---- packing ---------------------------------------------------------------------------------------------------
 template <int kDim, bool kHalf>
 static void pack_key_side(const BackwardParams& p, const Sequence& q, int64_t head, int64_t j0, const float* v_mean,
@@ -123,10 +140,29 @@ static void pack_query_side(const BackwardParams& p, const Sequence& q, int64_t 
   __builtin_memset(t.rows, 0, sizeof t.rows);
   score* packed = (score*)out.d_o;
   const float scale = s.scale < 0 ? -s.scale : s.scale;
+  // Nothing depends on the absolute size of dO: each row is taken in units of its own largest number, the tile in units
+  // of the largest of those.
+  float largest[T];
+  int exponent[T], tile_exponent = kExponentMin;
   for (int64_t i = 0; i < T; ++i) {
     const bool live = i < count && p.lse_smooth[row + i] != -__builtin_inff();
-    out.offset[i] = -200.0f;  // a lane that takes part in nothing: P' = 2^-200 against dO' = delta = 0
+    exponent[i] = kNone;
     if (!live) continue;
+    float* x = t.rows + i * kDim;
+    read_row(s.dtype, p.d_o, d_o + i * p.d_o_strides.token, s.head_dim, x);
+    largest[i] = 0.0f;
+    for (int64_t d = 0; d < s.head_dim; ++d) {
+      const float magnitude = x[d] < 0 ? -x[d] : x[d];
+      largest[i] = magnitude > largest[i] ? magnitude : largest[i];
+    }
+    exponent[i] = larger(exponent_of(largest[i]), p.d_lse ? exponent_of(p.d_lse[row + i]) : kExponentMin);
+    tile_exponent = larger(tile_exponent, exponent[i]);
+  }
+  out.unit = exp2_int(tile_exponent);
+  const float to_tile = exp2_int(-tile_exponent);
+  for (int64_t i = 0; i < T; ++i) {
+    out.offset[i] = -200.0f;  // a lane that takes part in nothing: P' = 2^-200 against dO' = delta = 0
+    if (exponent[i] == kNone) continue;
     const int8_t* q8 = p.q8 + (row + i) * kDim;
     for (int64_t d = 0; d < kDim; ++d) {
       out.q[(d / G * T + i) * G + d % G] = (elem)q8[d];
@@ -134,28 +170,25 @@ static void pack_query_side(const BackwardParams& p, const Sequence& q, int64_t 
       out.q_sum[d] -= U * q8[d];
     }
     float *x = t.rows + i * kDim, output[128];
-    read_row(s.dtype, p.d_o, d_o + i * p.d_o_strides.token, s.head_dim, x);
     read_row(s.dtype, p.o, o + i * p.o_strides.token, s.head_dim, output);
-    float largest = 0.0f;
-    int32_t exponent;
+    // log2(rho): half of what the row is below the largest. A row without dO (d_lse may give it a dS) gets next to none
+    // of P, so that it has no say in the scales of dV.
+    const int below = (exponent_of(largest[i]) - tile_exponent) >> 1, rho = larger(below, kLeastRho);
+    const float up = exp2_int(-rho), to_row = exp2_int(-exponent[i]);
+    float delta = (p.d_lse ? -p.d_lse[row + i] * to_row * up : 0.0f) + largest[i] * 0.0f;  // NaN if dO has an infinity
     for (int64_t d = 0; d < s.head_dim; ++d) {
-      const float magnitude = x[d] < 0 ? -x[d] : x[d];
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    __builtin_memcpy(&exponent, &largest, 4);
-    exponent = largest > 0 ? ((exponent >> 23) - 127) >> 1 : 0;  // log2(rho): half the magnitude's exponent
-    const float inverse_rho = __builtin_ldexpf(1.0f, -exponent);
-    float delta = (p.d_lse ? -p.d_lse[row + i] * inverse_rho : 0.0f) + largest * 0.0f;  // NaN if dO has an infinity
-    for (int64_t d = 0; d < s.head_dim; ++d) {
-      x[d] *= inverse_rho;
-      delta += x[d] * clamp(output[d] - v_mean[d]);
-      packed[(d / group * T + i) * group + d % group] = kHalf ? (score)float_to_bf16(x[d]) : (score)x[d];
+      const float y = x[d] * to_row * up;
+      delta += y * clamp(output[d] - v_mean[d]);
+      packed[(d / group * T + i) * group + d % group] = kHalf ? (score)float_to_bf16(y) : (score)y;
+      x[d] = x[d] * to_tile * up;
     }
     out.minus_delta[i] = -delta;
-    out.q_scale[i] = p.q_scale[row + i];
-    out.g[i] = out.q_scale[i] * (float)kDim * scale * kLog2e;
-    out.offset[i] = (float)exponent - p.lse_smooth[row + i] * kLog2e;
-    out.cap[i] = (float)exponent;  // P <= 1, whatever the rounding of huge logits says
+    out.row_unit[i] = exp2_int(exponent[i]);
+    const float q_scale = p.q_scale[row + i];
+    out.q_scale[i] = q_scale * (out.row_unit[i] * to_tile);
+    out.g[i] = q_scale * (float)kDim * scale * kLog2e;
+    out.offset[i] = (float)rho - p.lse_smooth[row + i] * kLog2e;
+    out.cap[i] = (float)rho;  // P <= 1, whatever the rounding of huge logits says
   }
   if (U)
     for (int64_t i = 0; i < kDim * T; ++i) out.q[i] = (elem)(out.q[i] + (elem)U);
@@ -163,6 +196,7 @@ static void pack_query_side(const BackwardParams& p, const Sequence& q, int64_t 
     vf a = vf{};
     for (int64_t i = 0; i < T; ++i) a = amax(a, load(t.rows + i * kDim + d));
     const vf inverse = inverse_scale(a, a * 0.0f, out.d_o_scale + d);
+    store(out.d_o_scale + d, load(out.d_o_scale + d) * out.unit);
     for (int64_t i = 0; i < T; i += G) {
       vf rows[G];
       for (int r = 0; r < G; ++r) rows[r] = round_clip(load(t.rows + (i + r) * kDim + d) * inverse);

@@ -27,6 +27,8 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 AMAX_MIN, AMAX_MAX = 2.0**-100, 2.0**55  # keeps scales and their products finite for any finite input
+SMALLEST = 2.0**-126  # rows of dO below it count as zero
+SIGNS = 0xD035B36E6DE3E8A6E06A9D70C1FD21CD  # bit d: channel d changes sign before the rotation (csrc/attention.h)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ def round_tiles(x: Tensor, rows: int, columns: int) -> Tensor:
     return int8(x, scale) * scale
 
 
+def floor_log2(x: Tensor) -> Tensor:
+    """Exponent of the positive numbers `x`, in floats; NaN and Inf stay."""
+    return torch.where(x.isfinite(), torch.frexp(x).exponent - 1.0, x)
+
+
 def hadamard(size: int, like: Tensor) -> Tensor:
     """Sylvester's Hadamard matrix: entries +-1, symmetric, H H = size * I."""
     h = like.new_ones(1, 1)
@@ -98,19 +105,26 @@ def hadamard(size: int, like: Tensor) -> Tensor:
     return h
 
 
+def signs(size: int, like: Tensor) -> Tensor:
+    """The sign of each channel before the rotation, `[size]`, +-1 (docs/numerics.md says how SIGNS was chosen)."""
+    return like.new_tensor([1 - 2 * (SIGNS >> channel & 1) for channel in range(size)])
+
+
 def padded_head_dim(head_dim: int) -> int:
     """64 or 128: the tile that holds `head_dim` channels."""
     return 64 if head_dim <= 64 else 128
 
 
 def rotate(x: Tensor) -> Tensor:
-    """`x [.., D] -> (x / Dp) H [.., Dp]`: spreads outlier channels over all of them; undone by `unrotate`."""
+    """`x [.., D] -> (x / Dp) diag(signs) H [.., Dp]`: spreads what a few channels have, and what many have in common,
+    over all of them; undone by `unrotate`."""
     size = padded_head_dim(x.shape[-1])
-    return torch.nn.functional.pad(x / size, (0, size - x.shape[-1])) @ hadamard(size, x)
+    padded = torch.nn.functional.pad(x / size, (0, size - x.shape[-1]))
+    return (padded * signs(size, x)) @ hadamard(size, x)
 
 
 def unrotate(x: Tensor, head_dim: int) -> Tensor:
-    return (x @ hadamard(x.shape[-1], x))[..., :head_dim]
+    return ((x @ hadamard(x.shape[-1], x)) * signs(x.shape[-1], x))[..., :head_dim]
 
 
 # ---------------------------------------------------------------------------------------------- one sequence
@@ -182,34 +196,46 @@ def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, pr
             "q8": q8, "q_scale": q_scale, "k8": k8, "k_scale": k_scale}  # fmt: skip
 
 
+def row_weights(d_o: Tensor, d_lse: Tensor, preset: Preset) -> tuple[Tensor, Tensor, Tensor]:
+    """What moves between P and dO: rho, the unit of each tile of queries, and which rows have any dO; `[.., Tq, 1]`.
+
+    Within a tile all is in units of its largest gradient, so that nothing depends on the size of dO. dO / rho and
+    rho * P leave every product as it is, and rows with large gradients no longer set everybody's scale: rho is the root
+    of the row's largest number, as a power of two, or all of it. A row without dO has no say in the scales of dV.
+    """
+    amax = d_o.abs().amax(-1, keepdim=True)
+    alive = ~(amax < SMALLEST)  # NaN too
+    unit = tile_amax(floor_log2(torch.maximum(amax, d_lse.abs()).clamp(min=SMALLEST)), preset.queries, 1)
+    root = torch.exp2(((floor_log2(amax.clamp(min=SMALLEST)) - unit) / 2).floor())
+    unit = torch.exp2(unit)
+    return torch.where(alive, amax / unit if preset.token_gradients else root, 1.0), unit, alive
+
+
 def sage_backward(
     d_o: Tensor, d_lse: Tensor, o: Tensor, v: Tensor, saved: dict[str, Tensor], mask: Tensor, scale: float,
     preset: Preset, operand_dtype: torch.dtype,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Natural scales: per row of dS for dQ, per column for dK and of P for dV; dP in the operands' own 16 bits."""
     q8, q_scale, k8, k_scale, v_mean = (saved[name] for name in ("q8", "q_scale", "k8", "k_scale", "v_mean"))
-    # A factor moves between P and dO, so that rows with large gradients do not set everybody's scale: the root of the
-    # row's largest, as a power of two, or all of it.
-    amax = d_o.abs().amax(-1, keepdim=True)
-    exponent = torch.frexp(torch.where(amax > 0, amax, 1.0)).exponent - 1  # floor(log2(amax))
-    root = torch.exp2(exponent.div(2, rounding_mode="floor").float())
-    rho = torch.where(amax > 0, amax if preset.token_gradients else root, 1.0)
-    delta = ((d_o * (o - v_mean)).sum(-1, keepdim=True) - d_lse) / rho
-    d_o = d_o / rho
+    d_o = torch.where(mask.any(-1, keepdim=True), d_o, 0.0)
+    rho, unit, alive = row_weights(d_o, d_lse, preset)
+    delta = ((d_o * (o - v_mean)).sum(-1, keepdim=True) - d_lse) / unit / rho
+    d_o = d_o / unit / rho
     p = torch.where(mask, torch.exp2(saved["s"] - saved["lse2"]), 0.0) * rho
 
-    column_max = tile_amax(p, preset.queries, 1).clamp(min=AMAX_MIN)
-    p_hat = (p / column_max * 255).round() / 255 * column_max
+    p_alive = torch.where(alive, p, 0.0)
+    column_max = tile_amax(p_alive, preset.queries, 1).clamp(min=AMAX_MIN)
+    p_hat = (p_alive / column_max * 255).round() / 255 * column_max
     tile = (1, d_o.shape[-1]) if preset.token_gradients else (preset.queries, 1)
-    d_v = p_hat.mT @ round_tiles(d_o, *tile)
+    d_v = p_hat.mT @ (round_tiles(d_o, *tile) * unit)
 
     d_p = d_o @ (v - v_mean).to(operand_dtype).to(v.dtype).mT
     d_s = torch.where(mask, p * (d_p - delta), 0.0)
-    d_q = round_tiles(d_s * k_scale.mT, 1, preset.keys) @ k8
-    d_k = round_tiles(d_s * q_scale, preset.queries, 1).mT @ q8
+    d_q = unit * round_tiles(d_s * k_scale.mT, 1, preset.keys) @ k8
+    d_k = (unit * round_tiles(d_s * q_scale, preset.queries, 1)).mT @ q8
     if preset.rotate:
         d_q, d_k = unrotate(d_q, v.shape[-1]), unrotate(d_k, v.shape[-1])
-    return {"d_q": scale * (d_q + d_lse * saved["k_mean"]), "d_k": scale * d_k, "d_v": d_v, "d_s": d_s}
+    return {"d_q": scale * (d_q + d_lse * saved["k_mean"]), "d_k": scale * d_k, "d_v": d_v, "d_s": unit * d_s}
 
 
 # ---------------------------------------------------------------------------------------------- whole calls
