@@ -19,9 +19,9 @@
 
 namespace sagetrain {
 
-// Channel d of q and k changes sign before the rotation where bit d is set (kSigns[0]: d < 64). Sylvester's Hadamard matrix sums
-// channels that move together into one; with these signs it does not (docs/numerics.md, where they come from).
-constexpr uint64_t kSigns[2] = {0xe06a9d70c1fd21cd, 0xd035b36e6de3e8a6};
+// Channel d of q and k changes sign before the rotation where bit d (of the high word: d - 64) is set. Sylvester's Hadamard
+// matrix sums channels that move together into one; with these signs it does not (docs/numerics.md, where they come from).
+constexpr uint64_t kSignsLow = 0xe06a9d70c1fd21cd, kSignsHigh = 0xd035b36e6de3e8a6;
 
 enum class DType : int32_t { bfloat16, float16, float32 };
 

@@ -64,7 +64,7 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[4], const __half2 (*x)[
       a[2 * half + r] = low_bytes(__hfma2(x[2 * half][r], inverse[r], magic), __hfma2(x[2 * half + 1][r], inverse[r], magic));
 }
 
-// x H over the channels of an accumulator (Sylvester's Hadamard matrix): undoes the rotation of q and k.
+// x H over the channels of an accumulator (Sylvester's Hadamard matrix), and the signs: undoes the rotation of q and k.
 template <int tiles>
 __device__ __forceinline__ void unrotate(float (&x)[tiles][4], int t) {
 #pragma unroll
@@ -93,6 +93,12 @@ __device__ __forceinline__ void unrotate(float (&x)[tiles][4], int t) {
           const float a = x[n][c], b = x[n | bit][c];
           x[n][c] = a + b, x[n | bit][c] = a - b;
         }
+#pragma unroll
+  for (int n = 0; n < tiles; ++n) {
+    const uint32_t bits = static_cast<uint32_t>((n < 8 ? kSignsLow : kSignsHigh) >> n % 8 * 8) >> 2 * t;  // of channel 8 n + 2 t and the next
+#pragma unroll
+    for (int c = 0; c < 4; ++c) x[n][c] = __uint_as_float(__float_as_uint(x[n][c]) ^ (bits << (31 - c % 2) & 0x80000000u));
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------- matmuls of a step

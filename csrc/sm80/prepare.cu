@@ -9,6 +9,7 @@ constexpr int SHIFT_MAX = 100;  // |k_i|
 // Small rows are lifted to this share of the largest in their block or tile, so that rounding dS by the other axis keeps
 // their digits; their q8t and k8t shrink instead.
 constexpr int LEAST_WEIGHT = -2;       // of a query, log2
+constexpr int LEAST_WEIGHT_OF_ZEROS = -10;  // ... whose dO is zero: the bounds of the others are loose, dS of d_lse alone is not
 constexpr float LEAST_UNIT = 0x1p-5f;  // of a key
 constexpr int U_MAX = 12;              // log2 of |u|, which must fit a half
 
@@ -193,9 +194,9 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const int row = t % TILE, first_warp = row / QUERIES * (QUERIES / 32);
   const float lse = row_lse[row];
   const bool live = lse != -infinity();
-  const int exponent = row_e[row], e = is_number(exponent) ? exponent : 0;
   const float q_scale = live ? a.p.q_scale[first_row + row] : 0.f;
   const float d_lse = live && a.p.d_lse ? a.p.d_lse[first_row + row] : 0.f;
+  const int exponent = row_e[row], e = unit_exponent(exponent, d_lse);
   const float v_norm = __uint_as_float(largest<WARPS>(warp_norm, 0)), k_bound = __uint_as_float(largest<WARPS>(warp_bound, 0));
   const float dot = row_dot[row], delta = clamp(dot - scale_by(d_lse, -e), 0x1p120f);
   const float bound = fminf(fmaf(row_norm[row], v_norm, fabsf(delta)), FLT_MAX);
@@ -205,9 +206,11 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const int e_warp = __reduce_max_sync(~0u, is_number(exponent) ? exponent : NONE);
   if (t < TILE && t % 32 == 0) warp_e[warp] = e_warp;
   __syncthreads();
-  const int log2_rho = is_number(exponent) ? (e - largest<QUERIES / 32>(warp_e, first_warp)) >> 1 : 0;
+  // A row of zeros has no say in the scales of dV: its P is left out, or where d_lse gives it a dS next to none.
+  const bool zeros = exponent == NONE, takes_part = live && (broken || !zeros || d_lse != 0.f);
+  const int log2_rho = is_number(exponent) ? (e - largest<QUERIES / 32>(warp_e, first_warp)) >> 1 : zeros ? -U_MAX : 0;
   const int log2_bound = ceil_log2(q_scale, bound);  // NONE for rows that see no key
-  const int w_warp = __reduce_max_sync(~0u, broken ? UNBOUNDED : log2_bound == NONE ? NONE : log2_bound + e - log2_rho);
+  const int w_warp = __reduce_max_sync(~0u, broken ? UNBOUNDED : log2_bound == NONE ? NONE : log2_bound + e - (zeros ? 0 : log2_rho));
   if (t < TILE && t % 32 == 0) warp_w[warp] = w_warp;
   if (t < TILE) row_factor[row] = exp2_int(-log2_rho);
   __syncthreads();
@@ -218,7 +221,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     const bool block_broken = log2_w == UNBOUNDED, lost = broken || block_broken;
     if (!lost && log2_bound != NONE) {
       const int weight = log2_bound + e - log2_w;  // of dS''; u has 2^-log2_rho more, P'' less
-      lift = max(0, min(LEAST_WEIGHT - weight, U_MAX + log2_rho - weight));
+      lift = max(0, min((zeros ? LEAST_WEIGHT_OF_ZEROS : LEAST_WEIGHT) - weight, U_MAX + log2_rho - weight));
     }
     row_shrink[row] = exp2_int(-min(lift, 126)), lifted = lift > 0;
     const int shift = min(max(15 - ceil_log2(bound, k_bound), -SHIFT_MAX), SHIFT_MAX);
@@ -227,12 +230,12 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     const float c = lost ? nan_float() : log2_bound == NONE ? 0.f : scale_by(q_scale, e - log2_rho - log2_w + lift);
     float out = scale_by(a.fused ? a.p.shape.scale / mantissa(q_scale) : a.p.shape.scale,
                          a.fused ? log2_w - 15 - lift - exponent_of(q_scale) : e - shift);
-    out = (a.fused ? lost : broken) ? nan_float() : live ? clamp(out, FLT_MAX) : 0.f;
-    a.w.q_rows[padded * TILE + t] = {scale, live ? lse2 - static_cast<float>(shift) : infinity(), delta16, out};
+    out = (a.fused ? lost : broken) ? nan_float() : takes_part ? clamp(out, FLT_MAX) : 0.f;
+    a.w.q_rows[padded * TILE + t] = {scale, takes_part ? lse2 - static_cast<float>(shift) : infinity(), delta16, out};
     BackwardQueries<Dp>& record = records[t / QUERIES];
     const int i = t % QUERIES;
     write_scale(record.q_scale, record.q_bias, i, scale);
-    reinterpret_cast<float*>(record.l)[i] = live ? lse2 - static_cast<float>(log2_rho + 15) : infinity();
+    reinterpret_cast<float*>(record.l)[i] = takes_part ? lse2 - static_cast<float>(log2_rho + 15) : infinity();
     reinterpret_cast<float*>(record.c)[i] = c;
     reinterpret_cast<float*>(record.d)[i] = c * delta16;
     if (i < 4) record.dk_unit[i] = i ? 0.f : block_broken ? nan_float() : exp2_int(min(log2_w - 15, 127));

@@ -11,6 +11,25 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------- rows of q and k
 
+// The signs of this lane's channels, for rows of 16-bit numbers; q and k have them before they are rotated.
+__device__ __forceinline__ uint4 sign_bits(int i) {
+  const uint32_t bits = static_cast<uint32_t>((i == 0 ? kSignsLow : kSignsHigh) >> 8 * lane_chunk());
+  const auto pair = [&](int d) { return (bits >> d & 1) << 15 | (bits >> (d + 1) & 1) << 31; };
+  return {pair(0), pair(2), pair(4), pair(6)};
+}
+template <int n>
+__device__ __forceinline__ void change_signs(uint4 (&x)[ROWS][n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const uint4 bits = sign_bits(i);
+#pragma unroll
+    for (int j = 0; j < ROWS; ++j) x[j][i].x ^= bits.x, x[j][i].y ^= bits.y, x[j][i].z ^= bits.z, x[j][i].w ^= bits.w;
+  }
+}
+__device__ __forceinline__ float change_sign(float x, int channel) {
+  return (channel < 64 ? kSignsLow : kSignsHigh) >> channel % 64 & 1 ? -x : x;
+}
+
 // One row times Sylvester's Hadamard matrix, not normalised: channel bits 0-2 are registers, 3-5 lanes, 6 is i.
 template <int n>
 __device__ __forceinline__ void hadamard(float (&x)[n][8]) {
@@ -159,12 +178,14 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
   sum_rows<Dp>(mean, folded, (is_value ? a.w.v_partial : a.w.k_partial) + first * Dp, (samples + TILE - 1) / TILE, down * mean_factor(samples));
   if (t < dim && keys.length)
     mean[t] = fmaf(to_float(at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin)[t]), down, mean[t]);
-  __syncthreads();
   if (tile == 0 && t < dim)
     (is_value ? a.p.v_mean : a.p.k_mean)[(static_cast<int64_t>(keys.sequence) * heads + head) * dim + t] = mean[t] * (1.f / down);
+  if (!is_value && t < dim) mean[t] = change_sign(mean[t], t);
+  __syncthreads();
   if (rows <= 0) return;
 
   if constexpr (!is_value) {
+    change_signs(x);
     const int64_t row = row_index(keys.batch, heads, head, a.keys.tokens, keys.begin + begin);
     int8_t* k8 = a.p.k8 + row * Dp;
     const auto centred = [&](float (&y)[n][8], int j) {
@@ -306,7 +327,8 @@ __global__ void __launch_bounds__(THREADS, 3) query_kernel(const __grid_constant
   }
   if (rows <= 0) return;
 
-  if (t < Dp) k_mean[t] = t < dim ? clamp(a.p.k_mean[means + t], AMAX_MAX) * down : 0.f;
+  if (t < Dp) k_mean[t] = t < dim ? change_sign(clamp(a.p.k_mean[means + t], AMAX_MAX) * down, t) : 0.f;
+  change_signs(x);
   __syncthreads();
   const int64_t row = row_index(queries.batch, heads, head, a.queries.tokens, queries.begin + begin);
   int8_t* q8 = a.p.q8 + row * Dp;

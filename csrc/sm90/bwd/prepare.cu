@@ -11,6 +11,7 @@ using sm90::BackwardArgs, sm90::KEYS, sm90::QUERIES;
 
 constexpr int FINE = 25;                // log2 of what the sums of dQ may reach: rounding is to 2^-25 of that, and most products of a block are below 2^22
 constexpr int LEAST_WEIGHT = -2;        // log2 of what small queries are lifted to, of the largest in their record
+constexpr int LEAST_WEIGHT_OF_ZEROS = -10;  // ... where dO is zero: the bounds of the others are loose, dS of d_lse alone is not
 constexpr int U_MAX = 12, DP_MAX = 10;  // log2 of |u| and of |dP16|, which must fit a half
 
 // Row `row` of a matrix of 16-bit numbers, 64 rows of 64 channels to a panel: this lane's chunk i.
@@ -213,9 +214,9 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const float lse = row_lse[row];
   const bool live = lse != -infinity();
   const uint32_t amax = row_amax[row];
-  const int exponent = row_exponent(amax), e = is_number(exponent) ? exponent : 0;
   const float q_scale = live ? a.p.q_scale[first_row + row] : 0.f;
   const float d_lse = live && a.p.d_lse ? a.p.d_lse[first_row + row] : 0.f;
+  const int exponent = row_exponent(amax), e = unit_exponent(exponent, d_lse);
   const float dot = row_dot[row], delta = clamp(dot - scale_by(d_lse, -e), 0x1p120f);
   const float bound = fminf(fmaf(row_norm[row], v_norm, fabsf(delta)), FLT_MAX);
   const bool known = is_finite(lse) && is_finite(q_scale) && is_finite(v_norm) && is_finite(k_bound);
@@ -226,7 +227,9 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   __syncthreads();
   const int e_record = largest<QUERIES / 32>(warp_e, first_warp);  // E - 1
   const float mantissa_of_row = is_number(exponent) ? fmaxf(scale_by(__uint_as_float(amax), -e), 1.f) : 1.f;  // amax = 2^e mantissa_of_row
-  const int log2_rho = is_number(exponent) ? e - e_record - 1 : 0;                                          // rho = 2^log2_rho mantissa_of_row
+  // rho = 2^log2_rho mantissa_of_row. A row of zeros has no say in the scales of dV: its P is left out, or where d_lse gives it a dS next to none.
+  const bool zeros = exponent == NONE, takes_part = live && (broken || !zeros || d_lse != 0.f);
+  const int log2_rho = is_number(exponent) ? e - e_record - 1 : zeros ? -U_MAX : 0;
   const int log2_bound = ceil_log2(q_scale, bound);  // NONE for rows that see no key
   const int crowded = max(0, -log2_rho - U_MAX);     // what u would have above its limit
   const int w_warp = __reduce_max_sync(~0u, broken ? UNBOUNDED : log2_bound == NONE ? NONE : log2_bound + e + crowded);
@@ -239,7 +242,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     const bool record_broken = log2_w == UNBOUNDED, lost = broken || record_broken;
     if (!lost && log2_bound != NONE) {
       const int weight = log2_bound + e - log2_w;  // of dS''
-      lift = max(0, min(LEAST_WEIGHT - weight, U_MAX + log2_rho - weight));
+      lift = max(0, min((zeros ? LEAST_WEIGHT_OF_ZEROS : LEAST_WEIGHT) - weight, U_MAX + log2_rho - weight));
       reach = weight + lift;
     }
     row_shrink[row] = exp2_int(-min(lift, 126)), lifted = lift > 0;
@@ -249,12 +252,12 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     const float c = lost ? nan_float() : log2_bound == NONE ? 0.f : scale_by(q_scale / mantissa_of_row, e - log2_rho - log2_w + lift);
     const float out = scale_by(a.p.shape.scale / mantissa(q_scale), log2_w - 15 - lift - exponent_of(q_scale) - fine);
     a.w.fine[padded_again * TILE + row] = exp2_int(fine);
-    a.w.out[padded_again * TILE + row] = lost ? nan_float() : live ? clamp(out, FLT_MAX) : infinity();
+    a.w.out[padded_again * TILE + row] = lost ? nan_float() : takes_part ? clamp(out, FLT_MAX) : infinity();
     QueryRecord<Dp>& record = records_again[row / QUERIES];
     const int i = row % QUERIES / 2 * 4 + row % 2;
     float* s = reinterpret_cast<float*>(record.s) + i;
     __half* u = reinterpret_cast<__half*>(record.u) + i;
-    s[0] = scale, s[2] = live ? static_cast<float>(log2_rho + 15) + log2f(mantissa_of_row) - lse2 : -infinity();
+    s[0] = scale, s[2] = takes_part ? static_cast<float>(log2_rho + 15) + log2f(mantissa_of_row) - lse2 : -infinity();
     u[0] = __float2half_rn(scale_by(c, shift)), u[2] = __float2half_rn(-c * delta16);
     record.padding[row % QUERIES] = 0.f;
     if (row % QUERIES < 32) {
