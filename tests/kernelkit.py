@@ -23,7 +23,7 @@ NAMES = ("o", "d_q", "d_k", "d_v")
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `sigma` scales q and k; `kind` shapes the values (see `tensors`); `cu_q`, `cu_k` pack sequences.
+    """One call. `sigma` scales q and k; `kind` shapes the values (`KINDS`); `cu_q`, `cu_k` pack sequences.
 
     The values do not depend on `device`: they are made on the CPU.
     """
@@ -51,32 +51,156 @@ class Case:
         return f"{shape}-{causal}-{dtype}-{self.kind}{self.sigma:g}{packed}"
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, d_o. Kinds: normal; outlier (three channels of k eight times larger); biased (k and v have a large
-        mean); heavy (rows of d_o log-normal); uniform (near-equal attention weights)."""
+        """q, k, v, d_o of the case's kind (`KINDS` says what each is)."""
         g = torch.Generator().manual_seed(self.seed)
         q = torch.randn(self.b, self.hq, self.tq, self.d, generator=g) * self.sigma
         k, v = (torch.randn(self.b, self.hkv, self.tk, self.d, generator=g) for _ in range(2))
         k = k * self.sigma
         d_o = torch.randn(self.b, self.hq, self.tq, self.d, generator=g)
-        if self.kind == "outlier":
-            k[..., [1, self.d // 4, self.d // 2]] *= 8
-        elif self.kind == "biased":
-            k += 5 * torch.randn(self.b, self.hkv, 1, self.d, generator=g)
-            v += 3 * torch.randn(self.b, self.hkv, 1, self.d, generator=g)
-        elif self.kind == "heavy":
-            d_o *= torch.exp(1.5 * torch.randn(self.b, self.hq, self.tq, 1, generator=g))
-        elif self.kind == "uniform":
-            q, k = 0.1 * q, 0.1 * k
-        elif self.kind != "normal":
+        if self.kind not in KINDS:
             raise ValueError(f"unknown kind {self.kind!r}")
+        q, k, v, d_o = KINDS[self.kind](self, g, q, k, v, d_o)
         q, k, v, d_o = (x.to(self.dtype).to(self.device) for x in (q, k, v, d_o))
         return q, k, v, d_o
+
+    def spans(self) -> list[slice]:
+        """The query tokens of every sequence that has some."""
+        edges = self.cu_q or (0, self.tq)
+        return [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
 
     @property
     def options(self) -> dict:
         edges = {n: None if e is None else torch.tensor(e, dtype=torch.int32, device=self.device)
                  for n, e in (("cu_seqlens_q", self.cu_q), ("cu_seqlens_k", self.cu_k))}  # fmt: skip
         return {"is_causal": self.is_causal, **edges}
+
+
+# ------------------------------------------------------------------------------------------------- kinds of values
+# Each takes (case, generator, q, k, v, d_o), all standard normal but for sigma, and gives the four back.
+
+Values = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def outlier(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+    """Three channels of k eight times larger."""
+    k[..., [1, case.d // 4, case.d // 2]] *= 8
+    return q, k, v, d_o
+
+
+def biased(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+    """k and v have a large mean."""
+    k, v = (x + size * torch.randn(case.b, case.hkv, 1, case.d, generator=g) for x, size in ((k, 5), (v, 3)))
+    return q, k, v, d_o
+
+
+def heavy(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+    """Rows of d_o log-normal."""
+    return q, k, v, d_o * torch.exp(1.5 * torch.randn(case.b, case.hq, case.tq, 1, generator=g))
+
+
+def small(case: Case, d_o: Tensor) -> Tensor:
+    """d_o as small as a mean loss leaves it; in float16 as it comes, since there the loss is scaled up by as much."""
+    return d_o if case.dtype == torch.float16 else d_o * 2.0**-20
+
+
+def without(rows: Tensor, d_o: Tensor) -> Tensor:
+    return torch.where(rows[:, None], 0.0, d_o)
+
+
+def masked(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+    """A prompt that is no target: of each sequence's d_o the first 60% of the rows are zero."""
+    rows = torch.zeros(case.tq, dtype=torch.bool)
+    for span in case.spans():
+        rows[span.start : span.start + int(0.6 * (span.stop - span.start))] = True
+    return q, k, v, without(rows, small(case, d_o))
+
+
+def last_rows(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+    """A mean loss: the last row of each sequence's d_o is zero, since its token predicts nothing, the others small."""
+    rows = torch.zeros(case.tq, dtype=torch.bool)
+    rows[[span.stop - 1 for span in case.spans()]] = True
+    return q, k, v, without(rows, small(case, d_o))
+
+
+def silent(tokens: int, seed: int = 0) -> Tensor:
+    """`[tokens]` bool: 30% at random, both sides of each edge of a tile, one tile of 64 rows and one of 128.
+
+    The first five tokens stay: a row whose d_o has neighbours, whatever the length."""
+    rows = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < 0.3
+    edge = torch.arange(tokens) % 64
+    rows |= (edge == 0) | (edge == 63)
+    rows[64:128] = rows[256:384] = True
+    rows[:5] = False
+    return rows
+
+
+def zeros(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+    """Rows of d_o that are zero where they may hurt (`silent`), the others small."""
+    rows = torch.zeros(case.tq, dtype=torch.bool)
+    for span in case.spans():
+        rows[span] = silent(span.stop - span.start, case.seed)
+    return q, k, v, without(rows, small(case, d_o))
+
+
+def turning(t: int, frequencies: Tensor) -> Tensor:
+    """`[t, D]`: cosines, then sines of the tokens' angles, by frequency `[D / 2]` in radians per token."""
+    angle = torch.outer(torch.arange(t), frequencies)
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def coherent(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+    """Channels that move together, each a little faster than its neighbour."""
+    frequencies = (0.02 + 0.3 * torch.arange(case.d // 2)) / 40
+    return *(0.5 * x + 2 * turning(x.shape[-2], frequencies) for x in (q, k)), v, d_o
+
+
+def dominant(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+    """One frequency in all channels."""
+    frequencies = torch.full((case.d // 2,), 1 / 40)
+    return *(0.5 * x + 2 * turning(x.shape[-2], frequencies) for x in (q, k)), v, d_o
+
+
+def equal(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+    """One value in all channels of a token, and noise. Their sum over the channels is as large as `coherent`'s."""
+    return *(0.5 * x + 2**0.5 * turning(x.shape[-2], torch.tensor([1 / 40]))[:, :1] for x in (q, k)), v, d_o
+
+
+def rotary(x: Tensor, theta: float) -> Tensor:
+    """Rotary embedding as transformers' Llama has it, channel i with i + D/2."""
+    t, d = x.shape[-2:]
+    cos, sin = turning(t, theta ** (-torch.arange(0, d, 2) / d)).chunk(2, -1)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def rope(theta: float) -> Callable[..., Values]:
+    def biases(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+        """Rotary embedding of q and k that have a large bias in each head."""
+        q, k = (rotary(x + 3 * torch.randn(case.b, x.shape[1], 1, case.d, generator=g), theta) for x in (q, k))
+        return q, k, v, d_o
+
+    return biases
+
+
+def pair(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+    """Rotary embedding of q and k that have a bias of eight in one pair of channels: one frequency dominates."""
+    bias = torch.zeros(case.d)
+    bias[[case.d // 16, case.d // 16 + case.d // 2]] = 8
+    return *(rotary(x + bias, 1e4) for x in (q, k)), v, d_o
+
+
+PLAIN_KINDS: dict[str, Callable[..., Values]] = {
+    "normal": lambda case, g, *tensors: tensors,
+    "outlier": outlier,
+    "biased": biased,
+    "heavy": heavy,
+    "uniform": lambda case, g, q, k, v, d_o: (0.1 * q, 0.1 * k, v, d_o),  # near-equal attention weights
+}
+GRADIENT_KINDS = {"masked": masked, "meanloss": last_rows, "zeros": zeros}  # what training makes of d_o
+COHERENT_KINDS = {
+    "coherent": coherent, "dominant": dominant, "equal": equal, "rope": rope(1e4), "rope5e5": rope(5e5), "pair": pair,
+}  # fmt: skip
+KINDS = PLAIN_KINDS | GRADIENT_KINDS | COHERENT_KINDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,9 +282,12 @@ def check(
 
 
 def check_lse(attend: Callable[..., tuple[Tensor, Tensor]], case: Case, preset: str | None = None) -> None:
-    """Asserts the same of LSE where it is finite, and of the gradients of a loss on both it and the output."""
+    """Asserts the same of LSE where it is finite, and of the gradients of a loss on both it and the output.
+
+    The loss is as small as d_o is."""
     q, k, v, d_o = case.tensors()
     weight = torch.randn(d_o.shape[:3], generator=torch.Generator().manual_seed(case.seed + 1)).to(case.device)
+    weight *= d_o.float().square().mean().sqrt()  # so that neither drowns the other
     calls = {
         attend: case.dtype,
         lambda *x, **o: plain(*x, preset=preset, **o): case.dtype,

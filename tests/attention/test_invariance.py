@@ -1,0 +1,161 @@
+"""What the gradients must not depend on: the absolute size of d_o, and rows of it that are zero.
+
+A mean loss leaves d_o of 1e-3 to 1e-7, and every last token, masked prompt and padding row leaves a row of zeros. The
+same tests judge every scheme of the reference and every kernel.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import sagetrain
+from sagetrain.attention import reference
+from tests.kernelkit import (
+    GRADIENT_KINDS,
+    NAMES,
+    RATIO,
+    Case,
+    check,
+    check_lse,
+    deterministic,
+    error,
+    exact,
+    given,
+    packed,
+    run,
+    silent,
+)
+
+T = 400
+ISAS = ("avx512_vnni", "avx2", "portable")
+GPU_KERNELS = ("sm80", "sm90")
+KERNELS = [
+    *(pytest.param(f"cpu/{isa}", id=isa) for isa in ISAS),
+    *(pytest.param(f"cuda/{name}", id=name, marks=pytest.mark.gpu) for name in GPU_KERNELS),
+]
+POWERS = {torch.float32: (-40, -17, -1, 3, 20), torch.bfloat16: (-40, -17, -1, 3, 20), torch.float16: (-6, -1, 3, 6)}
+
+
+def kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable, str]:
+    """(attention, device) of the kernel named; skips where this machine cannot run it."""
+    device, which = name.split("/")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA GPU here")
+    monkeypatch.setenv("SAGETRAIN_CPU_ISA" if device == "cpu" else "SAGETRAIN_GPU_KERNEL", which)
+    try:
+        sagetrain.kernel_name(device)
+    except RuntimeError as refusal:
+        pytest.skip(str(refusal))
+    return deterministic, device
+
+
+@pytest.fixture(params=[*(pytest.param(f"preset/{name}", id=name) for name in reference.PRESETS), *KERNELS])
+def arm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable, str]:
+    """(attention, device) of every preset and kernel."""
+    kind, name = request.param.split("/")
+    if kind == "preset":
+        return lambda *x, **o: reference.attention(*x, preset=name, **o), "cpu"
+    return kernel(request.param, monkeypatch)
+
+
+@pytest.fixture(params=KERNELS)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable, str]:
+    return kernel(request.param, monkeypatch)
+
+
+def gradients(attend: Callable, case: Case, d_o: Tensor, d_lse: Tensor | None, powers: tuple[int, ...]) -> list:
+    """Gradients of q, k and v for d_o (and d_lse) times each power of two."""
+    inputs = [x.requires_grad_() for x in case.tensors()[:3]]
+    o, lse = attend(*inputs, return_lse=True, **case.options)
+    outputs, given = ((o,), (d_o,)) if d_lse is None else ((o, lse), (d_o, d_lse))
+    for power in powers:  # exactly so many times larger, or the test would measure itself
+        assert torch.equal(d_o * 2.0**power / 2.0**power, d_o)
+    return [
+        torch.autograd.grad(outputs, inputs, [x * 2.0**power for x in given], retain_graph=True) for power in powers
+    ]
+
+
+def gradient_of_lse(case: Case, d_o: Tensor) -> Tensor:
+    """As large as d_o, zero in every third row: rows of d_o and of this are zero together, alone, or not."""
+    size = d_o.float().square().mean().sqrt() or 1
+    d_lse = torch.randn(d_o.shape[:3], generator=torch.Generator().manual_seed(7)).to(case.device) * size
+    d_lse[..., ::3] = 0
+    return d_lse
+
+
+@pytest.mark.parametrize("lse", [False, True], ids=["", "lse"])
+@pytest.mark.parametrize("kind", ["normal", "heavy", *GRADIENT_KINDS, "none"])
+@pytest.mark.parametrize("dtype", list(POWERS), ids=str)
+def test_only_the_exponent_of_the_gradients_follows_that_of_d_o(arm, dtype, kind, lse):
+    attend, device = arm
+    if device == "cuda" and dtype == torch.float32:
+        dtype, d = torch.bfloat16, 128  # GPU kernels take 16 bits: the other head dimension instead
+    else:
+        d = 64
+    case = Case(tq=T, tk=T, d=d, dtype=dtype, kind="normal" if kind == "none" else kind, device=device)
+    d_o = case.tensors()[3]
+    if dtype == torch.float16:
+        d_o = ((d_o.float() * 2**10).round() / 2**10).half()  # no digit is lost at the lowest power
+    d_o = d_o * (kind != "none")
+    d_lse = gradient_of_lse(case, d_o) if lse else None
+    tiny = torch.finfo(dtype).tiny
+    base, *others = gradients(attend, case, d_o, d_lse, (0, *POWERS[dtype]))
+    for power, grads in zip(POWERS[dtype], others, strict=True):
+        for name, got, one in zip(NAMES[1:], grads, base, strict=True):
+            wanted = one * 2.0**power
+            normal = (one.abs() > tiny) & (wanted.abs() > tiny)
+            assert torch.equal(got[normal], wanted[normal]), f"{name} for d_o times 2^{power}"
+            assert ((got - wanted)[~normal].abs() <= tiny).all(), f"{name} for d_o times 2^{power}, around zero"
+
+
+def rows_of(case: Case, *rows: Tensor) -> list[Case]:
+    """`case` with d_o zero outside each selection of query rows, and the case of those rows alone, by turns."""
+    q, k, v, d_o = case.tensors()
+    pairs = []
+    for kept in rows:
+        pairs.append(given(case, q, k, v, torch.where(kept[:, None].to(d_o.device), d_o, 0.0)))
+        few = [x[:, :, kept].contiguous() for x in (q, d_o)]
+        pairs.append(given(replace(case, tq=int(kept.sum())), few[0], k, v, few[1]))
+    return pairs
+
+
+@pytest.mark.parametrize("which", ["silent", "one", "prompt"])
+@pytest.mark.parametrize("size", [1, 2.0**-20])
+def test_a_row_without_gradient_has_no_say(arm, which, size):
+    """As if its query were not there: nothing gets worse than that is, by RATIO."""
+    attend, device = arm
+    kept = torch.ones(T, dtype=torch.bool)
+    kept[{"silent": silent(T), "one": slice(T - 1, T), "prompt": slice(0, T // 5 * 3)}[which]] = False
+    case = Case(tq=T, tk=300, is_causal=False, dtype=torch.bfloat16, device=device)
+    q, k, v, d_o = case.tensors()
+    whole, rest = rows_of(given(case, q, k, v, d_o * size), kept)
+    got, alone, truth = run(attend, whole), run(attend, rest), exact(rest)
+    assert not got["d_q"][:, :, ~kept].any()
+    for name in NAMES:
+        found = error(got[name][:, :, kept] if name in ("o", "d_q") else got[name], truth[name])
+        bar = RATIO * max(error(alone[name], truth[name]), torch.finfo(case.dtype).eps)
+        assert found <= bar, f"{name}: {found:.2e} > {bar:.2e}"
+
+
+def test_a_whole_tile_without_gradient_leaves_no_trace(compiled):
+    """Tiles of 64 or 128 queries: the other tiles are the same without it, and so is every bit."""
+    attend, device = compiled
+    kept = torch.ones(T, dtype=torch.bool)
+    kept[128:256] = False
+    case = Case(tq=T, tk=300, is_causal=False, dtype=torch.bfloat16, device=device)
+    got, alone = (run(attend, c) for c in rows_of(case, kept))
+    assert torch.equal(got["d_q"][:, :, kept], alone["d_q"])
+    assert torch.equal(got["d_k"], alone["d_k"]) and torch.equal(got["d_v"], alone["d_v"])
+
+
+@pytest.mark.parametrize("kind", list(GRADIENT_KINDS))
+def test_what_training_makes_of_d_o_is_as_accurate_as_the_preset(compiled, kind):
+    """And so with a gradient of LSE, which rows without d_o may have. Causal, full and packed."""
+    attend, device = compiled
+    base = Case(hq=4, hkv=2, tq=T, tk=T, kind=kind, device=device)
+    for case in (base, replace(base, d=128, is_causal=False), packed(base, [1, 0, 130, 269], [1, 0, 130, 269], 3, 5)):
+        check(attend, case)
+        check_lse(attend, case)
