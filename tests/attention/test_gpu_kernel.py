@@ -82,7 +82,8 @@ def grid() -> list[Case]:
         cases += [case_of(tq, tk, kind="biased", **options) for tq, tk in RECTANGLES]
         cases += [replace(case, dtype=dtype, **options) for case in PACKED for dtype in (BF16, FP16)]
     for d in (8, 40, 72, 96, 120):
-        cases += [case_of(150, 170, d=d, dtype=dtype, kind=kind) for dtype in (BF16, FP16) for kind in ("normal", "outlier", "biased")]
+        kinds = ("normal", "outlier", "biased", "zeros", "coherent")
+        cases += [case_of(150, 170, d=d, dtype=dtype, kind=kind) for dtype in (BF16, FP16) for kind in kinds]
         cases += [replace(PACKED[1], d=d, is_causal=is_causal) for is_causal in (True, False)]
     return cases
 
