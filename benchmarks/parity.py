@@ -2,7 +2,7 @@
 
     python -m benchmarks.parity                               # a tiny Llama on the CPU, under a minute
     python -m benchmarks.parity --device cuda --size 100m     # the GPU kernel in a model of 100M, BF16 inputs
-    python -m benchmarks.parity --text FILE --steps 200       # any text, by bytes
+    python -m benchmarks.parity --text FILE --steps 500 --every 10    # any text, by bytes
 
 Method: a model in FP32 is trained with exact (FP64) attention. Every few steps each arm computes loss and gradients of
 the same batch from the same weights; so what differs is the attention's error and nothing else, at weights that no arm
@@ -17,9 +17,10 @@ Measures, of the whole gradient and of each query, key and value projection's: t
 (sqrt(1 - cosine^2): all noise), its norm over the exact one's (bias: a factor changes no angle); and the loss minus the
 exact loss. Root mean squares over the steps, since a single step's may be small by luck.
 
-Bars (`failures`), none set by hand: each may be RATIO times the reference's, since the kernel rounds where that rounds,
-and no more than `paper`'s, since both can have one fault in common. What BF16 cannot tell apart is allowed in any case:
-its eps of angle and norm, the `bf16` arm's own difference of the loss.
+Bars (`failures`), none set by hand: each may be RATIO times the reference's, since the kernel rounds where that rounds.
+What BF16 cannot tell apart is allowed in any case: its eps of angle and norm, the `bf16` arm's own difference of the
+loss. And no angle may be above `paper`'s, since kernel and reference can have one fault in common (`paper`'s norm and
+loss may come out exact by luck, its angle not).
 
 Cost: dense attention in FP64, 8 bytes x heads x tokens^2 x layers x rows at least three times over. Rows go to
 benchmarks/results/parity-<kernel>.csv.
@@ -225,7 +226,9 @@ def failures(found: Summary, arm: str = "kernel") -> list[str]:
             found[name, batch, part][measured] for name in (arm, "reference", "paper", "bf16")
         )
         least = bf16 if measured == "loss" else torch.finfo(torch.bfloat16).eps
-        bar = min(RATIO * max(ours, least), max(published, least))
+        bar = RATIO * max(ours, least)
+        if measured == "angle":
+            bar = min(bar, max(published, least))
         if not value <= bar:
             over.append(f"{batch}, {part}: {measured} {value:.2e} > {bar:.2e}")
     return over
@@ -245,8 +248,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
-    parser.add_argument("--steps", type=int, default=161)
-    parser.add_argument("--every", type=int, default=5, help="steps from one measurement to the next")
+    parser.add_argument("--steps", type=int, default=41)
+    parser.add_argument("--every", type=int, default=1, help="steps from one measurement to the next")
     parser.add_argument("--text", type=Path, help="a file, read by bytes; default: names that come back")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
