@@ -14,6 +14,7 @@ CASES = [
     Case(b=2, hq=4, hkv=2, tq=200, tk=200),
     Case(tq=130, tk=333, d=128, is_causal=False, kind="biased", dtype=torch.float16),
     Case(hq=2, hkv=2, tq=150, tk=150, d=40, sigma=3.0, dtype=torch.float32, cu_q=(0, 0, 33, 150), cu_k=(0, 0, 33, 150)),
+    Case(tq=300, tk=300, d=128, kind="coherent", dtype=torch.float32),
 ]
 
 
