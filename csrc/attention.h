@@ -21,7 +21,7 @@ namespace sagetrain {
 
 // Channel d of q and k changes sign before the rotation where bit d (of the high word: d - 64) is set. Sylvester's Hadamard
 // matrix sums channels that move together into one; with these signs it does not (docs/numerics.md, where they come from).
-constexpr uint64_t kSignsLow = 0xe06a9d70c1fd21cd, kSignsHigh = 0xd035b36e6de3e8a6;
+constexpr uint64_t kSignsLow = 0x6f09a3c553359ff9, kSignsHigh = 0xe680138aa7f26134;
 
 enum class DType : int32_t { bfloat16, float16, float32 };
 
