@@ -198,7 +198,10 @@ def _packed(name: str, what: str, call: Callable[..., Tensor], plain: Callable[.
             output = plain(q, k, v, s, scale, deterministic)
         else:
             _note(what)
-            output = call(*(x.flatten(0, 1) for x in (q, k, v)), s, scale, deterministic).unflatten(0, (rows, tokens))
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+            longest = (len(x) if known is None else known for x, known in ((q, s.max_q), (k, s.max_k)))
+            s = Sequences(s.is_causal, s.cu_q, s.cu_k, *longest)
+            output = call(q, k, v, s, scale, deterministic).unflatten(0, (rows, tokens))
         return output[..., :v_width] if v_width != output.shape[-1] else output
 
     return kernel

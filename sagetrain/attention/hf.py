@@ -53,14 +53,14 @@ _PASS_CU_SEQLENS = (
 
 class Sequences(NamedTuple):
     """Which tokens see each other. Without cu_*, each row is one sequence; with them, the B*T tokens of the flattened
-    batch are cut at cu_q and cu_k, int32 `[N + 1]`. Causal is aligned bottom-right in each sequence; no sequence is
-    longer than max_q, max_k."""
+    batch are cut at cu_q and cu_k, int32 `[N + 1]`. Causal is aligned bottom-right in each sequence. No sequence is
+    longer than max_q, max_k; None where nobody said. Who does not need them does not look: compilers guard them."""
 
     is_causal: bool
     cu_q: Tensor | None
     cu_k: Tensor | None
-    max_q: int
-    max_k: int
+    max_q: int | None
+    max_k: int | None
 
 
 def register() -> None:
@@ -296,7 +296,7 @@ def adapter(name: str, kernel: Callable[..., Tensor], dropout: bool = False) -> 
                     "keys): leave attention_mask out (packed rows have no padding), pack only at the start of a cache"
                 )
             cu_q, cu_k = cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32)
-            max_q, max_k = (rows * tokens_q if x is None else x for x in (max_length_q, max_length_k))
+            max_q, max_k = max_length_q, max_length_k
         else:
             if kind == _UNCHECKED:
                 _require_no_restarts(attention_mask[0, 0, 0, 0] == 0, name)

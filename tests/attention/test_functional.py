@@ -96,6 +96,21 @@ def test_inputs_are_not_modified_and_calls_repeat_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), before, strict=False))
 
 
+@pytest.mark.parametrize(("width", "v_width"), [(64, 40), (24, 16), (40, 72)])
+def test_values_of_another_width(width, v_width):
+    """Narrower or wider values (latent attention): to the bit what zeros beside them give, at q's own scale."""
+    wide = max(width, v_width)
+    q, k, v, d_o = (x.detach() for x in replace(BASE, d=wide).tensors())
+    q[..., width:], k[..., width:], v[..., v_width:], d_o[..., v_width:] = 0, 0, 0, 0
+    found = []
+    for w, vw, scale in ((width, v_width, None), (wide, wide, width**-0.5)):
+        inputs = [x[..., :w].clone().requires_grad_() for x in (q, k)] + [v[..., :vw].clone().requires_grad_()]
+        o, lse = sagetrain.attention(*inputs, is_causal=True, return_lse=True, scale=scale)
+        found.append((o, lse, *torch.autograd.grad(o, inputs, d_o[..., :vw])))
+    assert found[0][0].shape[-1] == v_width
+    assert all(torch.equal(a, b[..., : a.shape[-1]]) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_number_of_threads_changes_nothing_but_rounding(threads):
     before = torch.get_num_threads()
@@ -189,6 +204,7 @@ def _args(**change: object) -> dict:
     ({"k": torch.zeros(1, 1, 130, 64, device="meta")}, ValueError, "one device"),
     ({"k": torch.zeros(1, 1, 9, 64).bfloat16()}, ValueError, "one shape"),
     ({x: torch.zeros(2, 1, 130, 64).bfloat16() for x in "kv"}, ValueError, "batch size and head dimension"),
+    ({"v": torch.zeros(1, 1, 130, 136).bfloat16()}, NotImplementedError, "head dimension 136.*at most 128"),
     ({x: torch.zeros(1, 3, 130, 64).bfloat16() for x in "kv"}, ValueError, "not a multiple of 3 key/value heads"),
     ({x: torch.zeros(1, 2, 8, 12).bfloat16() for x in "qkv"}, NotImplementedError, "multiple of 8"),
     ({x: torch.zeros(1, 2, 8, 136).bfloat16() for x in "qkv"}, NotImplementedError, "at most 128"),
