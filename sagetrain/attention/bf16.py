@@ -300,8 +300,9 @@ def _flex(
     return flex_attention_forward(module, query, key, value, attention_mask, **options)[0], None
 
 
-def _needs_gpu(device: torch.device) -> str:
-    return "" if device.type == "cuda" else "a CUDA GPU"
+def _lacks_gpu(device: torch.device, capability: int = 8) -> str:
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= capability
+    return "" if able else f"a CUDA GPU of compute capability {capability}.0 or newer"
 
 
 def _lacks_varlen(device: torch.device) -> str:
@@ -310,15 +311,15 @@ def _lacks_varlen(device: torch.device) -> str:
     except ImportError:
         return "torch 2.11 or newer"
     old = "window_size" not in inspect.signature(varlen_attn).parameters
-    return _needs_gpu(device) or ("torch 2.11 or newer" if old else "")
+    return _lacks_gpu(device) or ("torch 2.11 or newer" if old else "")
 
 
 def _lacks_flash(version: int) -> Callable[[torch.device], str]:
     package, module, installed, capability = FLASH[version]
 
     def lacks(device: torch.device) -> str:
-        if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < capability:
-            return f"a CUDA GPU of compute capability {capability}.0 or newer"
+        if missing := _lacks_gpu(device, capability):
+            return missing
         if not installed():
             return f"the package {package} (pip install {package})"
         try:
@@ -333,15 +334,25 @@ def _lacks_flash(version: int) -> Callable[[torch.device], str]:
 ARMS = {
     **{f"fa{n}": Arm(_lacks_flash(n), lambda n=n: (adapter(f"{PREFIX}fa{n}", _flash(n)), sage_mask)) for n in FLASH},
     "varlen": Arm(_lacks_varlen, lambda: (adapter(f"{PREFIX}varlen", _varlen()), sage_mask)),
-    "flex": Arm(_needs_gpu, lambda: (_flex, flex_attention_mask)),
+    "flex": Arm(_lacks_gpu, lambda: (_flex, flex_attention_mask)),
     "sdpa": Arm(lambda device: "", lambda: _sdpa_arm("sdpa")),
-    "sdpa_cudnn": Arm(_needs_gpu, lambda: _sdpa_arm("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)),
+    "sdpa_cudnn": Arm(_lacks_gpu, lambda: _sdpa_arm("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)),
 }
 
 
 def best(device: torch.device) -> str:
     """The arm that `bf16` stands for on a device."""
     return next(name for name in ORDER if not ARMS[name].lacks(device))
+
+
+def report(device: torch.device) -> str:
+    """Which arms run on a device, and what the others need, in one line."""
+    arms: dict[str, list[str]] = {"": []}
+    for name, arm in ARMS.items():
+        arms.setdefault(arm.lacks(device), []).append(name)
+    here = ", ".join(arms.pop(""))
+    absent = [f"; {', '.join(names)}: needs {missing}" for missing, names in arms.items()]
+    return f"attention=bf16 is {best(device)}; here: {here}{''.join(absent)}"
 
 
 def choose(implementation: str, device: torch.device) -> str:
