@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -79,16 +80,26 @@ def _note_sdpa(
     device: str, dtype: torch.dtype, shape: tuple[int, ...], masked: bool, is_causal: bool, how: str
 ) -> bool:
     """Notes the backend that SDPA takes for such tensors; shape is (query heads, key heads, D of q, D of v)."""
+    on = torch.backends.cuda
+    enabled = (on.flash_sdp_enabled(), on.mem_efficient_sdp_enabled(), on.math_sdp_enabled(), on.cudnn_sdp_enabled())
+    backend = _backend(device, dtype, shape, masked, is_causal, enabled)
+    handicaps = [DENSE] * masked + [MATH] * (backend == 0)
+    _ran[BACKENDS.get(backend, "SDPA") + masked * " with a dense mask" + how] = "; ".join(handicaps)
+    return True
+
+
+@cache
+def _backend(
+    device: str, dtype: torch.dtype, shape: tuple[int, ...], masked: bool, is_causal: bool, enabled: tuple[bool, ...]
+) -> int:
+    """SDPA's choice, by torch's number, which depends on no value and on no length."""
     heads, kv_heads, width, v_width = shape
     q, k, v = (
         torch.empty(1, h, 128, d, dtype=dtype, device=device, requires_grad=True)
         for h, d in ((heads, width), (kv_heads, width), (kv_heads, v_width))
     )
     mask = torch.ones(1, 1, 128, 128, dtype=torch.bool, device=device) if masked else None
-    backend = torch._fused_sdp_choice(q, k, v, mask, 0.0, is_causal, scale=None, enable_gqa=heads != kv_heads)
-    handicaps = [DENSE] * masked + [MATH] * (backend == 0)
-    _ran[BACKENDS.get(backend, "SDPA") + masked * " with a dense mask" + how] = "; ".join(handicaps)
-    return True
+    return torch._fused_sdp_choice(q, k, v, mask, 0.0, is_causal, scale=None, enable_gqa=heads != kv_heads)
 
 
 # ------------------------------------------------------------------------------------------------ kernels

@@ -15,7 +15,7 @@ import transformers as hub
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sagetrain.attention import bf16
+from sagetrain.attention import bf16, hf
 from tests.kernelkit import RATIO, error
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -127,6 +127,22 @@ def test_no_mask_reaches_sdpa_compiled() -> None:
     (graph,) = graphs
     nodes = [n for n in graph.graph.nodes if "scaled_dot_product_attention" in str(n.target)]
     assert [(n.kwargs["attn_mask"], n.kwargs["is_causal"]) for n in nodes] == [(None, True)] * 2
+
+
+def test_the_mask_that_a_gpu_needs_for_documents() -> None:
+    cu_q, cu_k = torch.tensor([0, 3, 3, 9, 12]), torch.tensor([0, 5, 6, 10, 16])  # two rows of 6 queries and 8 keys
+    for causal in (False, True):
+        got = bf16._same_document(hf.Sequences(causal, cu_q.int(), cu_k.int(), None, None), 2, 6, 8)
+        whole = torch.zeros(12, 16, dtype=torch.bool)
+        for (a, b), (c, d) in zip(cu_q.unfold(0, 2, 1), cu_k.unfold(0, 2, 1), strict=True):
+            block = torch.ones(int(b - a), int(d - c), dtype=torch.bool)
+            whole[a:b, c:d] = block.tril(int(d - c - b + a)) if causal else block
+        assert torch.equal(got[0, 0], whole[:6, :8]) and torch.equal(got[1, 0], whole[6:, 8:])
+
+
+def test_validation_is_watched_too() -> None:
+    with torch.inference_mode():
+        build(bf16.choose("bf16_sdpa", CPU)).eval()(**packed(2), use_cache=False)
 
 
 def test_handicaps_are_said() -> None:
@@ -299,8 +315,6 @@ def test_arms_on_a_gpu(arm: str, batch: str, fast: bool) -> None:
             bf16.choose(bf16.PREFIX + arm, CUDA)
         assert "package" in missing
         return
-    if arm == "flex" and fast and "padded" in batch:
-        pytest.skip("transformers asks the values of a padding mask while flex_attention is traced")
     check(bf16.PREFIX + arm, BATCHES[batch](), CUDA, torch.bfloat16, fast)
     what, handicap = bf16.ran(arm)
     masked = arm.startswith("sdpa") and batch != "plain"
