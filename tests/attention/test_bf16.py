@@ -140,6 +140,13 @@ def test_the_mask_that_a_gpu_needs_for_documents() -> None:
         assert torch.equal(got[0, 0], whole[:6, :8]) and torch.equal(got[1, 0], whole[6:, 8:])
 
 
+def test_decoding_with_a_cache_is_that_of_sdpa() -> None:
+    mask = padded("left")["attention_mask"]
+    models = [build(name).eval() for name in (bf16.choose("bf16_sdpa", CPU), "sdpa")]
+    options = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert torch.equal(*(model.generate(IDS, **options) for model in models))
+
+
 def test_validation_is_watched_too() -> None:
     with torch.inference_mode():
         build(bf16.choose("bf16_sdpa", CPU)).eval()(**packed(2), use_cache=False)
@@ -290,6 +297,11 @@ def test_what_cannot_run_is_refused_with_what_it_needs(monkeypatch) -> None:
     for name, needed in (("fa2", "flash-attn"), ("fa3", "flash-attn-3")):
         with pytest.raises(ValueError, match=f"attention={name} needs the package {needed} \\(pip install"):
             bf16.choose(f"bf16_{name}", CUDA)
+
+
+def test_report_of_a_cpu() -> None:
+    said = "attention=bf16 is sdpa; here: sdpa; fa2, fa3, varlen, flex, sdpa_cudnn: needs a CUDA GPU"
+    assert bf16.report(CPU).startswith(said) and "fa4: needs a CUDA GPU of compute capability 9.0" in bf16.report(CPU)
 
 
 def test_the_best_is_chosen_in_order(monkeypatch) -> None:

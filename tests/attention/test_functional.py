@@ -1,5 +1,8 @@
 """`sagetrain.attention` as a user calls it: right on every shape, and refusing the rest in words."""
 
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import hypothesis
@@ -119,6 +122,33 @@ def test_number_of_threads_changes_nothing_but_rounding(threads):
         check(sagetrain.attention, Case(tq=300, tk=300))
     finally:
         torch.set_num_threads(before)
+
+
+def test_python_threads_at_once_and_a_fork():
+    """Four threads get the bits of one; a child forked after the parent's first call can call, too (with one thread:
+    torch's own pool does not survive a fork, SDPA hangs there as well)."""
+    q, *_ = Case(hq=4, hkv=4, tq=300, tk=300, dtype=torch.float32).tensors()
+
+    def call(_: object = None) -> Tensor:
+        x = q.clone().requires_grad_()
+        return torch.autograd.grad(sagetrain.attention(x, x, x, is_causal=True).square().sum(), x)[0]
+
+    wanted = call()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(wanted, got) for got in pool.map(call, range(40)))
+    if (child := os.fork()) == 0:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            os._exit(0 if sagetrain.attention(q, q, q).isfinite().all() else 1)
+    for _ in range(200):
+        if (found := os.waitpid(child, os.WNOHANG))[0]:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(found[1]) == 0
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e4, 1e30])
