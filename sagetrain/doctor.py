@@ -81,6 +81,7 @@ def main() -> int:
     device, works = torch.device("cuda" if torch.cuda.is_available() else "cpu"), False
     try:
         import sagetrain
+        from sagetrain.attention import bf16
         from sagetrain.paths import CONF_DIR, recipes
         from sagetrain.training.train import quick_bf16, versions
 
@@ -92,6 +93,7 @@ def main() -> int:
         works = error < 0.1  # INT8 rounding costs a few percent; a broken kernel costs everything
         table.add_row("INT8 attention", f"{kernel} on {device}; {error:.1%} from SDPA, forward and backward together")
         table.add_row("why not faster", why_not_faster(kernel, device, flags) or "this is the fastest kernel there is")
+        table.add_row("BF16 attention", bf16.report(device))
         table.add_row("precision", "bf16-mixed" if quick_bf16(device) else "32-true (bf16 is slow on this CPU)")
     except (ImportError, RuntimeError) as problem:
         table.add_row("[red]does not run[/red]", " ".join(str(problem).split()))

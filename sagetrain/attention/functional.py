@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sagetrain.attention import ops
 
@@ -26,7 +27,8 @@ def attention(
     Args:
         q: `[B, Hq, Tq, D]` bfloat16 or float16 (float32 on the CPU); any strides with a contiguous last dimension.
         k, v: `[B, Hkv, Tk, D]`, dtype and device of q; Hq a multiple of Hkv (grouped-query attention, not expanded).
-            D is a multiple of 8, at most 128.
+            D is a multiple of 8, at most 128. v may have another D (multi-head latent attention): the narrower side is
+            padded with zeros, which costs what the wider D costs.
         is_causal: query i sees keys j <= i + Tk - Tq (aligned bottom-right), within its sequence.
         scale: factor on q·k, not negative; 1/sqrt(D) when None.
         cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, first token of each packed sequence (B = 1), non-decreasing. Empty
@@ -36,9 +38,9 @@ def attention(
             The forward and the CPU kernel always do so; on a GPU the backward is slower for it (docs/sm80.md).
 
     Returns:
-        o `[B, Hq, Tq, D]` in the dtype and memory order of q; with `return_lse` also lse `[B, Hq, Tq]`, float32,
-        natural logarithm. Rows that see no key: o = 0, lse = -inf, zero gradients. NaN or Inf in an input makes the
-        outputs that depend on it NaN (at most the whole head of that sequence); finite input never does.
+        o `[B, Hq, Tq, D]` (D of v) in the dtype and memory order of q; with `return_lse` also lse `[B, Hq, Tq]`,
+        float32, natural logarithm. Rows that see no key: o = 0, lse = -inf, zero gradients. NaN or Inf in an input
+        makes the outputs that depend on it NaN (at most the whole head of that sequence); finite input never does.
 
     Errors:
         TypeError, ValueError for arguments that do not fit together; NotImplementedError for what no kernel here can do
@@ -57,10 +59,14 @@ def attention(
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if scale is not None and not scale >= 0:  # the GPU kernels look for a row's largest score before they scale
         raise ValueError(f"scale is {scale}: it must not be negative; negate q instead")
+    scale, width = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
+    if width != q.shape[-1]:
+        q, k, v = (pad(x, (0, max(q.shape[-1], width) - x.shape[-1])) for x in (q, k, v))
     o, lse, *_ = ops.attention_forward(
-        q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, is_causal, cu_seqlens_q, cu_seqlens_k,
+        q, k, v, scale, is_causal, cu_seqlens_q, cu_seqlens_k,
         deterministic or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
+    o = o[..., :width] if width != o.shape[-1] else o
     return (o, lse) if return_lse else o
 
 
@@ -97,12 +103,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seql
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(f"q is on {q.device}: only cpu and cuda have INT8 attention kernels")
     b, hq, _, d = q.shape
-    if k.shape != v.shape:
-        raise ValueError(f"k is {_shape(k)} but v is {_shape(v)}: they must have one shape [B, Hkv, Tk, D]")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k is {_shape(k)} but v is {_shape(v)}: they must have one shape [B, Hkv, Tk], D may differ")
     if k.shape[0] != b or k.shape[3] != d:
         raise ValueError(f"q is {_shape(q)} but k is {_shape(k)}: batch size and head dimension must be equal")
     if k.shape[1] == 0 or hq % k.shape[1]:
         raise ValueError(f"{hq} query heads are not a multiple of {k.shape[1]} key/value heads")
+    d = max(d, v.shape[3])
     if d % 8 or not 8 <= d <= MAX_HEAD_DIM:
         raise NotImplementedError(
             f"head dimension {d}: must be a multiple of 8, at most {MAX_HEAD_DIM}; pad it, or use SDPA"

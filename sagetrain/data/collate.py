@@ -4,7 +4,9 @@ Method: a packed row is a row of token ids with the offsets where a new segment 
 computed from these two: `position_ids` restart at each segment, `cu_seq_lens_*` are the same borders for kernels that
 take them, and the label of a segment's first token is masked. Labels are *not* shifted (the model shifts them): the
 label at t is predicted from t - 1, so masking a segment's first token is what keeps every target inside its document.
-SDPA reads the borders from `position_ids`, the INT8 kernel from `cu_seq_lens_*`; both see the same rows.
+transformers' own `sdpa` and `flex_attention` read the borders from `position_ids`, all others from `cu_seq_lens_*`;
+both see the same rows. `max_length_*` is the longest segment, not a rounded bound: kernels start a block for every 128
+tokens of it and segment, and a compiler that has met two values takes the third as it comes.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ Example = tuple[np.ndarray, int]  # token ids [n], how many of them are prompt
 
 
 def packed(rows: Sequence[Row], labels: np.ndarray | None = None, boundaries: bool = True) -> dict[str, Any]:
-    """Rows of equal length T to a batch: input_ids, labels, position_ids int64 `[B, T]`; and, when B is 1,
-    cu_seq_lens_q and cu_seq_lens_k int32 `[segments + 1]` (from 0 to T) with max_length_q and max_length_k. With
-    `boundaries=False` input_ids and labels only: documents of a row then see each other.
+    """Rows of equal length T to a batch: input_ids, labels, position_ids int64 `[B, T]`; cu_seq_lens_q and
+    cu_seq_lens_k int32 `[segments + 1]`, from 0 to B T over the rows laid end to end; max_length_q and max_length_k,
+    ints. With `boundaries=False` input_ids and labels only: documents of a row then see each other.
     """
     ids = np.stack([row for row, _ in rows]).astype(np.int64)
     labels = (ids if labels is None else labels).copy()
@@ -35,10 +37,9 @@ def packed(rows: Sequence[Row], labels: np.ndarray | None = None, boundaries: bo
         labels.reshape(-1)[starts] = IGNORE
         positions = np.arange(ids.size) - np.repeat(starts, lengths)
         batch["position_ids"] = torch.from_numpy(positions.reshape(ids.shape))
-        if len(rows) == 1:
-            cu_seq_lens = torch.tensor([*borders, ids.size], dtype=torch.int32)
-            batch |= {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
-            batch |= {"max_length_q": int(lengths.max()), "max_length_k": int(lengths.max())}
+        cu_seq_lens = torch.tensor([*borders, ids.size], dtype=torch.int32)
+        batch |= {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
+        batch |= {"max_length_q": int(lengths.max()), "max_length_k": int(lengths.max())}
     return batch | {"labels": torch.from_numpy(labels)}
 
 

@@ -34,8 +34,10 @@ from rich.console import Console
 
 import sagetrain
 import sagetrain.data
+from sagetrain.attention import bf16
 from sagetrain.data.text import find_files
 from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups
+from sagetrain.training.arms import Watch
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint, DirectCheckpointIO, newest
 from sagetrain.training.module import CausalLM, check_length, model_config
@@ -96,6 +98,7 @@ def _arm(cfg: DictConfig, attention: DictConfig, seed: int, out: Path) -> DictCo
     arm.attention, arm.seed, arm.out, arm.compare = attention, seed, str(out), {"arms": None, "seeds": 1}
     if arm.trainer.precision == "auto":
         arm.trainer.precision = "bf16-mixed" if quick_bf16(device(cfg)) else "32-true"
+    arm.attention.implementation = bf16.choose(attention.implementation, device(cfg))
     if attention.implementation != "sage_int8":
         arm.probe.every = 0
     return arm
@@ -150,7 +153,7 @@ def _flat(cfg: DictConfig) -> dict[str, Any]:
 def kernel(cfg: DictConfig) -> str:
     """Name of what computes attention in this run. Raises RuntimeError when no INT8 kernel serves the device."""
     if cfg.attention.implementation != "sage_int8":
-        return cfg.attention.implementation
+        return cfg.attention.implementation.removeprefix(bf16.PREFIX)
     return sagetrain.kernel_name(device(cfg))
 
 
@@ -238,11 +241,11 @@ def _trainer(cfg: DictConfig, log: RunLog, facts: dict[str, Any], group: str | N
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     bar = Bar(log, facts["name"])
     save = Checkpoint(Path(cfg.out) / "checkpoints", cfg.checkpoint.every_n_steps, cfg.checkpoint.every_minutes)
-    callbacks: list[L.Callback] = [log, save]
+    callbacks: list[L.Callback] = [Watch(log, cfg.attention.implementation, bar.console), log, save]
     if cfg.probe.every:
-        callbacks.insert(1, Probe(log, cfg.probe.every, cfg.probe.max_tokens))
+        callbacks.insert(2, Probe(log, cfg.probe.every, cfg.probe.max_tokens))
     if options.pop("enable_progress_bar", True):
-        callbacks.insert(1, bar)
+        callbacks.insert(2, bar)
     target = cfg.strategy.get("_target_")
     strategy = instantiate(cfg.strategy, attention=cfg.attention.implementation) if target else "auto"
     whole_files = not target or target.endswith("SageDDPStrategy")

@@ -1,5 +1,8 @@
 """`sagetrain.attention` as a user calls it: right on every shape, and refusing the rest in words."""
 
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import hypothesis
@@ -96,6 +99,21 @@ def test_inputs_are_not_modified_and_calls_repeat_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip((q, k, v), before, strict=False))
 
 
+@pytest.mark.parametrize(("width", "v_width"), [(64, 40), (24, 16), (40, 72)])
+def test_values_of_another_width(width, v_width):
+    """Narrower or wider values (latent attention): to the bit what zeros beside them give, at q's own scale."""
+    wide = max(width, v_width)
+    q, k, v, d_o = (x.detach() for x in replace(BASE, d=wide).tensors())
+    q[..., width:], k[..., width:], v[..., v_width:], d_o[..., v_width:] = 0, 0, 0, 0
+    found = []
+    for w, vw, scale in ((width, v_width, None), (wide, wide, width**-0.5)):
+        inputs = [x[..., :w].clone().requires_grad_() for x in (q, k)] + [v[..., :vw].clone().requires_grad_()]
+        o, lse = sagetrain.attention(*inputs, is_causal=True, return_lse=True, scale=scale)
+        found.append((o, lse, *torch.autograd.grad(o, inputs, d_o[..., :vw])))
+    assert found[0][0].shape[-1] == v_width
+    assert all(torch.equal(a, b[..., : a.shape[-1]]) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_number_of_threads_changes_nothing_but_rounding(threads):
     before = torch.get_num_threads()
@@ -104,6 +122,33 @@ def test_number_of_threads_changes_nothing_but_rounding(threads):
         check(sagetrain.attention, Case(tq=300, tk=300))
     finally:
         torch.set_num_threads(before)
+
+
+def test_python_threads_at_once_and_a_fork():
+    """Four threads get the bits of one; a child forked after the parent's first call can call, too (with one thread:
+    torch's own pool does not survive a fork, SDPA hangs there as well)."""
+    q, *_ = Case(hq=4, hkv=4, tq=300, tk=300, dtype=torch.float32).tensors()
+
+    def call(_: object = None) -> Tensor:
+        x = q.clone().requires_grad_()
+        return torch.autograd.grad(sagetrain.attention(x, x, x, is_causal=True).square().sum(), x)[0]
+
+    wanted = call()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(wanted, got) for got in pool.map(call, range(40)))
+    if (child := os.fork()) == 0:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            os._exit(0 if sagetrain.attention(q, q, q).isfinite().all() else 1)
+    for _ in range(200):
+        if (found := os.waitpid(child, os.WNOHANG))[0]:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(found[1]) == 0
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e4, 1e30])
@@ -189,6 +234,7 @@ def _args(**change: object) -> dict:
     ({"k": torch.zeros(1, 1, 130, 64, device="meta")}, ValueError, "one device"),
     ({"k": torch.zeros(1, 1, 9, 64).bfloat16()}, ValueError, "one shape"),
     ({x: torch.zeros(2, 1, 130, 64).bfloat16() for x in "kv"}, ValueError, "batch size and head dimension"),
+    ({"v": torch.zeros(1, 1, 130, 136).bfloat16()}, NotImplementedError, "head dimension 136.*at most 128"),
     ({x: torch.zeros(1, 3, 130, 64).bfloat16() for x in "kv"}, ValueError, "not a multiple of 3 key/value heads"),
     ({x: torch.zeros(1, 2, 8, 12).bfloat16() for x in "qkv"}, NotImplementedError, "multiple of 8"),
     ({x: torch.zeros(1, 2, 8, 136).bfloat16() for x in "qkv"}, NotImplementedError, "at most 128"),

@@ -66,12 +66,10 @@ def test_one_epoch_holds_every_token_once(texts, width, size, buffer, seed):
         assert ((places[:, 1:] == places[:, :-1] + 1) | begins[:, 1:]).all()
         after_eos = ids[:, :-1] == ByteTokenizer.eos_token_id
         assert torch.equal(begins[:, 1:], after_eos)  # a border stands where a document ended, and only there
-        if size == 1:
-            cu = batch["cu_seq_lens_q"]
-            assert cu.dtype == torch.int32 and cu.tolist() == [*torch.nonzero(begins[0])[:, 0].tolist(), width]
-            assert batch["max_length_q"] == int(cu.diff().max())
-        else:
-            assert "cu_seq_lens_q" not in batch
+        cu = batch["cu_seq_lens_q"]  # of the rows laid end to end
+        assert cu.dtype == torch.int32 and cu.tolist() == [*begins.flatten().nonzero()[:, 0].tolist(), size * width]
+        assert batch["cu_seq_lens_k"] is cu and type(batch["max_length_q"]) is int
+        assert batch["max_length_q"] == batch["max_length_k"] == int(cu.diff().max())
         whole += ids.flatten().tolist()
         rest -= size * width
         if rest <= 0:
