@@ -78,7 +78,7 @@ class TextData(LightningDataModule):
         ValueError: a stream without end and a trainer that would never stop, or that counts its epochs; what the
             trainer cannot do with batches that move on (overfit_batches, a schedule in accumulate_grad_batches).
         """
-        if self.trainer is not None:
+        if self.fitting():
             self._check(self.trainer)
         return TrainBatches(self)
 

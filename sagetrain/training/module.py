@@ -160,7 +160,7 @@ class CausalLM(L.LightningModule):
         self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not gradient_clip_val or self._engine() is not None:
             return
-        if str(gradient_clip_algorithm) == "value":
+        if gradient_clip_algorithm == "value":  # an enum that is a str, whose str() is something else
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
