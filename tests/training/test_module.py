@@ -45,7 +45,9 @@ class Run:
         self.cfg.optim.lr = 0.0
         return self.cfg
 
-    def fit(self, *more: L.Callback, batches: list[Any] | None = None, **options: Any) -> list[dict[str, float]]:
+    def fit(
+        self, *more: L.Callback, batches: list[Any] | None = None, start: Path | None = None, **options: Any
+    ) -> list[dict[str, float]]:
         log = RunLog(self.folder, {})
         self.module = CausalLM(self.cfg)
         trainer = L.Trainer(
@@ -54,7 +56,7 @@ class Run:
         )
         try:
             if batches is None:
-                trainer.fit(self.module, datamodule=worker.data(self.cfg))
+                trainer.fit(self.module, datamodule=worker.data(self.cfg), ckpt_path=start)
             else:
                 trainer.fit(self.module, train_dataloaders=Batches(batches))
         finally:
@@ -122,6 +124,20 @@ def test_accumulation_may_change_between_epochs(run: Run) -> None:
     run.frozen()
     rows = run.fit(GradientAccumulationScheduler({0: 2, 1: 3}), max_epochs=2, limit_train_batches=5)
     assert of(rows) == pytest.approx(run.losses(2, 2, 1, 3, 2), **CLOSE)
+
+
+def test_a_run_that_goes_on_within_a_step_weighs_what_is_left_of_it(run: Run) -> None:
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                trainer.save_checkpoint(run.folder / "within.ckpt")
+
+    run.frozen()
+    options = {"accumulate_grad_batches": 2, "max_steps": 4}
+    whole = run.fit(Save(), **options)
+    assert of(whole) == pytest.approx(run.losses(2, 2, 2, 2), **CLOSE)
+    rows = run.fit(start=run.folder / "within.ckpt", **options)
+    assert of(rows) == pytest.approx([whole[0]["loss"], run.losses(3, 1)[1], *of(whole[2:])], **CLOSE)
 
 
 def test_accumulation_that_changes_under_a_batch_is_refused(run: Run) -> None:
