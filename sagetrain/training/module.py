@@ -10,7 +10,8 @@ micro-batch and rank, so that the division by accumulate_grad_batches (Lightning
 DeepSpeed) come out right. Weights are drawn on the CPU in fp32 from `seed` alone, whatever the strategy, its device and
 its number of ranks; FSDP2 shards them right there.
 Cost: one reduction over the gradients per step, which clipping needs anyway, and two sums of a few bytes over the
-ranks, for which no host waits; each rank holds the full model once before it is sharded.
+ranks, for which no host waits; each rank draws (a billion weights take 10 to 30 s) and holds the full model once before
+it is sharded.
 """
 
 import math
