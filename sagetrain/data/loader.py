@@ -11,14 +11,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sagetrain.data.collate import IGNORE
+
 Batch = dict[str, Any]
+
+
+def targets(labels: Tensor) -> Tensor:
+    """Number of tokens in labels `[B, T]` that the loss counts, after the model's shift: int64 []."""
+    return (labels[..., 1:] != IGNORE).sum()
 
 
 class Stream(ABC):
@@ -41,16 +51,16 @@ class Stream(ABC):
     def collate(self, rows: Sequence[Any]) -> Batch: ...
 
     def validation(self, rank: int, ranks: int) -> list[Batch]:
-        """Held-out batches of one rank, as many on every rank: rows that do not go evenly among them are left out.
-
-        Raises:
-            ValueError: fewer rows than ranks.
-        """
-        share = len(self.held_out) // ranks
-        if self.held_out and not share:
-            raise ValueError(f"{self.name}: {len(self.held_out)} validation row(s) for {ranks} ranks; hold out more")
-        mine = self.held_out[rank * share : (rank + 1) * share]
-        return [self.collate(mine[i : i + self.batch_size]) for i in range(0, share, self.batch_size)]
+        """Held-out batches of one rank, as many on every rank: where rows do not go evenly among them, some ranks end
+        with a batch without targets."""
+        rows = len(self.held_out)
+        mine = self.held_out[rank * rows // ranks : (rank + 1) * rows // ranks]
+        batches = [self.collate(mine[i : i + self.batch_size]) for i in range(0, len(mine), self.batch_size)]
+        most = -(-rows // ranks)
+        if len(batches) < -(-most // self.batch_size):
+            empty = self.collate(self.held_out[:1])
+            batches.append(empty | {"labels": torch.full_like(empty["labels"], IGNORE)})
+        return batches
 
 
 class TextData(LightningDataModule):
@@ -60,17 +70,38 @@ class TextData(LightningDataModule):
         super().__init__()
         self.stream = stream
         self._position = dict(stream.start)
-        self._after = WeakIdKeyDictionary()  # input_ids of a batch on its way -> position after that batch
+        self._after = WeakIdKeyDictionary()  # input_ids of a batch on its way -> position after it, accumulation
         self._in_step: tuple[dict[str, Any], Any, int] | None = None  # position after it, step counter, its count
 
     def train_dataloader(self) -> TrainBatches:
         """Raises:
-        ValueError: a stream without end and a trainer that would never stop.
+        ValueError: a stream without end and a trainer that would never stop, or that counts its epochs; what the
+            trainer cannot do with batches that move on (overfit_batches, a schedule in accumulate_grad_batches).
         """
-        t = self.trainer
-        if t is not None and self.stream.length(1) is None and t.max_steps < 0 and t.limit_train_batches == 1.0:
-            raise ValueError("pre-training data has no end: set trainer.max_steps (or trainer.limit_train_batches)")
+        if self.fitting():
+            self._check(self.trainer)
         return TrainBatches(self)
+
+    def _check(self, trainer: Any) -> None:
+        if self.stream.length(1) is None and trainer.limit_train_batches == 1.0:
+            if trainer.max_steps < 0:
+                raise ValueError("pre-training data has no end: set trainer.max_steps (or trainer.limit_train_batches)")
+            if trainer.max_epochs not in (None, -1):
+                raise ValueError(
+                    f"trainer.max_epochs={trainer.max_epochs}: pre-training data has no end, hence no epochs. Leave it "
+                    "out and set trainer.max_steps, or say with trainer.limit_train_batches how long an epoch is"
+                )
+        if trainer.overfit_batches:
+            raise ValueError(
+                f"trainer.overfit_batches={trainer.overfit_batches} is not supported: training data goes on where it "
+                "stopped, so each epoch would have other batches. Give data.path a file with those documents only"
+            )
+        count = trainer.accumulate_grad_batches
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={count} must be a whole number of at least 1; for a schedule over "
+                "epochs use Lightning's GradientAccumulationScheduler"
+            )
 
     def val_dataloader(self) -> list[Batch]:
         batches = self.stream.validation(*self.rank_of())
@@ -106,12 +137,23 @@ class TextData(LightningDataModule):
         return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Lightning's hook: the trainer takes this batch (it may have been fetched long before)."""
+        """Lightning's hook: the trainer takes this batch (it may have been fetched long before).
+
+        Raises:
+            NotImplementedError: since the batch was read, a callback has changed `accumulate_grad_batches`.
+        """
         if self.trainer.training and self.fitting():
             if self._in_step:
                 self._position = self._in_step[0]
             steps = self.trainer.fit_loop.epoch_loop.batch_progress.total
-            self._in_step = self._after[batch["input_ids"]], steps, steps.processed
+            after, accumulation = self._after[batch["input_ids"]]
+            if accumulation != self.trainer.accumulate_grad_batches:
+                raise NotImplementedError(
+                    f"accumulate_grad_batches went from {accumulation} to {self.trainer.accumulate_grad_batches} after "
+                    "a batch was read for it. It can change where an epoch of known length begins: set "
+                    "trainer.limit_train_batches, or a fixed trainer.accumulate_grad_batches"
+                )
+            self._in_step = after, steps, steps.processed
         return batch
 
     def fitting(self) -> bool:
@@ -119,13 +161,29 @@ class TextData(LightningDataModule):
         return state is not None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
 
     def hand_out(self) -> Iterator[Batch]:
-        """Batches from where the data stands; where no trainer is running, a batch handed out is a batch used."""
-        for batch, position in self.stream.batches(self.position(), *self.rank_of()):
-            if self.fitting():
-                self._after[batch["input_ids"]] = position
-            else:
-                self._position = position
-            yield batch
+        """Batches from where the data stands, optimizer step by optimizer step; where no trainer is running, a batch
+        handed out is a batch used."""
+        batches = self.stream.batches(self.position(), *self.rank_of())
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed if self.fitting() else 0
+        while step := list(islice(batches, self._left_in_step(done))):
+            done += len(step)
+            accumulation = self.trainer.accumulate_grad_batches if self.fitting() else 1
+            count = sum(int(targets(batch["labels"])) for batch, _ in step)
+            for batch, position in step:
+                if self.fitting():
+                    self._after[batch["input_ids"]] = position, accumulation
+                    batch["num_items_in_batch"] = count
+                else:
+                    self._position = position
+                yield batch
+
+    def _left_in_step(self, done: int) -> int:
+        """Micro-batches up to the next optimizer step, `done` batches after the beginning of the epoch."""
+        if not self.fitting():
+            return 1
+        accumulation = self.trainer.accumulate_grad_batches
+        left = self.trainer.num_training_batches - done  # the last step of an epoch may be shorter
+        return int(min(accumulation - done % accumulation, left if left > 0 else accumulation))
 
 
 class Batches(list):

@@ -3,10 +3,11 @@
 Method: one row per logged optimizer step goes to metrics.csv and is flushed at once; what is measured later in the same
 step (validation, probe) is written over that row in one system call. After a resume, rows beyond the checkpoint are
 dropped, so every step stands there once. The probe compares INT8 with BF16 attention on one held batch.
-Choice: loss as the mean over ranks and micro-batches of that step alone, never smoothed, printed with all its digits,
-so that two runs can be compared bit for bit.
-Cost: reading the loss waits for the step to finish on the device (every `trainer.log_every_n_steps`); a probe costs
-about two training steps and the memory of two sets of gradients.
+Choice: the loss of that step alone over all its targets, never smoothed, printed with all its digits, so that two runs
+can be compared bit for bit; times are the mean over the steps since the row before.
+Cost: reading a row waits for the step to finish on the device. That happens every `trainer.log_every_n_steps` steps,
+before validation and a probe, and at the end; no other step is waited for. A probe costs about two training steps and
+the memory of two sets of gradients.
 """
 
 import csv
@@ -14,7 +15,6 @@ import io
 import json
 import math
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,19 +58,20 @@ class RunLog(L.Callback):
         self.facts = facts
         self.columns = COLUMNS + extra
         self.row: dict[str, Any] = {}  # of the last logged step
-        self._tokens = 0
+        self._tokens: Tensor | int = 0  # since the run began, on the device until a row is written
         self._seen = 0
+        self._logged = (0, 0)  # step and tokens of the row before
         self._file: io.BufferedRandom | None = None
         self._last_row = 0  # its offset in the file
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self._tokens}
+        return {"tokens": int(self._tokens)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._tokens = state["tokens"]
 
     def on_train_start(self, trainer: L.Trainer, module: CausalLM) -> None:
-        self._seen = trainer.global_step
+        self._seen, self._logged = trainer.global_step, (trainer.global_step, int(self._tokens))
         if trainer.is_global_zero:
             self.facts["parameters"] = module.parameter_count()
             self._open(trainer.global_step)
@@ -83,26 +84,48 @@ class RunLog(L.Callback):
         if step == self._seen:
             return
         self._seen = step
-        tokens = torch.as_tensor(sum(module.tokens), device=module.device)
-        tokens = int(trainer.strategy.reduce(tokens, reduce_op="sum"))
-        self._tokens += tokens
-        if step % trainer.log_every_n_steps and step != trainer.max_steps:
-            return
-        loss = float(trainer.strategy.reduce(torch.stack(module.losses).mean(), reduce_op="mean"))
-        seconds = time.perf_counter() - module.clock
-        values = (step, self._tokens, loss, module.grad_norm(), module.step["lr"], tokens / seconds, 1e3 * seconds)
+        self._tokens = self._tokens + module.step["tokens"]
+        if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:
+            self.has_row(trainer, module)
+
+    def on_validation_start(self, trainer: L.Trainer, module: CausalLM) -> None:
+        self.has_row(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: CausalLM) -> None:
+        self.has_row(trainer, module)
+
+    def has_row(self, trainer: L.Trainer, module: CausalLM) -> bool:
+        """Whether the last step has a row, which is written now if need be; False before the first step.
+
+        Raises FloatingPointError when the loss or gradient of a step since training began is not finite.
+        """
+        if not module.step:
+            return False
+        if self.row.get("step") == module.step["step"]:
+            return True
+        step, loss, self._tokens = module.step["step"], float(module.step["loss"]), int(self._tokens)
+        seconds, steps, tokens = module.lap(), step - self._logged[0], self._tokens - self._logged[1]
+        norm, lr, self._logged = module.grad_norm(), module.step["lr"], (step, self._tokens)
+        values = (step, self._tokens, loss, norm, lr, tokens / seconds, 1e3 * seconds / steps)
         self.row = dict(zip(COLUMNS, values, strict=False))
         if trainer.is_global_zero:
-            self.facts.setdefault("tokens_per_step", tokens)
+            self.facts.setdefault("tokens_per_step", tokens // steps)
             self._last_row = self._file.seek(0, os.SEEK_END)
             self._write()
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step)
-        if not math.isfinite(loss):
+        bad = module.first_bad_step()
+        if bad is not None or not math.isfinite(loss):
+            what = f"loss of step {step} is {loss}"
+            if bad is not None and bad < step:
+                what = f"loss or the gradient of step {bad} is not finite"
+            elif math.isfinite(loss):
+                what = f"gradient norm of step {step} is {norm}"
             raise FloatingPointError(
-                f"the loss of step {step} is {loss}. The last good checkpoint is kept: start from it with a lower "
+                f"the {what}. The last good checkpoint is kept: start from it with a lower "
                 "optim.lr (resume=CHECKPOINT out=NEW_FOLDER), or look at the data of that step"
             )
+        return True
 
     def amend(self, trainer: L.Trainer, values: dict[str, float]) -> None:
         """Add columns to the row of the last step."""
@@ -179,12 +202,13 @@ class Probe(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module: CausalLM, batch: dict[str, Any], batch_idx: int) -> None:
         if self.batch is None:
             self.batch = {k: v.detach().clone().cpu() if isinstance(v, Tensor) else v for k, v in batch.items()}
+            self.batch.pop("num_items_in_batch", None)  # the probe takes this batch by itself, not its step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        step, row = trainer.global_step, self.record.row
-        if self.every and step % self.every == 0 and row.get("step") == step and PROBE[0] not in row:
+        due = self.every and trainer.global_step % self.every == 0
+        if due and self.record.has_row(trainer, module) and PROBE[0] not in self.record.row:
             self.record.amend(trainer, self.measure(trainer, module))
 
     def measure(self, trainer: L.Trainer, module: CausalLM) -> dict[str, float]:

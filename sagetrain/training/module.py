@@ -1,26 +1,33 @@
 """A LightningModule around any Hugging Face causal language model.
 
 Method: the model comes from its configuration (random weights) or from pre-trained weights, takes the attention that
-the run names, and is trained on the mean next-token cross-entropy (nats) over unmasked targets, with AdamW, linear
-warm-up and cosine decay. What a step did (loss, tokens, gradient norm, learning rate) is left in `step` for the
-callbacks.
-Choice: weights are made in `configure_model`, from the global random state, so that every arm of a comparison starts
-from the same bits and every rank from the same model; FSDP2 shards them right there.
-Cost: one reduction over the gradients per step, which clipping needs anyway; each rank holds the full model once before
+the run names, and is trained on next-token cross-entropy (nats) with AdamW, linear warm-up and cosine decay. The loss
+of an optimizer step is the sum over its unmasked targets by their number, of all its micro-batches and ranks together:
+each target weighs the same however the step is cut. Validation is weighed in the same way. What a step did (loss,
+tokens, gradient norm, learning rate) is left in `step`, on the device, for the callbacks.
+Choice: transformers divides the sum of a micro-batch by `num_items_in_batch`. We give it the mean number of targets per
+micro-batch and rank, so that the division by accumulate_grad_batches (Lightning) and the mean over ranks (DDP, FSDP2,
+DeepSpeed) come out right. Weights are drawn on the CPU in fp32 from `seed` alone, whatever the strategy, its device and
+its number of ranks; FSDP2 shards them right there.
+Cost: one reduction over the gradients per step, which clipping needs anyway, and two sums of a few bytes over the
+ranks, for which no host waits; each rank draws (a billion weights take 10 to 30 s) and holds the full model once before
 it is sharded.
 """
 
+import math
 import time
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, get_cosine_with_min_lr_schedule_with_warmup
 
+from sagetrain.data.loader import targets
 from sagetrain.training.strategies import SageFSDP2Strategy, shard
 
 
@@ -59,7 +66,10 @@ def check_length(config: PreTrainedConfig, seq_len: int) -> None:
 class CausalLM(L.LightningModule):
     """Trains `model(input_ids, labels, ...)`; batches are dictionaries of its keyword arguments.
 
-    cfg: the run's configuration (uses `model`, `attention`, `optim`, `data.seq_len`).
+    A training batch may carry `num_items_in_batch`: the unmasked targets (after the shift) of this rank in all
+    micro-batches of its optimizer step, as `TextData` counts them. Without accumulation it may be left out.
+
+    cfg: the run's configuration (uses `model`, `attention`, `optim`, `seed`, `data.seq_len`).
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -68,71 +78,154 @@ class CausalLM(L.LightningModule):
         self.hf_config = model_config(cfg.model)
         check_length(self.hf_config, cfg.data.seq_len)
         self.model: torch.nn.Module | None = None
-        self.step: dict[str, Any] = {}  # of the last optimizer step: grad_norm, lr
-        self.losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
-        self.tokens: list[Tensor | int] = []
-        self.clock: float | None = None  # when the work for the coming optimizer step began
-        self._last_step = 0
+        self.step: dict[str, Any] = {}  # of the last optimizer step: step, loss, tokens, grad_norm, lr (all ranks)
+        self.clock: float | None = None  # when the work that the next row of metrics times began
+        self._mean_targets: Tensor | None = None  # of the optimizer step under way, per micro-batch and rank
+        self._loss: Tensor | float = 0.0  # of the micro-batches so far, this rank
+        self._tokens: Tensor | int = 0
+        self._grad_norm: Tensor | None = None
+        self._first_bad: Tensor | None = None  # first optimizer step with a loss or gradient that is not finite
+        self._validated: Tensor | None = None  # [sum of the token losses, targets], this rank
 
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        attention, dtype = self.cfg.attention.implementation, self.dtype if self._true_half() else torch.float32
-        if self.cfg.model.path:
-            with torch.device("cpu"):  # Lightning sets the GPU here, and transformers would ask for `accelerate`
-                self.model = AutoModelForCausalLM.from_pretrained(
-                    self.cfg.model.path, config=self.hf_config, attn_implementation=attention, dtype=dtype
-                )
-        else:
-            self.model = AutoModelForCausalLM.from_config(self.hf_config, attn_implementation=attention, dtype=dtype)
+        options = {"attn_implementation": self.cfg.attention.implementation, "dtype": torch.float32}
+        # On the CPU: strategies differ in the device they would draw on. (And on a GPU, which Lightning sets here,
+        # transformers would ask for `accelerate` to load weights.)
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.cfg.seed)
+            if self.cfg.model.path:
+                self.model = AutoModelForCausalLM.from_pretrained(self.cfg.model.path, config=self.hf_config, **options)
+            else:
+                self.model = AutoModelForCausalLM.from_config(self.hf_config, **options)
         self.model.train()
         if isinstance(self.trainer.strategy, SageFSDP2Strategy):
             shard(self.model, self.device_mesh)
         if self.cfg.model.compile:
             self.model.compile()
 
-    def _true_half(self) -> bool:
-        return str(self.trainer.precision).endswith("-true") and not str(self.trainer.precision).startswith("32")
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self.model(**batch, use_cache=False).loss
+        """Raises ValueError for accumulation over batches that do not say how many targets their step has."""
+        batch = dict(batch)
+        window = batch.pop("num_items_in_batch", None)
+        if self._mean_targets is None:
+            if window is None and self.trainer.accumulate_grad_batches > 1:
+                raise ValueError(
+                    f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} needs to know the targets "
+                    "of a whole optimizer step beforehand: read the data through sagetrain.data.TextData, or put "
+                    "num_items_in_batch (labels that are not -100 after the shift, over all its micro-batches on this "
+                    "rank) into each batch"
+                )
+            window = targets(batch["labels"]) if window is None else window
+            shares = self.trainer.world_size * self.trainer.accumulate_grad_batches
+            total = self._over_ranks(window if isinstance(window, Tensor) else self._scalar(window))
+            self._mean_targets = (total.clamp(min=1) / shares).float()
+        loss = self.model(**batch, num_items_in_batch=self._mean_targets, use_cache=False).loss
         mask = batch.get("attention_mask")
-        self.losses.append(loss.detach())
-        self.tokens.append(batch["input_ids"].numel() if mask is None else mask.sum())
+        self._loss = self._loss + loss.detach()
+        self._tokens = self._tokens + (batch["input_ids"].numel() if mask is None else mask.sum())
         return loss
 
+    def _scalar(self, value: float) -> Tensor:
+        """fp64 [] on the device, filled there: no copy that the host waits for."""
+        return torch.full((), value, dtype=torch.float64, device=self.device)
+
+    def _over_ranks(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks. (Lightning's own `reduce` has a barrier in it, for which the host waits.)"""
+        if self.trainer.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def on_validation_epoch_start(self) -> None:
+        self._validated = torch.zeros(2, dtype=torch.float64, device=self.device)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        loss = self.model(**batch, use_cache=False).loss
-        self.log("val_loss", loss, batch_size=len(batch["input_ids"]), sync_dist=True, logger=False)
+        count = targets(batch["labels"])
+        loss = self.model(**batch, num_items_in_batch=count.clamp(min=1).float(), use_cache=False).loss
+        self._validated += torch.stack((loss.double() * count, count.double()))
+
+    def on_validation_epoch_end(self) -> None:
+        total, count = self._over_ranks(self._validated)
+        self.log("val_loss", total / count, sync_dist=True, logger=False)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
     ) -> None:
-        """Clip as Lightning would, and keep the norm from before (DeepSpeed clips by itself, see `grad_norm`)."""
-        self.step = {"lr": optimizer.param_groups[0]["lr"]}
+        """Clip as Lightning would, and keep the norm from before (DeepSpeed clips by itself, after this)."""
+        self._grad_norm = None
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        if not grads or hasattr(self.trainer.model, "get_global_grad_norm"):
+        if not grads or self._engine_has_norm():
             return
         norm = get_total_norm(grads)
-        self.step["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if gradient_clip_val and str(gradient_clip_algorithm) == "value":
+        self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not gradient_clip_val or self._engine() is not None:
+            return
+        if gradient_clip_algorithm == "value":  # an enum that is a str, whose str() is something else
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val:
+        else:
             clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
 
+    def _engine(self) -> Any | None:
+        """DeepSpeed's engine, None under other strategies."""
+        return self.trainer.model if hasattr(self.trainer.model, "get_global_grad_norm") else None
+
+    def _engine_has_norm(self) -> bool:
+        """Without ZeRO, in fp32, DeepSpeed clips the gradients where they are and keeps no norm."""
+        e = self._engine()
+        return e is not None and (e.zero_optimization() or e.bfloat16_enabled() or e.fp16_enabled())
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Lightning's, once per optimizer step; then what the step did is put together, without waiting for it."""
+        lr = optimizer.param_groups[0]["lr"]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        step, share = self.trainer.global_step + 1, self._loss / self.trainer.accumulate_grad_batches
+        norm = self._engine().get_global_grad_norm() if self._engine_has_norm() else self._grad_norm
+        tokens = self._tokens if isinstance(self._tokens, Tensor) else self._scalar(self._tokens)
+        loss, tokens = self._over_ranks(torch.stack((share.double(), tokens.double())))
+        loss = loss / self.trainer.world_size
+        self.step = {"step": step, "loss": loss, "tokens": tokens, "grad_norm": norm, "lr": lr}
+        if not self._loss_is_scaled():
+            self._note_bad(step, loss, norm)
+        self._mean_targets, self._loss, self._tokens = None, 0.0, 0
+
+    def _loss_is_scaled(self) -> bool:
+        """Whether a scaler of the loss looks for overflows and leaves out such steps: they are normal then."""
+        engine = self._engine()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler is not None or (engine is not None and engine.fp16_enabled())
+
+    def _note_bad(self, step: int, loss: Tensor, norm: Tensor | float | None) -> None:
+        good = loss.isfinite()
+        if norm is not None:
+            good = good & (norm.to(loss.device).isfinite() if isinstance(norm, Tensor) else math.isfinite(norm))
+        none = self._scalar(math.inf) if self._first_bad is None else self._first_bad
+        self._first_bad = torch.where(good, none, none.clamp(max=step))
+
+    def first_bad_step(self) -> int | None:
+        """The first optimizer step since training began whose loss or gradient norm is not finite; waits for the
+        device. The weights of later steps are spoilt. The same on every rank."""
+        step = math.inf if self._first_bad is None else float(self._first_bad)
+        return None if step == math.inf else int(step)
+
+    def finite(self) -> bool:
+        """Whether every step so far had a finite loss and gradient norm; to be asked before weights are saved."""
+        return self.first_bad_step() is None
+
     def grad_norm(self) -> float:
-        """L2 norm of all gradients of the last step, before clipping."""
-        engine = self.trainer.model
-        norm = engine.get_global_grad_norm() if hasattr(engine, "get_global_grad_norm") else self.step.get("grad_norm")
+        """L2 norm of all gradients of the last step, before clipping; waits for the device."""
+        norm = self.step.get("grad_norm")
         return float("nan") if norm is None else float(norm)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optim = self.cfg.optim
         trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        decayed, plain = [], []
+        for p in trained:  # a tensor that ZeRO-3 has partitioned is flat
+            (decayed if len(getattr(p, "ds_shape", p.shape)) >= 2 else plain).append(p)
+        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        # DeepSpeed takes empty groups out of the optimizer, and the schedule then has more of them than it.
+        groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas))
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
@@ -143,20 +236,26 @@ class CausalLM(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        self._last_step, self.clock = self.trainer.global_step, None
+        self.step, self.clock, self._first_bad = {}, None, None
+        self._mean_targets, self._loss, self._tokens = None, 0.0, 0
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.clock is None:  # the first step does not count what Lightning does before it
-            self.clock = time.perf_counter()
+        self._start_clock()  # the first row does not count what Lightning does before it
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.trainer.global_step != self._last_step:  # Lightning calls this after the callbacks' hooks
-            self._last_step, self.clock = self.trainer.global_step, time.perf_counter()
-            self.losses.clear()
-            self.tokens.clear()
+        self._start_clock()  # Lightning calls this after the callbacks' hooks, whose work after a row is not counted
 
     def on_validation_end(self) -> None:
         self.clock = time.perf_counter()
 
+    def _start_clock(self) -> None:
+        if self.clock is None:
+            self.clock = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds of training since the last call."""
+        begun, self.clock = self.clock, None
+        return time.perf_counter() - begun
+
     def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters())

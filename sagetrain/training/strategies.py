@@ -12,6 +12,8 @@ from Lightning; two private attributes of its ModelParallelStrategy are set (in
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,7 +22,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -172,6 +174,8 @@ class SageDeepSpeedStrategy(SageStrategy, DeepSpeedStrategy):
     """`sage_deepspeed`: Lightning's DeepSpeedStrategy with SageTrain's attention.
 
     It trains on the CPU too (gloo): with a torch optimizer (DeepSpeedCPUAdam compiles for minutes), in fp32 or bf16.
+    With `accumulate_grad_batches` the gradient is divided once and the last, shorter step of an epoch is made, as
+    Lightning does under its other strategies.
     """
 
     def __init__(self, *, attention: str | None = ATTENTION, **options: Any) -> None:
@@ -196,6 +200,32 @@ class SageDeepSpeedStrategy(SageStrategy, DeepSpeedStrategy):
         # Lightning tells DeepSpeed the local rank by the device's index, which torch accepts and ignores for the CPU.
         self.parallel_devices = [torch.device("cpu", rank) for rank in range(self.num_processes)]
         super(DeepSpeedStrategy, self).setup_environment()  # past the CUDA check, which is all that class adds
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Nothing: weights are made whole and partitioned when training begins. Inside `deepspeed.zero.Init` (which a
+        `configure_model` for a larger model can enter itself) transformers would draw its weights into empty ones."""
+        yield
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Lightning says which micro-batch is the last of its step: only it knows where an epoch ends."""
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning runs each micro-batch that is not the last of its step in this context."""
+        self.deepspeed_engine.set_gradient_accumulation_boundary(False)
+        yield
+        self.deepspeed_engine.step()  # counts the micro-batch, no more
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.deepspeed_engine.set_gradient_accumulation_boundary(True)
+        return super().optimizer_step(*args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Without DeepSpeed's division by the number of micro-batches: Lightning has divided already."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
 STRATEGIES = {"sage_ddp": SageDDPStrategy, "sage_fsdp2": SageFSDP2Strategy, "sage_deepspeed": SageDeepSpeedStrategy}

@@ -146,7 +146,13 @@ def test_validation_rows_follow_the_rules_of_training_rows():
     for ids, places, labels in rows:
         assert torch.equal(places[1:] == 0, ids[:-1] == 256) and torch.equal(labels == IGNORE, places == 0)
     shares = [torch.cat([b["input_ids"] for b in stream.validation(r, 3)]) for r in range(3)]
-    assert torch.equal(torch.cat(shares), torch.stack([i for i, _, _ in rows[: 3 * (len(rows) // 3)]]))
+    assert torch.equal(torch.cat(shares), torch.stack([i for i, _, _ in rows]))  # 7, 7 and 8: none is left out
+    for held_out in (stream.held_out[:5], stream.held_out[:1]):  # B=2: ranks with 1, 2 and 2 rows, or two with none
+        stream.held_out = held_out
+        ranks = [stream.validation(r, 3) for r in range(3)]
+        assert len({len(batches) for batches in ranks}) == 1
+        counted = [row for batches in ranks for b in batches if (b["labels"] != IGNORE).any() for row in b["input_ids"]]
+        assert len(counted) == len(held_out)
 
 
 def test_boundaries_off_gives_plain_rows():

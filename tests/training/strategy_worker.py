@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB, SEQ_LEN, STEPS_PER_EPOCH, EPOCHS, SEQUENCES_PER_STEP = 64, 32, 3, 2, 2
 CLIP = 0.1
+ACCUMULATION = 2  # the second optimizer step of an epoch has one micro-batch
 # eps far above rounding noise: Adam then neither blows up noise in tiny gradients nor hides a wrong clipping factor.
 OPTIM = {"lr": 3e-2, "eps": 1e-2, "weight_decay": 0.1}
 
@@ -35,6 +36,11 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
         attn_implementation="eager",  # so that the strategy has something to change
     )
     return LlamaForCausalLM(config)
+
+
+def train_projections_only(model: LlamaForCausalLM) -> None:
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("v_proj" in name or "o_proj" in name)
 
 
 def sequences() -> torch.Tensor:
@@ -76,7 +82,7 @@ def main(ranks: int, out: Path) -> None:
                 strategies.shard(self.model, self.device_mesh)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.model.parameters(), **OPTIM)
+            return torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], **OPTIM)
 
         def loss(self, tokens: torch.Tensor) -> torch.Tensor:
             loss = self.model(input_ids=tokens, labels=tokens).loss
@@ -127,6 +133,16 @@ def main(ranks: int, out: Path) -> None:
         fit.validate(module, data(), verbose=False)
         return {"losses": losses, "resumed": resumed.losses, "validated": module.losses}
 
+    def losses(strategy: Any, module: Module, **options: Any) -> list[float]:
+        trainer(strategy, **options).fit(module, data())
+        return module.losses
+
+    def adapter() -> Module:
+        """Only some projections are trained, as LoRA does with its adapters."""
+        module = Module()
+        train_projections_only(module.model)
+        return module
+
     def by_name(name: str) -> dict[str, Any]:
         module, named = Module(), trainer(name)
         named.fit(module, data())
@@ -153,6 +169,9 @@ def main(ranks: int, out: Path) -> None:
         for options in stages:
             label = kind + "".join(f"_zero{stage}" for stage in options.values())
             runs[label] = trains(make, out / label, **options)
+            accumulated = losses(make(attention="sdpa", **options), Module(), accumulate_grad_batches=ACCUMULATION)
+            frozen = losses(make(attention="sdpa", **options), adapter())
+            runs[label] |= {"accumulated": accumulated, "frozen": frozen}
         names[kind] = by_name(f"sage_{kind}")
         errors[kind] = {"no model": message(ValueError, make(), Other())}
         if kind == "fsdp2":

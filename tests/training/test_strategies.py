@@ -51,19 +51,27 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     }
 
 
-def train_plainly(dtype: torch.dtype, parts: int = 1, clip: float = worker.CLIP) -> tuple[torch.Tensor, list[float]]:
-    """Losses per step and gradient norms of a loop without Lightning; `parts`: the batch in so many backward passes."""
+def train_plainly(
+    dtype: torch.dtype, parts: int = 1, clip: float = worker.CLIP, accumulation: int = 1, frozen: bool = False
+) -> tuple[torch.Tensor, list[float]]:
+    """Losses per micro-batch and gradient norms of a loop without Lightning; `parts`: a micro-batch in so many backward
+    passes. A user's own losses of `accumulation` micro-batches are averaged, fewer at an epoch's end summed as if they
+    were as many, which is what Lightning does."""
     model = worker.tiny_llama(seed=0).to(dtype)
     model.set_attn_implementation("sdpa")
-    optimizer = torch.optim.AdamW(model.parameters(), **worker.OPTIM)
+    if frozen:
+        worker.train_projections_only(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **worker.OPTIM)
     losses, norms = [], []
-    for tokens in worker.global_batches():
-        optimizer.zero_grad()
+    for i, tokens in enumerate(worker.global_batches()):
         loss = sum(model(input_ids=part, labels=part).loss / parts for part in tokens.chunk(parts))
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
-        optimizer.step()
+        (loss / accumulation).backward()
         losses.append(loss.item())
+        in_epoch = i % worker.STEPS_PER_EPOCH + 1
+        if in_epoch % accumulation == 0 or in_epoch == worker.STEPS_PER_EPOCH:
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+            optimizer.step()
+            optimizer.zero_grad()
     return torch.tensor(losses, dtype=torch.float64), norms
 
 
@@ -93,6 +101,19 @@ def test_losses_are_those_of_plain_training(results, reference, run: str, ranks:
         losses = torch.tensor(result["runs"][run]["losses"], dtype=torch.float64)
         assert losses.shape == exact.shape
         assert (losses - exact).abs().max() <= allowed
+
+
+@ranks_1_and_2
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("kind", ["accumulated", "frozen"])
+def test_accumulation_and_frozen_weights_as_in_plain_training(results, reference, kind: str, run: str, ranks) -> None:
+    options = {"accumulation": worker.ACCUMULATION} if kind == "accumulated" else {"frozen": True}
+    exact, norms = train_plainly(torch.float64, **options)
+    assert max(norms) > worker.CLIP, "clipping must be at work"
+    assert (exact - reference[0]).abs().max() > 100 * reference[1], "or the test could not fail"
+    for result in results[ranks]:
+        losses = torch.tensor(result["runs"][run][kind], dtype=torch.float64)
+        assert (losses - exact).abs().max() <= reference[1]
 
 
 @ranks_1_and_2
