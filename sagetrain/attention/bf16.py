@@ -117,6 +117,7 @@ def _documents(cu: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu, torch.arange(tokens, device=cu.device, dtype=cu.dtype), right=True)
 
 
+@torch.compiler.disable  # Inductor (torch 2.11) does not lower some of these masks: compiled graphs break here
 def _same_document(s: Sequences, rows: int, tokens_q: int, tokens_k: int) -> Tensor:
     """[B, 1, Tq, Tk] bool: query and key are of one sequence and the key is not ahead (bottom-right)."""
     document, other = _documents(s.cu_q, rows * tokens_q), _documents(s.cu_k, rows * tokens_k)

@@ -26,6 +26,7 @@ from tests.kernelkit import (
     given,
     packed,
     run,
+    same,
     silent,
 )
 
@@ -141,14 +142,15 @@ def test_a_row_without_gradient_has_no_say(arm, which, size):
 
 
 def test_a_whole_tile_without_gradient_leaves_no_trace(compiled):
-    """Tiles of 64 or 128 queries: the other tiles are the same without it, and so is every bit."""
+    """Tiles of 64 or 128 queries: the other tiles are the same without it. A GPU may add them in another order."""
     attend, device = compiled
     kept = torch.ones(T, dtype=torch.bool)
     kept[128:256] = False
     case = Case(tq=T, tk=300, is_causal=False, dtype=torch.bfloat16, device=device)
     got, alone = (run(attend, c) for c in rows_of(case, kept))
     assert torch.equal(got["d_q"][:, :, kept], alone["d_q"])
-    assert torch.equal(got["d_k"], alone["d_k"]) and torch.equal(got["d_v"], alone["d_v"])
+    for name in ("d_k", "d_v"):
+        assert same(got[name], alone[name], to_the_bit=device == "cpu"), name
 
 
 @pytest.mark.parametrize("kind", list(GRADIENT_KINDS))
