@@ -62,6 +62,13 @@ def test_not_utf8(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"not a table")
     with pytest.raises(ValueError, match=r"x\.parquet:1: .*not readable as parquet"):
         pretrain(tmp_path / "x.parquet")
+    table = pyarrow.table({"text": [f"{i * 7919 % 10007} words" for i in range(4000)]})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    content[200:4000] = bytes(3800)
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.parquet:\d+: .*not readable as parquet"):
+        pretrain(tmp_path / "x.parquet", seq_len=10**6)
 
 
 def test_missing_files_and_formats(tmp_path):
@@ -114,7 +121,7 @@ def test_missing_field_lists_the_fields(tmp_path):
     ("mmlu", {"choices": "abcd"}, "field 'choices' must be a non-empty list"),
     ("hellaswag", {"label": ""}, "field 'label' must be 0 to 1, not ''"),
     ("drop", {"answers": []}, "field 'answers' must be a non-empty list"),
-    ("drop", {"answers_spans": {}}, "no field 'answers' or 'answers_spans'"),
+    ("drop", {"answers_spans": {}}, "no field 'answers', 'answers_spans' or 'answer'"),
 ])  # fmt: skip
 def test_broken_task_records(kind, change, message, tmp_path):
     record = {
@@ -209,5 +216,8 @@ def test_odd_but_right_files(tmp_path):
     assert TOK.decode(pretrain(tmp_path / "y.jsonl")["input_ids"][0]) == "lone ? surrogate"[:16]
     cfg = OmegaConf.create(
         {"kind": "pretrain", "path": [str(tmp_path / "a"), str(tmp_path / "y.js*")], "val_path": None}
-    )
-    assert len(build(cfg, TOK, 8, 0).stream.corpus.files) == 6  # as Hydra gives it: a folder and a glob
+    )  # as Hydra gives it: a folder (of which the tables are data) and a glob
+    assert [p.name for p in build(cfg, TOK, 8, 0).stream.corpus.files] == ["x.jsonl", "x.parquet", "y.jsonl"]
+    for name, text in ("bom.txt", "one\r\ntwo\n"), ("bom.jsonl", '{"text": "one\\ntwo\\n"}\r\n\r\n'):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())  # as Windows programs write them
+        assert TOK.decode(pretrain(tmp_path / name, seq_len=9)["input_ids"][0]) == "one\ntwo\n"
