@@ -140,11 +140,19 @@ def test_a_record_that_does_not_tell_gives_no_ratio(tmp_path: Path):
         path = write_run(tmp_path, arm, 0, falling(2.0)) / "run.json"
         info = json.loads(path.read_text("utf-8"))
         path.write_text(json.dumps({k: v for k, v in info.items() if k not in ("attention", "handicap")}), "utf-8")
-    comparison = Comparison(find_runs([tmp_path]))
+    comparison = report([tmp_path], tmp_path / "out")
     assert comparison.others[0].speed_ratio is None
     assert (
         comparison.sentences()[-1] == "No speed ratio with BF16 (sdpa): its record does not tell how its attention ran."
     )
+
+
+def test_a_record_with_the_least(tmp_path: Path):
+    path = write_run(tmp_path, "bf16", 0, falling(2.0)) / "run.json"
+    least = {"recipe": "r", "arm": "bf16", "seed": 0, "status": "finished", "steps": 20}
+    path.write_text(json.dumps(least), "utf-8")
+    (path.parent / "config.yaml").unlink()
+    assert report([tmp_path], tmp_path / "out").label("bf16") == "BF16"
 
 
 def test_only_the_handicapped_arm_loses_its_ratio(tmp_path: Path):
