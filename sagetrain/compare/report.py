@@ -88,7 +88,7 @@ def _conditions(comparison: Comparison) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for run in comparison.runs:
         for key, value in run.info.items():
-            if key in APART or value is None:
+            if key in APART or value in (None, {}):
                 continue
             if isinstance(value, dict):
                 text = ", ".join(f"{name} {version}" for name, version in value.items() if version)

@@ -184,8 +184,8 @@ class Comparison:
     def table(self) -> Table:
         """The summary for a terminal. Names are shown as they are: no markup is read in them."""
         recipes = ", ".join(sorted({run.recipe for run in self.runs}))
-        verdict = Text("\n".join(self.sentences()))
-        table = Table(title=Text(f"{recipes}, step {self.common_step:,}"), caption=verdict, caption_justify="left")
+        title, verdict = Text(f"{recipes}, step {self.common_step:,}"), Text("\n".join(self.sentences()))
+        table = Table(title=title, caption=verdict, caption_justify="left", padding=0)  # the arms' names need the room
         table.add_column(TABLE_COLUMNS[0], overflow="fold")
         for column in TABLE_COLUMNS[1:]:
             table.add_column(column, justify="right", no_wrap=True)

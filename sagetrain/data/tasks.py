@@ -223,7 +223,7 @@ def build_task(
     train, val = ([e for parts in side for e in _fit(*parts, seq_len, too_long, cut)] for side in encoded)
     hub = f"{source or TASKS[kind].repo} {split or TASKS[kind].train}"
     label = ",".join(file.name for file in files.chosen) if files else hub
-    facts = {"examples": len(train), "validation examples": f"{len(val)} ({held_out})"} | cut
+    facts = {"examples": len(train), "validation examples": f"{len(val)} {held_out}".strip()} | cut
     say("%s: %s", kind, ", ".join(f"{count} {what}" for what, count in facts.items()))
     if files and files.some_left:
         say("data.path=%s: %s", path, files)
@@ -258,14 +258,16 @@ def _splits(
 
     train = local(files.chosen) if files else hub(split or task.train)
     if val_path is not None:
-        return train, local(find_validation(val_path, files)), str(val_path)
+        return train, local(find_validation(val_path, files)), f"({val_path})"
     if val_fraction is None and files and files.validation:
-        return train, local(files.validation), "files of the folder"
+        return train, local(files.validation), "(files of the folder)"
     if val_fraction is None and not files and (val_part := val_split or (None if source else task.val)):
-        return train, hub(val_part), f"{repo} {val_part}"
+        return train, hub(val_part), f"({repo} {val_part})"
     fraction = VAL_FRACTION if val_fraction is None else val_fraction
+    if not fraction:
+        return train, [], ""
     val = [text for text in train if _share(text[0]) < fraction]
-    return [text for text in train if _share(text[0]) >= fraction], val, f"{fraction:g} of all, by hash"
+    return [text for text in train if _share(text[0]) >= fraction], val, f"({fraction:g} of all, by hash)"
 
 
 def _not_empty(texts: list[Text], where: str) -> list[Text]:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from sagetrain.__main__ import compose
 from sagetrain.data import ByteTokenizer, build
 from sagetrain.data.files import find, find_files, find_validation
+from sagetrain.training.train import run
+from tests.tiny import MODEL
 
 TOK = ByteTokenizer()
 
@@ -90,3 +93,18 @@ def test_a_folder_trains_and_validates_on_its_own_splits_and_says_so(kind, tmp_p
         assert f"{'from' if kind == 'gsm8k' else 'text of'} {name}"[:16] in text
     said = "reads train.jsonl; validates on validation.jsonl; leaves out README.txt, test.jsonl"
     assert f"data.path={tmp_path}: {said}" in caplog.text and data.stream.facts["files"] == said
+
+
+def test_the_record_of_a_run_says_what_was_read(tmp_path):
+    fill(tmp_path / "set", "train-1.jsonl", "train-2.jsonl", "test.jsonl")
+    cfg = compose(["recipe=gsm8k_finetune", "model=quickstart", *MODEL, f"data.path={tmp_path / 'set'}",
+                   "data.seq_len=46", "data.too_long=skip", "data.val_fraction=0", "trainer.accelerator=cpu",
+                   "data.batch_size=1", "attention=bf16", "trainer.precision=32-true", "trainer.max_steps=1",
+                   "trainer.enable_progress_bar=false", f"out={tmp_path / 'out'}"])  # fmt: skip
+    (tmp_path / "set" / "train-1.jsonl").write_text('{"question": "a longer question than fits", "answer": "1"}\n' * 3)
+    with (tmp_path / "set" / "train-2.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"question": f"why {i}?", "answer": "1"}) + "\n" for i in range(4))
+    (out,) = run(cfg)
+    assert json.loads((out / "run.json").read_text("utf-8"))["data"] == {
+        "examples": 5, "validation examples": "0", "skipped as too long": 3,
+        "files": "reads train-1.jsonl, train-2.jsonl; leaves out test.jsonl"}  # fmt: skip
