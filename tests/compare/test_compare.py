@@ -334,9 +334,9 @@ def test_not_the_same_experiment_is_said_loudly(tmp_path: Path, changes: dict, e
 
 def test_text_from_runs_is_escaped_and_mismatches_stand_out(tmp_path: Path):
     write_run(tmp_path, "bf16", 0, falling(2.0), command="python <script>alert(1)</script> [/red]")
-    write_run(tmp_path, "<b>$x$[red]", 0, falling(2.0), recipe="a&b")
+    write_run(tmp_path, "<b>$x$[red]", 0, falling(2.0), recipe="a&b[/red]")
     comparison = report([tmp_path], tmp_path / "out")
-    assert "<b>$x$[red]" in printed(comparison)
+    assert "<b>$x$[red]" in printed(comparison) and "a&b[/red], tiny, step 20" in printed(comparison)
     html = (tmp_path / "out" / "report.html").read_text("utf-8")
     page = Page(html)
     assert "<script" not in html and "<b>" not in html
