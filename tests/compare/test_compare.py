@@ -263,19 +263,6 @@ def test_seeds_that_do_not_pair(tmp_path: Path):
     assert "no seed in common" in comparison.sentences()[0]
 
 
-def test_the_baseline_is_bf16_or_the_first_that_is_not_int8(tmp_path: Path):
-    write_run(tmp_path, "sage_int8", 0, falling(2.0))
-    alone = Comparison(find_runs([tmp_path]))
-    assert alone.baseline == "sage_int8" and alone.others == [] and "no other arm" in alone.sentences()[0]
-    fa2, flex = (write_run(tmp_path, arm, 0, falling(2.1)) for arm in ("fa2", "flex"))
-    assert Comparison(find_runs([tmp_path])).baseline == "fa2"
-    assert Comparison(find_runs([tmp_path / "sage_int8-seed0", flex, fa2])).baseline == "flex"
-    write_run(tmp_path, "bf16", 0, falling(2.1))
-    assert [arm.name for arm in Comparison(find_runs([tmp_path])).arms] == ["bf16", "fa2", "flex", "sage_int8"]
-    chosen = Comparison(find_runs([tmp_path]), "sage_int8")
-    assert chosen.arms[0].name == "sage_int8" and chosen.others[0].gap == pytest.approx(0.1)
-
-
 def test_unfinished_run_is_compared_up_to_the_common_step(parent: Path):
     write_run(parent, "sage_int8", 2, falling(2.0)[:12], status="failed", max_steps=STEPS, error="OSError: disk full")
     with open(parent / "sage_int8-seed2" / "metrics.csv", "a", encoding="utf-8") as file:
