@@ -6,13 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from sagetrain.compare import report
+from sagetrain.terminal import console, print_anything
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    print_anything()
     parser = argparse.ArgumentParser(
         prog="python -m sagetrain.compare", description="Compare training runs and write a report."
     )
@@ -22,20 +22,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="folder of the report (default: the parent if one is given, else ./comparison)"
     )
-    parser.add_argument("--baseline", metavar="ARM", help="arm that the others are held against (default: bf16)")
+    default = "bf16, else the first that is not INT8"
+    parser.add_argument("--baseline", metavar="ARM", help=f"arm to hold the others against (default: {default})")
     options = parser.parse_args(arguments)
-    paths = options.runs
-    out = options.out or (paths[0] if len(paths) == 1 and not (paths[0] / "run.json").exists() else Path("comparison"))
+    paths = [path.expanduser() for path in options.runs]
+    parent = paths[0] if len(paths) == 1 and not (paths[0] / "run.json").exists() else Path("comparison")
+    out = options.out.expanduser() if options.out else parent
     try:
         comparison = report(paths, out, options.baseline)
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    console = Console()
-    console.print(comparison.table())
+    console().print(comparison.table())
     for text in [*comparison.mismatches, *comparison.notes]:
-        console.print("note:", text, markup=False, highlight=False)
-    console.print(f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+        console().print("note:", text)
+    console().print(f"report: {out / 'report.html'}", soft_wrap=True)
     return 0
 
 

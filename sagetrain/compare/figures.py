@@ -51,16 +51,17 @@ def panels(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
     rowsum = _curves_of("probe/ds_rowsum", sparse=True, log=True)
     several = any(len(arm.runs) > 1 for arm in comparison.arms)
     seeds = "Thin lines: one per seed, smoothed; bold: their mean." if several else "Smoothed."
-    base = comparison.label(comparison.baseline or "")
+    base = comparison.short(comparison.baseline)
     band = f"one {base} seed, so its band is unknown" if comparison.band is None else f"shaded: ± the {base} seed band"
     difference = (
         f"Against the {base} run of the same seed, mean over a tenth of the steps, so that the right end is the gap"
     )
+    medians = ["The table gives medians.", *comparison.without_ratio()]
     rows: list[tuple[str, str, str, str, Draw]] = [
         ("loss", "Training loss", seeds, NATS, _draw_loss),
         ("gap", "Difference in loss", f"{difference} in the table; {band}.", f"loss − {base} {NATS}", _draw_difference),
         ("grad_norm", "Gradient norm", seeds, "gradient norm", norm),
-        ("tokens_per_s", "Speed", f"{seeds} The table gives medians.", "tokens per second", speed),
+        ("tokens_per_s", "Speed", " ".join([seeds, *medians]), "tokens per second", speed),
         ("val_loss", "Validation loss", "Measured on held-out data.", NATS, held_out),
         ("probe/loss_int8", "Probe: loss gap", PROBE, "INT8 − BF16 (nats per token)", _draw_probe_gap),
         ("probe/grad_cosine", "Probe: gradient agreement", f"{PROBE} 1: they point the same way.", "cosine", cosine),
@@ -178,9 +179,9 @@ def _draw_loss(axes: Axes, comparison: Comparison) -> None:
 
 def _draw_difference(axes: Axes, comparison: Comparison) -> None:
     steps, band = _thin(comparison.band_curve())
-    base, settled = comparison.baseline or "", comparison.common_step / 10
+    base, settled = comparison.baseline, comparison.common_step / 10
     if len(steps):
-        text = f"{comparison.label(base)} seed band"
+        text = f"{comparison.short(base)} seed band"
         axes.fill_between(steps, -band, band, color=SHADE, alpha=0.55, lw=0, label=text)
     axes.axhline(0, color=colours(comparison)[base], lw=1.5)
     shown = [band[steps >= settled]]

@@ -28,6 +28,7 @@ APART = (
     "status",
     "command",
     "error",
+    "traceback",
     "wandb_id",
 )  # of run.json: shown elsewhere, or of no use here
 
@@ -37,7 +38,7 @@ def report(runs: Iterable[str | Path], out: str | Path, baseline: str | None = N
 
     Raises FileNotFoundError or ValueError, before anything is written, for runs that cannot be read or compared.
     """
-    comparison, out = Comparison(find_runs(runs), baseline), Path(out)
+    comparison, out = Comparison(find_runs(runs), baseline), Path(out).expanduser()
     if (out / "run.json").exists():
         raise ValueError(f"{out} is a run: a report would overwrite its metrics.csv; choose another folder with --out")
     if out.exists() and not out.is_dir():
@@ -50,7 +51,7 @@ def report(runs: Iterable[str | Path], out: str | Path, baseline: str | None = N
     out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         part = out / f".{name}.part"
-        part.write_text(text, encoding="utf-8", newline="")
+        part.write_text(text, encoding="utf-8", errors="replace", newline="")  # a command line may hold no text
         os.replace(part, out / name)
     return comparison
 
@@ -87,13 +88,13 @@ def _conditions(comparison: Comparison) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for run in comparison.runs:
         for key, value in run.info.items():
-            if key in APART or value is None:
+            if key in APART or value in (None, {}):
                 continue
             if isinstance(value, dict):
                 text = ", ".join(f"{name} {version}" for name, version in value.items() if version)
             else:
                 text = f"{value:,}" if isinstance(value, int | float) else str(value)
-            text = f"{comparison.label(run.arm)}: {text}" if key == "kernel" else text
+            text = f"{comparison.label(run.arm)}: {text}" if key in ("kernel", "attention", "handicap") else text
             if text not in found.setdefault(key.replace("_", " "), []):
                 found[key.replace("_", " ")].append(text)
     return {"compared": [f"up to step {comparison.common_step:,}"], **found}

@@ -32,13 +32,14 @@ class Run:
     """One run directory. Raises FileNotFoundError or ValueError that names the file, the line and what is wrong.
 
     `info` is run.json, `config` config.yaml ({} if there is none); `rows` maps a step to its cells, as in `header`.
+    `kind` is the attention, `arm` what the run counts as in a comparison (see arms.py).
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.notes = Path(path), list[str]()
         self.info = _read_info(self.path / "run.json")
-        self.recipe, self.arm, self.seed = (self.info[key] for key in ("recipe", "arm", "seed"))
-        self.name = f"{self.arm}-seed{self.seed}"  # unique within a comparison, whatever the folder is called
+        self.recipe, self.kind, self.seed = (self.info[key] for key in ("recipe", "arm", "seed"))
+        self.arm = self.kind
         self.finished = self.info["status"] == "finished"
         plan = self.info.get("max_steps") or -1
         self.planned = plan if plan > 0 else self.info["steps"] if self.finished else None
@@ -46,6 +47,25 @@ class Run:
         self._read_metrics(self.path / "metrics.csv")
         self.last_step = int(self.columns["loss"][0][-1])
         self.progress = f"{self.last_step:,}" + (f" of {self.planned:,}" if self.planned else "")
+
+    @property
+    def name(self) -> str:
+        """Unique within a comparison, whatever the folder is called."""
+        return f"{self.arm}-seed{self.seed}"
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it ran an attention of ours, which the others are there to be held against."""
+        attention = self.config.get("attention")
+        name = attention.get("implementation") if isinstance(attention, dict) else None
+        return str(name or self.kind).startswith("sage")
+
+    @property
+    def place(self) -> str:
+        """What it ran on: speeds of different places do not compare."""
+        trainer = self.config.get("trainer")
+        several = {key: trainer[key] for key in ("devices", "num_nodes") if trainer.get(key, 1) != 1} if trainer else {}
+        return ", ".join([str(self.info.get("device")), *(f"trainer.{key}={value}" for key, value in several.items())])
 
     def series(self, column: str, until: int | None = None) -> Series:
         """Measured (steps, values) of a column, up to and including step `until`; empty where nothing was measured."""
@@ -102,22 +122,14 @@ class Run:
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     """Runs in the given directories, each a run or a parent of runs (up to two levels down); no run counts twice.
 
-    Raises FileNotFoundError that names every mistyped path, ValueError for a corrupt run or two of one arm and seed.
+    Raises FileNotFoundError that names every mistyped path, ValueError for a corrupt run.
     """
-    paths = [Path(path) for path in paths]
+    paths = [Path(path).expanduser() for path in paths]
     if not paths:
         raise ValueError("no runs given; name run directories (with a run.json) or parents of them")
     if missing := [path for path in paths if not path.is_dir()]:
         raise FileNotFoundError("; ".join(_missing(path) for path in missing))
-    runs: dict[tuple[str, int], Run] = {}
-    for directory in dict.fromkeys(found.resolve() for path in paths for found in _expand(path)):
-        run = Run(directory)
-        if other := runs.get((run.arm, run.seed)):
-            raise ValueError(
-                f"two runs of arm {run.arm!r} and seed {run.seed}: {other.path} and {run.path}; name only one of them"
-            )
-        runs[run.arm, run.seed] = run
-    return list(runs.values())
+    return [Run(found) for found in dict.fromkeys(found.resolve() for path in paths for found in _expand(path))]
 
 
 def _missing(path: Path) -> str:

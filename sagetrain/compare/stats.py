@@ -18,9 +18,10 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from sagetrain.compare.arms import name_arms, settings
 from sagetrain.compare.runs import EMPTY, Run, Series
 
 LABELS = {"bf16": "BF16", "sage_int8": "INT8"}
@@ -33,16 +34,10 @@ IDENTITY = {
     "unigram_entropy": "unigram entropy of the data",
 }
 CONDITIONS = {"device": "device", "versions": "versions", "git_commit": "commit"}
-# Settings that the runs of one comparison may differ in: top-level groups, and names at any depth.
-FREE_SETTINGS = ("recipe", "seed", "out", "resume", "attention", "logger", "compare", "probe", "checkpoint")
-FREE_LEAVES = (
-    "seed",
-    "max_steps",
-    "attn_implementation",
-    "default_root_dir",
-    "enable_progress_bar",
-    "log_every_n_steps",
-)
+UNKNOWN = "its record does not tell how its attention ran"
+DATA_SETTINGS = ("data.", "model.tokenizer")  # losses on other data do not compare, whatever the arms are called
+# Reported by what they did, not by what was set: the attention and the number of steps.
+NOT_LISTED = ("attention.", "trainer.max_steps")
 
 
 def window_mean(steps: np.ndarray, values: np.ndarray, width: float, rows: int = 1) -> np.ndarray:
@@ -76,6 +71,7 @@ class Arm:
     loss: float
     tokens_per_s: float | None
     speed_ratio: float | None = None
+    handicap: str | None = None  # why its speed is no measure of its attention
     pairs: list[int] = field(default_factory=list)
     gap: float | None = None
     inside: bool | None = None
@@ -84,29 +80,29 @@ class Arm:
 class Comparison:
     """What a set of runs says about its arms, up to the last step that all of them reached.
 
-    `baseline=None` takes the arm `bf16` if there is one and else compares nothing; an arm without runs: ValueError.
+    `baseline=None` takes the arm `bf16`, else the first that is not INT8, else the first; ValueError for an arm that
+    is not there, and for two runs that no setting tells apart.
     """
 
     def __init__(self, runs: list[Run], baseline: str | None = None) -> None:
-        names = sorted({run.arm for run in runs})
-        if baseline is not None and baseline not in names:
-            raise ValueError(f"no run of the baseline arm {baseline!r}; these runs have the arms {', '.join(names)}")
-        self.baseline = baseline or ("bf16" if "bf16" in names else None)
-        names.sort(key=lambda name: (name != self.baseline, name))
+        self._named, numbered = name_arms(runs)
+        self.runs = runs
+        self.baseline = self._baseline(baseline)
+        names = sorted(dict.fromkeys(run.arm for run in runs), key=lambda name: name != self.baseline)
         self.runs = sorted(runs, key=lambda run: (names.index(run.arm), run.seed))
         self.common_step = min(run.last_step for run in runs)
         arms = [self._arm(name) for name in names]
-        base = arms[0] if self.baseline else None
-        known = base is not None and len(base.runs) > 1 and math.isfinite(base.loss)
+        base = arms[0]
+        known = len(base.runs) > 1 and math.isfinite(base.loss)
         self.band = float(np.ptp(list(base.finals.values()))) if known else None
-        self.arms = [self._against(arm, base) if base and arm is not base else arm for arm in arms]
+        self.arms = [base, *(self._against(arm, base) for arm in arms[1:])]
         self.mismatches = list(self._mismatches())
-        self.notes = list(self._notes())
+        self.notes = [*numbered, *self._notes()]
 
     @property
     def others(self) -> list[Arm]:
         """The arms that are held against the baseline."""
-        return [arm for arm in self.arms if self.baseline and arm.name != self.baseline]
+        return self.arms[1:]
 
     @property
     def cut_short(self) -> bool:
@@ -132,17 +128,25 @@ class Comparison:
         steps, values = on_common_steps([self.trailing(run) for run in self.arms[0].runs])
         return steps, np.ptp(values, axis=0)
 
-    def label(self, arm: str) -> str:
+    def short(self, arm: str) -> str:
         """The name of an arm as readers see it; the arm `bf16` is called what it was where it ran in FP32."""
-        full = any(run.arm == arm and str(run.info.get("precision", "")).startswith("32") for run in self.runs)
-        return "FP32 SDPA" if full and arm == "bf16" else LABELS.get(arm, arm)
+        runs = [run for run in self.runs if run.arm == arm]
+        kind, full = runs[0].kind, any(str(run.info.get("precision", "")).startswith("32") for run in runs)
+        return ("FP32" if full and kind == "bf16" else LABELS.get(kind, kind)) + arm.removeprefix(kind)
+
+    def label(self, arm: str) -> str:
+        """The name with what really ran behind it, where that is on record and is no kernel of ours."""
+        infos = [run.info for run in self.runs if run.arm == arm and not run.is_int8]
+        recorded = (info.get("attention") or info.get("kernel") for info in infos)  # old records have only the latter
+        ran = ", ".join(dict.fromkeys(str(name) for name in recorded if name))
+        return f"{self.short(arm)} ({ran})" if ran not in ("", arm) else self.short(arm)
 
     def sentences(self) -> list[str]:
         """The verdict in plain language, one sentence per arm that is held against the baseline."""
         if not self.others:
-            what = " and ".join(f"{self.label(arm.name)} (final loss {arm.loss:.4f} nats)" for arm in self.arms)
-            why = "there is no other arm to hold it against" if len(self.arms) == 1 else "name one arm with --baseline"
-            return [f"No verdict on {what}: {why}."]
+            (arm,) = self.arms
+            what = f"{self.label(arm.name)} (final loss {arm.loss:.4f} nats)"
+            return [f"No verdict on {what}: there is no other arm to hold it against."]
         prefix = "These runs are not the same experiment: more than the arm differs. " if self.mismatches else ""
         if self.cut_short:
             longest = max((run.planned for run in self.runs if run.planned), default=None)
@@ -150,30 +154,43 @@ class Comparison:
         said = [prefix + self._sentence(arm) for arm in self.others]
         if any(str(run.info.get("precision", "")).startswith("32") for run in self.runs):
             said.append("Everything but INT8 attention ran in FP32 (trainer.precision=32-true), the arm bf16 too.")
-        return said
+        return said + self.without_ratio()
+
+    def without_ratio(self) -> list[str]:
+        """Why speeds that were measured are given no ratio."""
+        measured = [arm for arm in self.others if arm.tokens_per_s and self.arms[0].tokens_per_s]
+        return list(dict.fromkeys(filter(None, (self.no_ratio(arm, self.arms[0]) for arm in measured))))
+
+    def no_ratio(self, arm: Arm, base: Arm) -> str | None:
+        """Why the speeds of two arms are given no ratio; None where there is no reason."""
+        for one in (base, arm):
+            if one.handicap:
+                return f"No speed ratio with {self.label(one.name)}: {one.handicap}."
+        places = sorted({run.place for run in [*base.runs, *arm.runs]})
+        return f"No speed ratio between different devices: {'; '.join(places)}." if len(places) > 1 else None
 
     def cells(self) -> list[list[str]]:
-        """The summary table as text, columns as in TABLE_COLUMNS."""
+        """The summary table as text, columns as in TABLE_COLUMNS; ASCII, but for names."""
         rows = []
         for arm in self.arms:
             seeds = ", ".join(str(run.seed) for run in arm.runs)
             gap = "baseline" if arm.name == self.baseline else _show(arm.gap, "+.4f")
-            band = "unknown" if self.baseline and self.band is None else _show(self.band, ".4f")
-            inside = {True: "yes", False: "no", None: "unknown"}[arm.inside] if arm in self.others else "–"
+            band = "unknown" if self.band is None else f"{self.band:.4f}"
+            inside = {True: "yes", False: "no", None: "unknown"}[arm.inside] if arm in self.others else "-"
             speed = [_show(arm.tokens_per_s, ",.0f"), _show(arm.speed_ratio, ".2f", "x")]
             rows.append([self.label(arm.name), seeds, f"{arm.loss:.4f}", gap, band, inside, *speed])
         return rows
 
     def table(self) -> Table:
-        """The summary for a terminal."""
+        """The summary for a terminal. Names are shown as they are: no markup is read in them."""
         recipes = ", ".join(sorted({run.recipe for run in self.runs}))
-        verdict = escape("\n".join(self.sentences()))
-        table = Table(title=escape(f"{recipes}, step {self.common_step:,}"), caption=verdict, caption_justify="left")
+        title, verdict = Text(f"{recipes}, step {self.common_step:,}"), Text("\n".join(self.sentences()))
+        table = Table(title=title, caption=verdict, caption_justify="left", padding=0)  # the arms' names need the room
         table.add_column(TABLE_COLUMNS[0], overflow="fold")
         for column in TABLE_COLUMNS[1:]:
             table.add_column(column, justify="right", no_wrap=True)
         for cells in self.cells():
-            table.add_row(*map(escape, cells))
+            table.add_row(*map(Text, cells))
         return table
 
     def as_dict(self) -> dict[str, Any]:
@@ -182,11 +199,25 @@ class Comparison:
         for arm in self.arms:
             final = {"final_loss": _finite(arm.loss), "final_losses": {s: _finite(x) for s, x in arm.finals.items()}}
             against = {"paired_seeds": arm.pairs, "gap": _finite(arm.gap), "inside_band": arm.inside}
-            arms[arm.name] = final | against | {"tokens_per_s": arm.tokens_per_s, "speed_ratio": arm.speed_ratio}
+            speed = {"tokens_per_s": arm.tokens_per_s, "speed_ratio": arm.speed_ratio, "handicap": arm.handicap}
+            arms[arm.name] = {"label": self.label(arm.name)} | final | against | speed
         runs = {r.name: {"path": str(r.path), "status": r.info["status"], "last_step": r.last_step} for r in self.runs}
         said = {"verdict": self.sentences(), "mismatches": self.mismatches, "notes": self.notes}
         shared = {"baseline": self.baseline, "common_step": self.common_step, "band": self.band}
         return shared | {"arms": arms, "runs": runs} | said
+
+    def _baseline(self, asked: str | None) -> str:
+        """The name of the arm that the others are held against."""
+        names = list(dict.fromkeys(run.arm for run in self.runs))
+        if asked is None:
+            first = [run.arm for run in self.runs if run.kind == "bf16"]
+            return [*first, *(run.arm for run in self.runs if not run.is_int8), *names][0]
+        found = [name for name in names if asked in (name, self.label(name))]
+        found = found or list(dict.fromkeys(run.arm for run in self.runs if run.kind == asked))
+        if len(found) != 1:
+            what = "several runs" if found else "no run"
+            raise ValueError(f"{what} of the baseline arm {asked!r}; these runs have the arms {', '.join(names)}")
+        return found[0]
 
     def _arm(self, name: str) -> Arm:
         runs = [run for run in self.runs if run.arm == name]
@@ -194,7 +225,9 @@ class Comparison:
         speeds = np.concatenate([run.series("tokens_per_s", self.common_step)[1] for run in runs])
         speeds = speeds[np.isfinite(speeds)]
         speed = float(np.median(speeds)) if len(speeds) else None
-        return Arm(name, runs, finals, float(np.mean(list(finals.values()))), speed)
+        told = (run.info.get("handicap", None if run.is_int8 else UNKNOWN) for run in runs)
+        handicap = next((str(reason) for reason in told if reason), None)
+        return Arm(name, runs, finals, float(np.mean(list(finals.values()))), speed, handicap=handicap)
 
     def _against(self, arm: Arm, base: Arm) -> Arm:
         pairs = sorted(arm.finals.keys() & base.finals.keys())
@@ -204,13 +237,13 @@ class Comparison:
             inside = False if math.isfinite(base.loss) else None
         elif gap is not None and self.band is not None:
             inside = abs(gap) <= self.band
-        ratio = arm.tokens_per_s / base.tokens_per_s if arm.tokens_per_s and base.tokens_per_s else None
+        comparable = arm.tokens_per_s and base.tokens_per_s and not self.no_ratio(arm, base)
+        ratio = arm.tokens_per_s / base.tokens_per_s if comparable else None
         return replace(arm, pairs=pairs, gap=gap, inside=inside, speed_ratio=ratio)
 
     def _sentence(self, arm: Arm) -> str:
-        name, base = self.label(arm.name), self.label(self.baseline or "")
-        alike = len({str(run.info.get("device")) for run in self.runs}) == 1
-        speed = f" It runs at {arm.speed_ratio:.2f} times the speed of {base}." if arm.speed_ratio and alike else ""
+        name, base, short = self.label(arm.name), self.label(self.baseline), self.short(self.baseline)
+        speed = f" It runs at {arm.speed_ratio:.2f} times the speed of {base}." if arm.speed_ratio else ""
         for one in (arm, self.arms[0]):
             if not math.isfinite(one.loss):
                 seeds = ", ".join(str(seed) for seed, loss in one.finals.items() if not math.isfinite(loss))
@@ -218,13 +251,13 @@ class Comparison:
         if arm.gap is None:
             return f"{name} and {base} have no seed in common, so no gap can be given.{speed}"
         seeds = f"{len(arm.pairs)} paired seed{'s' if len(arm.pairs) > 1 else ''}"
-        where = f"final loss {abs(arm.gap):.4f} nats {'above' if arm.gap > 0 else 'below'} {base} ({seeds})"
+        where = f"final loss {abs(arm.gap):.4f} nats {'above' if arm.gap > 0 else 'below'}"
         if self.band is None:
-            why = f"one {base} seed gives no seed-to-seed band; run at least two (compare.seeds=2)"
-            return f"{name} has a {where}; whether that is more than chance is unknown: {why}.{speed}"
+            why = f"one {short} seed gives no seed-to-seed band; run at least two (compare.seeds=2)"
+            return f"{name} has a {where} {base} ({seeds}); whether that is more than chance is unknown: {why}.{speed}"
         what = "trains as well as" if arm.inside else "does not train as well as" if arm.gap > 0 else "ends lower than"
-        side = "inside" if arm.inside else "outside"
-        return f"{name} {what} {base}: {where}, {side} the {base} seed-to-seed band of {self.band:.4f}.{speed}"
+        band = f"{'inside' if arm.inside else 'outside'} the {short} seed-to-seed band of {self.band:.4f}"
+        return f"{name} {what} {base}: {where} ({seeds}), {band}.{speed}"
 
     def _mismatches(self) -> Iterator[str]:
         """What differs between the runs although it has to be the same for a like-for-like comparison."""
@@ -238,9 +271,10 @@ class Comparison:
             if len(steps):
                 seen = {run.name: int(count) for run, count in zip(same, tokens[:, -1], strict=True)}
                 yield from self._difference(f"number of tokens up to step {steps[-1]:,}", seen)
-        settings = {run.name: dict(_flat(run.config)) for run in self.runs if run.config}
-        keys = sorted({key for flat in settings.values() for key in flat})
-        each = ({name: flat.get(key) for name, flat in settings.items()} for key in keys)
+        given = {run.name: settings(run) for run in self.runs if run.config}
+        told = {name for name in self._named if not name.startswith(DATA_SETTINGS)}  # by the names of the arms
+        keys = sorted({key for flat in given.values() for key in flat if not key.startswith(NOT_LISTED)} - told)
+        each = ({name: flat.get(key) for name, flat in given.items()} for key in keys)
         found = [text for key, values in zip(keys, each, strict=True) for text in self._difference(key, values)]
         yield from found[:MOST_SETTINGS]
         if len(found) > MOST_SETTINGS:
@@ -271,19 +305,8 @@ class Comparison:
             yield f"{what} differs: " + "; ".join(f"{value} ({', '.join(names)})" for value, names in groups.items())
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of the settings that have to agree between runs."""
-    for key, value in settings.items():
-        if key in FREE_LEAVES or (not prefix and key in FREE_SETTINGS):
-            continue
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _show(value: float | None, form: str, unit: str = "") -> str:
-    return "–" if value is None else format(value, form) + unit
+    return "-" if value is None else format(value, form) + unit
 
 
 def _finite(value: float | None) -> float | None:

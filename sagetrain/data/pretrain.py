@@ -12,8 +12,8 @@ Ranks: global batch g is rows g*B*W to (g+1)*B*W, rank r takes the r-th B of the
 on the number of ranks W, and neither does a checkpoint. Choice and cost: each rank reads and tokenises the whole
 stream, W times the work of giving each rank documents of its own, which would tie a checkpoint to its number of ranks.
 
-Validation: `val_path`, or the first `val_documents` of the corpus in a fixed order; training leaves out every document
-whose text is one of them, wherever it stands.
+Validation: `val_path`, or the validation files of a folder, or the first `val_documents` of the corpus in a fixed
+order; training leaves out every document whose text is one of them, wherever it stands.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from sagetrain.data.collate import Row, packed
+from sagetrain.data.files import Files, find, find_validation
 from sagetrain.data.loader import Stream
-from sagetrain.data.text import HubCorpus, LocalCorpus, encode, find_files, frame, stdlib_files
+from sagetrain.data.text import HubCorpus, LocalCorpus, encode, frame, say, stdlib_files
 
 log = logging.getLogger(__name__)
 _TOGETHER = 64  # documents a tokenizer call gets
@@ -75,6 +76,7 @@ class PackedStream(Stream):
     ) -> None:
         self.corpus, self.tokenizer, self.seq_len, self.seed = corpus, tokenizer, seq_len, seed
         self.batch_size, self.shuffle_buffer, self.boundaries = batch_size, shuffle_buffer, boundaries
+        self.facts: dict[str, str] = {}  # what was read, for the record of the run
         self._hidden = {_digest(text) for text in held_out}
         self.name = f"{corpus.name}, seed {seed}, shuffle_buffer {shuffle_buffer}, held out {len(self._hidden)}"
         self._frame = frame(tokenizer)
@@ -154,29 +156,36 @@ def build_pretrain(
 ) -> PackedStream:
     """Local files (`path`), else Python's standard library (`source="stdlib"`), else a hub data set (`source`, `name`).
 
-    Held out: all documents of `val_path` (the first `val_documents` if set), else the first `val_documents` of the
-    corpus, else nothing.
+    Held out: all documents of `val_path` or of a folder's validation files (the first `val_documents` if set), else the
+    first `val_documents` of the corpus, else nothing.
     """
     for key, value, least in ("shuffle_buffer", shuffle_buffer, 1), ("val_documents", val_documents or 0, 0):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"data.{key} must be an integer of at least {least}, not {value!r}")
+    files: Files | None = None
     if path is not None:
-        corpus: LocalCorpus | HubCorpus = LocalCorpus(find_files(path), text_field)
+        files = find(path)
+        corpus: LocalCorpus | HubCorpus = LocalCorpus(files.chosen, text_field)
+        if files.some_left:
+            say("data.path=%s: %s", path, files)
     elif source == "stdlib":
         corpus = LocalCorpus(stdlib_files(), name="stdlib", passage=1024)
     elif source:
         corpus = HubCorpus(source, name, split, text_field)
     else:
         raise ValueError("no data: set data.source= (stdlib or the id of a hub data set) or data.path= (local files)")
+    apart = find_validation(val_path, files) if val_path is not None else files.validation if files else []
     held_out: list[str] = []
-    if val_path is not None or val_documents:
-        reader = corpus if val_path is None else LocalCorpus(find_files(val_path), text_field)
+    if apart or val_documents:
+        reader = LocalCorpus(apart, text_field) if apart else corpus
         texts = (text for read, _ in reader.blocks(_FIXED, None, 1) for text in read if text)
         held_out = list(islice(texts, val_documents or None))
         if not held_out:
             raise ValueError(f"data set '{reader.name}' is empty: no document for validation")
     options = (shuffle_buffer, document_boundaries, held_out)
-    return PackedStream(corpus, tokenizer, seq_len, seed, batch_size, *options)
+    stream = PackedStream(corpus, tokenizer, seq_len, seed, batch_size, *options)
+    stream.facts = {"files": str(files)} if files and files.some_left else {}
+    return stream
 
 
 def _digest(text: str) -> bytes:

@@ -1,39 +1,45 @@
 """Fine-tuning data: GSM8K, MMLU, HellaSwag and DROP as prompt and answer, with the loss on the answer only.
 
-Prompts are the plain, chat-free ones of lm-evaluation-harness, zero-shot, so that what is trained is what is evaluated:
+Prompts are those that lm-evaluation-harness 0.4 asks without examples and without a chat template, character for
+character, so that what is trained is what is evaluated; the answer is what it scores:
     gsm8k      Question: {question}\\nAnswer:| {working and #### number}
     mmlu       The following are multiple choice questions (with answers) about {subject}.\\n\\n
                {question}\\nA. ..\\nB. ..\\nC. ..\\nD. ..\\nAnswer:| {letter}
-    hellaswag  {activity}: {context}| {the right ending}                   (WikiHow markup taken out)
-    drop       Passage: {passage}\\nQuestion: {question}\\nAnswer:| {the first accepted answer}
+    hellaswag  {activity}: {ctx_a} {Ctx_b}| {the right ending}              (WikiHow markup taken out)
+    drop       {passage} {question}| {the first accepted answer}
 The prompt's tokens are those of the prompt alone, as at inference. The answer's are those that follow the prompt's last
 line when both are tokenised together, unless a token reaches over the border; then the answer is tokenised by itself.
 (By itself " A" would be two tokens to tokenizers that put a space before every text.) eos ends it.
 
-Both layouts of a record are read: the hub data sets' and plain JSON lines. Validation: `val_path`; else a hash of the
-passage, context or question decides (`val_fraction`), so that one passage is never on both sides; else, from the hub,
-its own validation split. Numbers after a hash split are numbers on that split, not on the published benchmark.
+Both layouts of a record are read: the hub data sets' and plain JSON lines. Nothing that is evaluated is trained on or
+validated on: the harness takes GSM8K's and MMLU's test split and the validation split of HellaSwag and DROP. So
+validation is `val_path`, or the validation files of a local folder; else MMLU's own validation split; else a hash of
+the passage, scene or question decides (`val_fraction`), so that one passage is never on both sides.
 All examples are read and tokenised when the data is built, so every error comes before training.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sagetrain.data.collate import Example, packed_examples, padded
+from sagetrain.data.files import Files, find, find_validation, read_records
 from sagetrain.data.loader import Stream
-from sagetrain.data.text import clean, encode, find_files, frame, get_text, load_hub, read_records
+from sagetrain.data.text import clean, encode, frame, get_text, load_hub, say
 
-log = logging.getLogger(__name__)
+VAL_FRACTION = 0.05  # held out where nothing is published for validation
+TOO_LONG = ("error", "skip", "truncate")
 Record = Mapping[str, Any]
 Text = tuple[str, str, str]  # what the split is decided by, prompt, answer (with its leading space)
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids: bos, prompt, answer with eos
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Task:
     repo: str
     config: str | None
     train: str
-    val: str
+    val: str | None  # a split that is neither trained on nor evaluated, if there is one
     text: Callable[[Record, str], Text]
 
 
@@ -64,35 +70,55 @@ def _mmlu(record: Record, where: str) -> Text:
 
 
 def _hellaswag(record: Record, where: str) -> Text:
-    if "ctx" not in record and "ctx_a" in record:
-        record = {**record, "ctx": f"{record['ctx_a']} {record.get('ctx_b', '')}".strip()}
-    context, endings = get_text(record, "ctx", where), _list(record, "endings", where)
-    ending = endings[_index(record, "label", len(endings), where)]
-    prompt = _without_markup(f"{get_text(record, 'activity_label', where)}: {context}")
-    return context, prompt, f" {_without_markup(ending)}"
+    if record.get("ctx_a"):
+        before, begun = get_text(record, "ctx_a", where), get_text({"ctx_b": ""} | record, "ctx_b", where).capitalize()
+    else:
+        before, begun = _begun(get_text(record, "ctx", where))
+    endings = _list(record, "endings", where)
+    ending = _without_markup(endings[_index(record, "label", len(endings), where)])
+    query = _without_markup(f"{get_text(record, 'activity_label', where)}: {before} {begun}")
+    prompt = query.rstrip()  # spaces at its end are scored with the answer
+    return str(record.get("source_id") or before or begun), prompt, f"{query[len(prompt) :]} {ending}"
+
+
+def _begun(context: str) -> tuple[str, str]:
+    """ctx_a and ctx_b, its first letter a capital, of a record that has them in one: ctx_b is what follows the last
+    whole sentence, and empty where the context ends with one."""
+    before, begun = re.fullmatch(r"""(.*[.!?]["')]*(?=\s|$))?(.*)""", context.strip(), re.DOTALL).groups("")
+    begun = begun.strip()
+    return before, begun[:1].upper() + begun[1:]
 
 
 def _without_markup(text: str) -> str:
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ").strip()
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def _drop(record: Record, where: str) -> Text:
     passage, question = get_text(record, "passage", where), get_text(record, "question", where)
+    prompt = f"{passage} {question}"
+    space = "" if prompt[-1].isspace() else " "
+    return passage, prompt, space + _drop_answer(record, where)
+
+
+def _drop_answer(record: Record, where: str) -> str:
     if "answers" in record:
-        answer = _list(record, "answers", where)[0]
-    elif isinstance(spans := record.get("answers_spans"), Mapping):
-        answer = " and ".join(dict.fromkeys(_list(spans, "spans", where)))
-    else:
-        raise ValueError(f"{where}: no field 'answers' or 'answers_spans'; the fields are {', '.join(record)}")
-    return passage, f"Passage: {passage}\nQuestion: {question}\nAnswer:", f" {answer}"
+        return _list(record, "answers", where)[0]
+    answer = record.get("answers_spans") or record.get("answer")  # the latter as in the original files
+    if not isinstance(answer, Mapping):
+        fields = ", ".join(record)
+        raise ValueError(f"{where}: no field 'answers', 'answers_spans' or 'answer'; the fields are {fields}")
+    if number := answer.get("number"):
+        return clean(str(number))
+    if not answer.get("spans") and isinstance(date := answer.get("date"), Mapping):
+        return clean(" ".join(str(date[part]) for part in ("day", "month", "year") if date.get(part)))
+    return " and ".join(dict.fromkeys(_list(answer, "spans", where)))
 
 
 TASKS = {
-    "gsm8k": Task("openai/gsm8k", "main", "train", "test", _gsm8k),
+    "gsm8k": Task("openai/gsm8k", "main", "train", None, _gsm8k),
     "mmlu": Task("cais/mmlu", "all", "auxiliary_train", "validation", _mmlu),
-    "hellaswag": Task("Rowan/hellaswag", None, "train", "validation", _hellaswag),
-    "drop": Task("ucinlp/drop", None, "train", "validation", _drop),
+    "hellaswag": Task("Rowan/hellaswag", None, "train", None, _hellaswag),
+    "drop": Task("ucinlp/drop", None, "train", None, _drop),
 }
 
 
@@ -109,8 +135,17 @@ class TaskStream(Stream):
     start = {"epoch": 0, "row": 0}
 
     def __init__(
-        self, name: str, train: list[Example], val: list[Example], pad_id: int, batch_size: int, seed: int, width: int
+        self,
+        name: str,
+        train: list[Example],
+        val: list[Example],
+        pad_id: int,
+        batch_size: int,
+        seed: int,
+        width: int,
+        facts: dict[str, Any],
     ) -> None:
+        self.facts = facts  # what was read, for the record of the run
         self.pad_id, self.batch_size, self.seed, self.width = pad_id, batch_size, seed, width
         order = np.random.default_rng((seed,)).permutation(len(train))
         self.train = _rows([train[i] for i in order] if width else train, width)
@@ -159,69 +194,124 @@ def build_task(
     val_fraction: float | None = None,
     max_examples: int | None = None,
     packing: bool = False,
+    too_long: str = "error",
 ) -> TaskStream:
     """Local files (`path`) or the task's hub data set (another one with `source`, `name`, `split`).
 
-    `val_fraction` (between 0 and 1, 0 for no validation) holds out by hash; the default is 0.1 for local files and the
-    validation split for the hub. `max_examples` limits the training and the validation examples, each drawn evenly.
+    `val_fraction` (between 0 and 1, 0 for no validation) holds out by hash; null takes what there is for validation
+    (`val_path`, the validation files of a folder, `val_split`, MMLU's own split), or else a twentieth. `max_examples`
+    limits the training and the validation examples, each drawn evenly. `too_long` says what becomes of an example of
+    more than `seq_len` tokens: error; skip; truncate (the prompt loses its beginning; skipped if the answer alone is
+    too long).
     """
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise ValueError(f"data.val_fraction must be in [0, 1), not {val_fraction}")
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"data.max_examples must be at least 1, not {max_examples}")
-    task = TASKS[kind]
-    repo, config = source or task.repo, name or (None if source else task.config)
-
-    def read(files: Any, part: str) -> list[Text]:
-        if files is not None:
-            texts = [task.text(r, f"{file}:{n}") for file in find_files(files) for n, r in read_records(file)]
-        else:
-            texts = [task.text(r, f"{repo} {part}:{i}") for i, r in enumerate(load_hub(repo, config, part, False))]
-        if not texts:
-            raise ValueError(f"data set '{files or repo}' is empty: it holds no example")
-        return texts
-
-    train, val = read(path, split or task.train), []
-    if val_path is not None:
-        val = read(val_path, "")
-    elif path is None and val_fraction is None:
-        val = read(None, val_split or task.val)
-    elif fraction := 0.1 if val_fraction is None else val_fraction:
-        val = [text for text in train if _share(text[0]) < fraction]
-        train = [text for text in train if _share(text[0]) >= fraction]
-        log.info("%s: %d examples to train on, %d held out by hash (no published split)", kind, len(train), len(val))
+    if too_long not in TOO_LONG:
+        raise ValueError(f"data.too_long must be one of {', '.join(TOO_LONG)}, not {too_long!r}")
+    files = None if path is None else find(path)
+    train, val, held_out = _splits(kind, files, val_path, source, name, split, val_split, val_fraction)
+    prompts = {prompt for _, prompt, _ in val}
+    train = [text for text in train if text[1] not in prompts]
     if not train:
-        raise ValueError(f"no {kind} example is left for training; lower data.val_fraction")
-    train, val = (_tokenise(kind, tokenizer, _some(texts, max_examples), seq_len) for texts in (train, val))
-    label = ",".join(file.name for file in find_files(path)) if path is not None else f"{repo} {split or task.train}"
-    stream = TaskStream(
-        f"{kind} {label}", train, val, tokenizer.pad_token_id, batch_size, seed, seq_len if packing else 0
-    )
+        raise ValueError(f"no {kind} example is left for training; lower data.val_fraction, or give another val_path")
+    encoded = [_tokenise(tokenizer, _some(texts, max_examples)) for texts in (train, val)]
+    if too_long == "error":
+        _check_length(kind, encoded[0] + encoded[1], seq_len)
+    cut: Counter[str] = Counter()
+    train, val = ([e for parts in side for e in _fit(*parts, seq_len, too_long, cut)] for side in encoded)
+    hub = f"{source or TASKS[kind].repo} {split or TASKS[kind].train}"
+    label = ",".join(file.name for file in files.chosen) if files else hub
+    facts = {"examples": len(train), "validation examples": f"{len(val)} {held_out}".strip()} | cut
+    say("%s: %s", kind, ", ".join(f"{count} {what}" for what, count in facts.items()))
+    if files and files.some_left:
+        say("data.path=%s: %s", path, files)
+        facts["files"] = str(files)
+    width = seq_len if packing else 0
+    stream = TaskStream(f"{kind} {label}", train, val, tokenizer.pad_token_id, batch_size, seed, width, facts)
     stream.length(1)  # says now that there is too little
     return stream
 
 
-def _tokenise(kind: str, tokenizer: Any, texts: Sequence[Text], seq_len: int) -> list[Example]:
-    """bos, prompt, answer, eos; a prompt that is too long loses its beginning (never bos)."""
-    (bos, eos), examples, cut = frame(tokenizer), [], 0
+def _splits(
+    kind: str,
+    files: Files | None,
+    val_path: Any,
+    source: str | None,
+    name: str | None,
+    split: str | None,
+    val_split: str | None,
+    val_fraction: float | None,
+) -> tuple[list[Text], list[Text], str]:
+    """Training texts, validation texts, and where the latter come from."""
+    task = TASKS[kind]
+    repo, config = source or task.repo, name or (None if source else task.config)
+
+    def local(paths: Sequence[Path]) -> list[Text]:
+        texts = [task.text(record, f"{path}:{n}") for path in paths for n, record in read_records(path)]
+        return _not_empty(texts, ", ".join(map(str, paths)))
+
+    def hub(part: str) -> list[Text]:
+        records = enumerate(load_hub(repo, config, part, False))
+        return _not_empty([task.text(record, f"{repo} {part}:{i}") for i, record in records], f"{repo} {part}")
+
+    train = local(files.chosen) if files else hub(split or task.train)
+    if val_path is not None:
+        return train, local(find_validation(val_path, files)), f"({val_path})"
+    if val_fraction is None and files and files.validation:
+        return train, local(files.validation), "(files of the folder)"
+    if val_fraction is None and not files and (val_part := val_split or (None if source else task.val)):
+        return train, hub(val_part), f"({repo} {val_part})"
+    fraction = VAL_FRACTION if val_fraction is None else val_fraction
+    if not fraction:
+        return train, [], ""
+    val = [text for text in train if _share(text[0]) < fraction]
+    return [text for text in train if _share(text[0]) >= fraction], val, f"({fraction:g} of all, by hash)"
+
+
+def _not_empty(texts: list[Text], where: str) -> list[Text]:
+    if not texts:
+        raise ValueError(f"data set '{where}' is empty: it holds no example")
+    return texts
+
+
+def _tokenise(tokenizer: Any, texts: Sequence[Text]) -> list[Parts]:
+    """bos, prompt, and the answer with eos, of each text."""
+    bos, eos = frame(tokenizer)
     prompts = encode(tokenizer, [prompt for _, prompt, _ in texts])
     lasts = [prompt.rpartition("\n")[2] for _, prompt, _ in texts]
     ends = encode(tokenizer, [last + answer for last, (_, _, answer) in zip(lasts, texts, strict=True)])
+    parts = []
     for (_, _, reply), prompt, last, end in zip(texts, prompts, encode(tokenizer, lasts), ends, strict=True):
         joint = np.array_equal(end[: len(last)], last)
         answer = end[len(last) :] if joint else encode(tokenizer, [reply])[0]
-        room = seq_len - len(bos) - len(answer) - len(eos)
-        if room < 1:
-            raise ValueError(
-                f"{kind}: the answer '{reply.strip()[:60]}...' alone has {len(answer)} tokens and leaves no room for a "
-                f"prompt in seq_len {seq_len}; raise seq_len to {seq_len + 1 - room} or more"
-            )
-        cut += len(prompt) > room
+        parts.append((bos, prompt, np.concatenate([answer, eos])))
+    return parts
+
+
+def _check_length(kind: str, examples: Sequence[Parts], seq_len: int) -> None:
+    needs = [sum(map(len, parts)) for parts in examples]
+    if long := sum(need > seq_len for need in needs):
+        raise ValueError(
+            f"{kind}: {long} of {len(needs)} examples do not fit data.seq_len={seq_len}, the longest needs "
+            f"{max(needs)}. Give data.seq_len={max(needs)}, or say what to do with them: data.too_long=skip leaves "
+            "them out, data.too_long=truncate cuts the beginning of their prompts"
+        )
+
+
+def _fit(
+    bos: np.ndarray, prompt: np.ndarray, answer: np.ndarray, seq_len: int, too_long: str, cut: Counter[str]
+) -> Iterator[Example]:
+    """The example, whole or truncated, unless it is to be skipped; `cut` counts what was done."""
+    room = seq_len - len(bos) - len(answer)
+    if len(prompt) > room:
+        if too_long == "skip" or room < 1:
+            cut["skipped as too long"] += 1
+            return
+        cut["truncated"] += 1
         prompt = prompt[-room:]
-        examples.append((np.concatenate([bos, prompt, answer, eos]), len(bos) + len(prompt)))
-    if cut:
-        log.warning("%s: %d of %d prompts lost their beginning to fit seq_len %d", kind, cut, len(texts), seq_len)
-    return examples
+    yield np.concatenate([bos, prompt, answer]), len(bos) + len(prompt)
 
 
 def _rows(examples: list[Example], width: int) -> list[list[Example]]:

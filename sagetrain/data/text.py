@@ -1,31 +1,27 @@
 """Text in, token ids out: tokenizers, local files, data sets of the hub, and Python's standard library.
 
 Method: a corpus hands out *blocks* of documents together with the position before each block, so that a reader can be
-put back there. Local files are read line by line by this module (not by `datasets`), because only so can an error name
-the file and the line; going back to a position skips lines without parsing them. Hub data sets are streamed by
-`datasets`, whose own `state_dict` is the position. Cost: reading is lazy, nothing is cached on disk by this module.
+put back there. In a local file, going back to a position skips lines without parsing them. Hub data sets are streamed
+by `datasets`, whose own `state_dict` is the position. Cost: reading is lazy, nothing is cached on disk by this module.
 """
 
 from __future__ import annotations
 
 import copy
-import glob
-import gzip
-import io
-import json
-import lzma
+import logging
 import os
 import sysconfig
-import tokenize
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-FORMATS = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".txt.xz", ".txt.gz", ".parquet", ".py")
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+from sagetrain.data.files import find_files as find_files
+from sagetrain.data.files import is_table, read_records
+
+say = rank_zero_only(logging.getLogger("sagetrain.data").warning)  # what the reader has to know, once, not per rank
 _FIELD_HINT = "Set data.text_field= to the one that holds the text."
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -73,7 +69,7 @@ def build_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no tokenizer at '{name}': it is neither a folder with tokenizer.json nor a model id that can be loaded "
@@ -140,78 +136,6 @@ def stdlib_documents() -> Iterator[str]:
     return (clean(record["text"]) for path in stdlib_files() for _, record in read_records(path))
 
 
-def find_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that `path` names: a file, a folder (all files of a known format under it, sorted), a glob, or a list.
-
-    Raises:
-        FileNotFoundError: an entry names nothing.
-        ValueError: a file of an unknown format, or a folder without any known one.
-    """
-    files: list[Path] = []
-    for entry in [path] if isinstance(path, str | Path) else path:
-        where = Path(entry).expanduser()
-        if where.is_dir():
-            found = sorted(p for p in where.rglob("*") if p.is_file() and p.name.endswith(FORMATS))
-        else:  # a file may have a name that reads like a glob
-            named = [str(where)] if where.exists() else sorted(glob.glob(str(where), recursive=True))
-            found = [p for p in map(Path, named) if p.is_file()]
-        if not found and not where.is_dir():
-            raise FileNotFoundError(f"data file '{entry}' does not exist (looked in {Path.cwd()})")
-        if wrong := [str(p) for p in found or [where] if not p.name.endswith(FORMATS)]:
-            raise ValueError(f"'{wrong[0]}' is or holds no data of a known format; supported: {', '.join(FORMATS)}")
-        files += found
-    if not files:
-        raise ValueError("data.path is an empty list; name at least one file")
-    return files
-
-
-def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, dict]]:
-    """(number, record) of a file after its first `start` lines (rows): one per line of .jsonl, per row of .parquet, and
-    one `{"text": ...}` for a whole .txt or .py.
-
-    Raises:
-        ValueError: broken JSON, text that is not UTF-8, a damaged file; names file and line.
-    """
-    number = 0
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
-            items = _rows(file) if path.suffix == ".parquet" else file if _is_table(path) else [file.read()]
-            for number, item in enumerate(items, 1):
-                if number > start and (isinstance(item, dict) or item.strip()):
-                    yield number, _parse(item, path, f"{path}:{number}")
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{number + 1}: the file is damaged or cut off ({error})") from error
-
-
-def _is_table(path: Path) -> bool:
-    return path.suffix == ".parquet" or ".jsonl" in path.suffixes[-2:]
-
-
-def _rows(file: Any) -> Iterator[dict]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches(256):
-            yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise EOFError(f"not readable as parquet: {error}") from error
-
-
-def _parse(item: Any, path: Path, where: str) -> dict:
-    try:
-        if not _is_table(path):
-            cookie = tokenize.detect_encoding(io.BytesIO(item).readline)[0] if path.suffix == ".py" else "utf-8"
-            return {"text": item.decode(cookie)}
-        record = item if isinstance(item, dict) else json.loads(item)
-    except (ValueError, SyntaxError) as error:  # UnicodeDecodeError, JSONDecodeError, a wrong coding cookie
-        what = "broken JSON line" if _is_table(path) else "not UTF-8 text"
-        raise ValueError(f"{where}: {what} ({error}); repair or remove it") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: each line must be a JSON object, this one is a {type(record).__name__}")
-    return record
-
-
 def get_text(record: Mapping[str, Any], field: str, where: str, hint: str = "") -> str:
     """`record[field]`, which must be a string; lone surrogates, which no encoding can carry, become "?".
 
@@ -263,7 +187,7 @@ class LocalCorpus:
         order = np.random.default_rng(key).permutation(len(self.files))
         while at[0] < len(order):
             path = self.files[order[at[0]]]
-            field = self.text_field if _is_table(path) else "text"
+            field = self.text_field if is_table(path) else "text"
             for number, record in read_records(path, 0 if self.passage else at[1]):
                 text = get_text(record, field, f"{path}:{number}", _FIELD_HINT)
                 parts = enumerate(cut(text, self.passage), 1) if self.passage else [(number, text)]

@@ -204,6 +204,7 @@ def _train(cfg: DictConfig, group: str | None) -> Path:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     tokenizer = sagetrain.data.build_tokenizer(cfg.model.tokenizer)
     data = sagetrain.data.build(cfg.data, tokenizer, cfg.data.seq_len, cfg.seed, cfg.data.batch_size)
+    facts["data"] = data.stream.facts
     module = CausalLM(cfg)
     if len(tokenizer) > module.hf_config.vocab_size:
         raise ValueError(

@@ -33,14 +33,15 @@ def write_run(parent: Path, arm: str, seed: int, losses: list, *, columns: dict 
     path.mkdir(parents=True)
     tokens = changes.pop("tokens", 64)
     config = {"recipe": "tiny", "seed": seed, "out": str(path), "attention": {"name": arm}, "data": {"seq_len": 64}}
-    (path / "config.yaml").write_text(yaml.safe_dump(config | changes.pop("config", {})))
+    (path / "config.yaml").write_text(yaml.safe_dump(config | changes.pop("config", {})), "utf-8")
     info = {"name": path.name, "recipe": "tiny", "arm": arm, "seed": seed, "status": "finished", "steps": len(losses)}
     info |= {"max_steps": len(losses), "tokens_per_step": 64, "wandb_id": f"id{seed}{arm}", "parameters": 1234}
-    info |= {"kernel": "sdpa", "device": "cpu", "versions": {"torch": "2.13.0"}}
+    info |= {"kernel": "sdpa", "device": "cpu", "versions": {"torch": "2.13.0"}, "handicap": None}
+    info["attention"] = "SDPA flash"
     info |= {"command": f"python -m sagetrain recipe=tiny attention={arm} seed={seed}"}
-    (path / "run.json").write_text(json.dumps(info | changes))
+    (path / "run.json").write_text(json.dumps(info | changes), "utf-8")
     columns = {"tokens_per_s": [100.0 * (1 + (arm != "bf16"))] * len(losses)} | (columns or {})
-    with open(path / "metrics.csv", "w", newline="") as file:
+    with open(path / "metrics.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "tokens", "loss", *columns])
         for index, loss in enumerate(losses):
@@ -127,8 +128,8 @@ def test_a_baseline_that_ran_in_fp32_is_not_called_bf16(tmp_path: Path):
         write_run(tmp_path, arm, 0, falling(end), precision="32-true")
     comparison = report([tmp_path / "bf16-seed0", tmp_path / "sage_int8-seed0"], tmp_path / "out")
     verdict, note = comparison.sentences()
-    assert "FP32 SDPA" in verdict and "BF16" not in verdict and "trainer.precision=32-true" in note
-    assert "FP32 SDPA" in (tmp_path / "out" / "report.html").read_text()
+    assert "FP32 (SDPA flash)" in verdict and "BF16" not in verdict and "trainer.precision=32-true" in note
+    assert "FP32 (SDPA flash)" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
 def test_final_loss_is_the_last_tenth_once_that_is_five_rows(tmp_path: Path):
@@ -166,12 +167,13 @@ def test_outside_the_band_both_ways(tmp_path: Path):
     assert [arm.inside for arm in comparison.others] == [False, False]
     assert [arm.gap for arm in comparison.others] == pytest.approx([-0.505, 0.495])
     better, worse = comparison.sentences()
-    assert "better ends lower than BF16" in better and "worse does not train as well as BF16" in worse
+    assert better.startswith("better (SDPA flash) ends lower than BF16 (SDPA flash)")
+    assert worse.startswith("worse (SDPA flash) does not train as well as BF16 (SDPA flash)")
 
 
 def test_report_is_self_contained_and_complete(parent: Path, tmp_path: Path):
     comparison = report([parent], tmp_path / "out")
-    html = (tmp_path / "out" / "report.html").read_text()
+    html = (tmp_path / "out" / "report.html").read_text("utf-8")
     page = Page(html)
     assert "://" not in html and "@import" not in html and "<script" not in html
     assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
@@ -207,7 +209,7 @@ def test_panels_of_sparse_columns(tmp_path: Path):
     comparison = report([tmp_path], tmp_path / "out")
     steps, values = comparison.runs[0].series("val_loss")
     assert steps.tolist() == [1, 6, 11, 16] and values.tolist() == [1.0, 6.0, 11.0, 16.0]
-    text = Page((tmp_path / "out" / "report.html").read_text()).text
+    text = Page((tmp_path / "out" / "report.html").read_text("utf-8")).text
     for title in ("Validation loss", "Probe: loss gap", "Probe: gradient agreement", "Probe: dS row-sum residual"):
         assert title in text
     assert "Probe: sigma of q, INT8" in text and "layer 10" in text and "Probe: sigma of k" not in text
@@ -216,13 +218,13 @@ def test_panels_of_sparse_columns(tmp_path: Path):
 def test_metrics_csv_and_json_hold_everything(parent: Path, tmp_path: Path):
     write_run(parent, "sage_int8", 2, falling(2.0), columns={"val_loss": [None] * (STEPS - 1) + [2.5]})
     comparison = report([parent], tmp_path)
-    with open(tmp_path / "metrics.csv", newline="") as file:
+    with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:4] == ["recipe", "arm", "seed", "step"] and len(rows) == 5 * STEPS
     last = rows[-1]
     assert (last["recipe"], last["arm"], last["seed"], last["step"]) == ("tiny", "sage_int8", "2", str(STEPS))
     assert last["val_loss"] == "2.5" and rows[0]["val_loss"] == ""
-    numbers = json.loads((tmp_path / "comparison.json").read_text())
+    numbers = json.loads((tmp_path / "comparison.json").read_text("utf-8"))
     assert numbers["band"] == comparison.band and numbers["arms"]["sage_int8"]["gap"] == comparison.others[0].gap
     assert numbers["arms"]["sage_int8"]["paired_seeds"] == [0, 1] and len(numbers["runs"]) == 5
     assert numbers["arms"]["bf16"]["final_losses"] == pytest.approx({"0": 2.0, "1": 2.1})
@@ -241,7 +243,7 @@ def test_one_seed_has_no_band(tmp_path: Path):
     assert comparison.band is None and comparison.others[0].inside is None
     assert comparison.others[0].gap == pytest.approx(0.01)
     assert "unknown: one BF16 seed gives no seed-to-seed band" in comparison.sentences()[0]
-    assert "its band is unknown" in (tmp_path / "out" / "report.html").read_text()
+    assert "its band is unknown" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
 def test_picture_of_a_run_that_blows_up_or_never_had_a_loss(tmp_path: Path):
@@ -250,7 +252,7 @@ def test_picture_of_a_run_that_blows_up_or_never_had_a_loss(tmp_path: Path):
     write_run(tmp_path, "other", 0, [math.nan, math.inf])
     comparison = report([tmp_path], tmp_path / "out")
     assert comparison.common_step == 2 and [arm.inside for arm in comparison.others] == [False, None]
-    Page((tmp_path / "out" / "report.html").read_text())
+    Page((tmp_path / "out" / "report.html").read_text("utf-8"))
 
 
 def test_seeds_that_do_not_pair(tmp_path: Path):
@@ -261,20 +263,9 @@ def test_seeds_that_do_not_pair(tmp_path: Path):
     assert "no seed in common" in comparison.sentences()[0]
 
 
-def test_single_arm_and_missing_baseline(tmp_path: Path):
-    write_run(tmp_path, "a", 0, falling(2.0))
-    alone = Comparison(find_runs([tmp_path]))
-    assert alone.others == [] and "no other arm" in alone.sentences()[0]
-    write_run(tmp_path, "b", 0, falling(2.1))
-    both = report([tmp_path], tmp_path / "out")
-    assert both.baseline is None and "--baseline" in both.sentences()[0]
-    chosen = Comparison(find_runs([tmp_path]), "b")
-    assert chosen.others[0].gap == pytest.approx(-0.1)
-
-
 def test_unfinished_run_is_compared_up_to_the_common_step(parent: Path):
     write_run(parent, "sage_int8", 2, falling(2.0)[:12], status="failed", max_steps=STEPS, error="OSError: disk full")
-    with open(parent / "sage_int8-seed2" / "metrics.csv", "a") as file:
+    with open(parent / "sage_int8-seed2" / "metrics.csv", "a", encoding="utf-8") as file:
         file.write("13,832,2.")  # killed while it wrote
     comparison = report([parent], parent)
     assert comparison.common_step == 12 and comparison.cut_short
@@ -285,13 +276,13 @@ def test_unfinished_run_is_compared_up_to_the_common_step(parent: Path):
         "sage_int8-seed2 is unfinished: failed, step 12 of 20 (OSError: disk full)" in notes
         and "half-written last line" in notes
     )
-    html = (parent / "report.html").read_text()
+    html = (parent / "report.html").read_text("utf-8")
     assert "Dotted" in html and "disk full" in html
 
 
 def test_resumed_run_counts_a_step_once(tmp_path: Path):
     path = write_run(tmp_path, "bf16", 0, [5.0, 4.0, 3.0])
-    with open(path / "metrics.csv", "a") as file:
+    with open(path / "metrics.csv", "a", encoding="utf-8") as file:
         file.write("2,128,4.5,100\n3,192,3.5,100\n")
     steps, losses = Run(path).series("loss")
     assert steps.tolist() == [1, 2, 3] and losses.tolist() == [5.0, 4.5, 3.5]
@@ -330,10 +321,10 @@ def test_not_the_same_experiment_is_said_loudly(tmp_path: Path, changes: dict, e
 
 def test_text_from_runs_is_escaped_and_mismatches_stand_out(tmp_path: Path):
     write_run(tmp_path, "bf16", 0, falling(2.0), command="python <script>alert(1)</script> [/red]")
-    write_run(tmp_path, "<b>$x$[red]", 0, falling(2.0), recipe="a&b")
+    write_run(tmp_path, "<b>$x$[red]", 0, falling(2.0), recipe="a&b[/red]")
     comparison = report([tmp_path], tmp_path / "out")
-    assert "<b>$x$[red]" in printed(comparison)
-    html = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>$x$[red]" in printed(comparison) and "a&b[/red], tiny, step 20" in printed(comparison)
+    html = (tmp_path / "out" / "report.html").read_text("utf-8")
     page = Page(html)
     assert "<script" not in html and "<b>" not in html
     assert "Not the same experiment" in page.text and "recipe differs: tiny" in page.text
@@ -352,7 +343,7 @@ def test_command_line_paths(parent: Path, tmp_path: Path, monkeypatch: pytest.Mo
     runs = [str(parent / name) for name in ("bf16-seed0", "sage_int8-seed0")]
     assert main(runs) == 0 and (tmp_path / "comparison" / "report.html").exists()
     assert main([*runs, str(parent), str(parent.parent), "--out", "all", "--baseline", "sage_int8"]) == 0
-    numbers = json.loads((tmp_path / "all" / "comparison.json").read_text())
+    numbers = json.loads((tmp_path / "all" / "comparison.json").read_text("utf-8"))
     assert numbers["baseline"] == "sage_int8" and len(numbers["runs"]) == 4
 
 
@@ -367,7 +358,8 @@ def test_command_line_names_mistakes(parent: Path, tmp_path: Path, capsys: pytes
     assert "is a file" in one_line_error(capsys, parent, "--out", parent / "bf16-seed0" / "run.json")
     assert not (parent / "report.html").exists()
     write_run(tmp_path / "again", "bf16", 0, falling(2.0))
-    assert "two runs of arm 'bf16' and seed 0" in one_line_error(capsys, parent, tmp_path / "again")
+    twice = one_line_error(capsys, parent, tmp_path / "again")
+    assert "two runs of arm 'bf16' and seed 0 that differ in no setting" in twice and "again" in twice
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,13 @@ def pretrain(path, seq_len=16, **cfg):
 @pytest.mark.parametrize("end", OPEN)
 def test_broken_json_names_file_and_line(end, tmp_path):
     path = tmp_path / f"x.jsonl{end}"
-    with OPEN[end](path, "wt") as f:
+    with OPEN[end](path, "wt", encoding="utf-8") as f:
         f.write(GOOD + "\n" + GOOD + '{"text": "cut o\n' + GOOD)
     with pytest.raises(ValueError, match=rf"x\.jsonl{end}:4: broken JSON line"):
         pretrain(path)
     with pytest.raises(ValueError, match=rf"x\.jsonl{end}:4: broken JSON line"):  # found when it is built
         build({"kind": "pretrain", "path": str(path)}, TOK, 64, 0)
-    with OPEN[end](path, "wt") as f:
+    with OPEN[end](path, "wt", encoding="utf-8") as f:
         f.write('{"question": "?", "answer": "!"}\n[1]\n')
     with pytest.raises(ValueError, match=rf"x\.jsonl{end}:2: each line must be a JSON object, this one is a list"):
         build({"kind": "gsm8k", "path": str(path)}, TOK, 64, 0)
@@ -42,7 +42,7 @@ def test_broken_json_names_file_and_line(end, tmp_path):
 @pytest.mark.parametrize("end", [".xz", ".gz"])
 def test_cut_off_file_names_file_and_line(end, tmp_path):
     path = tmp_path / f"x.jsonl{end}"
-    with OPEN[end](path, "wt") as f:
+    with OPEN[end](path, "wt", encoding="utf-8") as f:
         f.writelines(json.dumps({"text": f"{i * 7919 % 10007}" * 9}) + "\n" for i in range(2000))
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match=rf"x\.jsonl{end}:\d+: .*(damaged|cut off)"):
@@ -62,6 +62,13 @@ def test_not_utf8(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"not a table")
     with pytest.raises(ValueError, match=r"x\.parquet:1: .*not readable as parquet"):
         pretrain(tmp_path / "x.parquet")
+    table = pyarrow.table({"text": [f"{i * 7919 % 10007} words" for i in range(4000)]})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    content[200:4000] = bytes(3800)
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.parquet:\d+: .*not readable as parquet"):
+        pretrain(tmp_path / "x.parquet", seq_len=10**6)
 
 
 def test_missing_files_and_formats(tmp_path):
@@ -72,7 +79,7 @@ def test_missing_files_and_formats(tmp_path):
         assert name in str(error.value) and "does not exist" in str(error.value)
     with pytest.raises(ValueError, match="holds no data of a known format"):
         pretrain(tmp_path)
-    (tmp_path / "x.csv").write_text("a,b")
+    (tmp_path / "x.csv").write_text("a,b", encoding="utf-8")
     with pytest.raises(ValueError, match=r"x\.csv' is or holds no data of a known format; supported: \.jsonl"):
         pretrain(tmp_path / "x.csv")
     with pytest.raises(ValueError, match="empty list"):
@@ -80,26 +87,26 @@ def test_missing_files_and_formats(tmp_path):
 
 
 def test_empty_and_too_little(tmp_path):
-    (tmp_path / "x.jsonl").write_text("\n\n")
+    (tmp_path / "x.jsonl").write_text("\n\n", encoding="utf-8")
     with pytest.raises(ValueError, match="'x.jsonl' is empty"):
         pretrain(tmp_path / "x.jsonl")
     with pytest.raises(ValueError, match="is empty"):
         build({"kind": "gsm8k", "path": str(tmp_path / "x.jsonl")}, TOK, 64, 0)
     with pytest.raises(ValueError, match="is empty: no document for validation"):
         pretrain(tmp_path / "x.jsonl", val_documents=3)
-    (tmp_path / "x.jsonl").write_text(GOOD * 3)
+    (tmp_path / "x.jsonl").write_text(GOOD * 3, encoding="utf-8")
     with pytest.raises(ValueError, match=r"holds 90 tokens in 3 document\(s\) .* one row needs 91"):
         pretrain(tmp_path / "x.jsonl", seq_len=91)
     assert pretrain(tmp_path / "x.jsonl", seq_len=90)["input_ids"].shape == (1, 90)
     with pytest.raises(ValueError, match=r"holds 0 tokens in 3 document\(s\) after 1 held out"):
         pretrain(tmp_path / "x.jsonl", val_documents=1)  # all three are the same document
-    (tmp_path / "y.jsonl").write_text('{"text": "another"}\n' * 9)
+    (tmp_path / "y.jsonl").write_text('{"text": "another"}\n' * 9, encoding="utf-8")
     with pytest.raises(ValueError, match="1 validation documents do not fill one row of 16 tokens"):
         pretrain(tmp_path / "x.jsonl", val_path=str(tmp_path / "y.jsonl"), val_documents=1)
 
 
 def test_missing_field_lists_the_fields(tmp_path):
-    (tmp_path / "x.jsonl").write_text(GOOD)
+    (tmp_path / "x.jsonl").write_text(GOOD, encoding="utf-8")
     with pytest.raises(ValueError, match=r"x\.jsonl:1: no field 'content'; the fields are text, id\. Set data\.text_f"):
         pretrain(tmp_path / "x.jsonl", text_field="content")
     with pytest.raises(ValueError, match=r"x\.jsonl:1: field 'id' is int, a string is needed"):
@@ -114,7 +121,7 @@ def test_missing_field_lists_the_fields(tmp_path):
     ("mmlu", {"choices": "abcd"}, "field 'choices' must be a non-empty list"),
     ("hellaswag", {"label": ""}, "field 'label' must be 0 to 1, not ''"),
     ("drop", {"answers": []}, "field 'answers' must be a non-empty list"),
-    ("drop", {"answers_spans": {}}, "no field 'answers' or 'answers_spans'"),
+    ("drop", {"answers_spans": {}}, "no field 'answers', 'answers_spans' or 'answer'"),
 ])  # fmt: skip
 def test_broken_task_records(kind, change, message, tmp_path):
     record = {
@@ -122,16 +129,16 @@ def test_broken_task_records(kind, change, message, tmp_path):
         "hellaswag": {"activity_label": "a", "ctx": "c", "endings": ["x", "y"], "label": 0},
         "drop": {"passage": "p", "question": "q"},
     }[kind]
-    (tmp_path / "x.jsonl").write_text(json.dumps(record | change) + "\n")
+    (tmp_path / "x.jsonl").write_text(json.dumps(record | change) + "\n", encoding="utf-8")
     if message.startswith("no field"):
         record.pop("answers", None)
-        (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n")
+        (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=f"x.jsonl:1: {message}"):
         build({"kind": kind, "path": str(tmp_path / "x.jsonl")}, TOK, 64, 0)
 
 
 def test_options(tmp_path):
-    (tmp_path / "x.jsonl").write_text(GOOD)
+    (tmp_path / "x.jsonl").write_text(GOOD, encoding="utf-8")
     good = {"kind": "pretrain", "path": str(tmp_path / "x.jsonl")}
     for change, message in (
         ({"kind": "squad"}, "unknown data.kind 'squad'; there are pretrain, gsm8k, mmlu, hellaswag, drop"),
@@ -181,7 +188,7 @@ def test_tokenizers(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "words")
     tokenizer = build_tokenizer(str(tmp_path / "words"))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
-    (tmp_path / "x.jsonl").write_text(GOOD * 9)
+    (tmp_path / "x.jsonl").write_text(GOOD * 9, encoding="utf-8")
     data = build({"kind": "pretrain", "path": str(tmp_path / "x.jsonl")}, tokenizer, 14, 0)
     assert next(iter(data.train_dataloader()))["input_ids"].tolist() == [[3, 4, 2, 2, 2, 2, 1] * 2]
     (ids,) = encode(tokenizer, ["some </s> text"])
@@ -195,19 +202,24 @@ def test_odd_but_right_files(tmp_path):
     """Empty documents and blank lines are passed over, lone surrogates replaced, all formats read the same text."""
     text = "größe " * 8
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/x.jsonl").write_text(json.dumps({"text": ""}) + "\n\n" + json.dumps({"text": text}) + "\n")
-    (tmp_path / "a/x.txt").write_text(text)
+    (tmp_path / "a/x.jsonl").write_text(
+        json.dumps({"text": ""}) + "\n\n" + json.dumps({"text": text}) + "\n", encoding="utf-8"
+    )
+    (tmp_path / "a/x.txt").write_text(text, encoding="utf-8")
     (tmp_path / "a/x.py").write_bytes(b"# coding: latin-1\n# gr\xf6\xdfe\n")
-    with lzma.open(tmp_path / "a/x.txt.xz", "wt") as f:
+    with lzma.open(tmp_path / "a/x.txt.xz", "wt", encoding="utf-8") as f:
         f.write(text)
     table = pyarrow.table({"id": range(2), "text": ["", text]})
     parquet.write_table(table, tmp_path / "a/x.parquet")
     for name in "x.jsonl", "x.txt", "x.txt.xz", "x.parquet":
         assert TOK.decode(pretrain(tmp_path / "a" / name, seq_len=65)["input_ids"][0]) == text
     assert TOK.decode(pretrain(tmp_path / "a/x.py", seq_len=29)["input_ids"][0]) == "# coding: latin-1\n# größe\n"
-    (tmp_path / "y.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n')
+    (tmp_path / "y.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n', encoding="utf-8")
     assert TOK.decode(pretrain(tmp_path / "y.jsonl")["input_ids"][0]) == "lone ? surrogate"[:16]
     cfg = OmegaConf.create(
         {"kind": "pretrain", "path": [str(tmp_path / "a"), str(tmp_path / "y.js*")], "val_path": None}
-    )
-    assert len(build(cfg, TOK, 8, 0).stream.corpus.files) == 6  # as Hydra gives it: a folder and a glob
+    )  # as Hydra gives it: a folder (of which the tables are data) and a glob
+    assert [p.name for p in build(cfg, TOK, 8, 0).stream.corpus.files] == ["x.jsonl", "x.parquet", "y.jsonl"]
+    for name, text in ("bom.txt", "one\r\ntwo\n"), ("bom.jsonl", '{"text": "one\\ntwo\\n"}\r\n\r\n'):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())  # as Windows programs write them
+        assert TOK.decode(pretrain(tmp_path / name, seq_len=9)["input_ids"][0]) == "one\ntwo\n"

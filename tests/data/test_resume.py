@@ -20,9 +20,9 @@ QUIET = dict(logger=False, enable_progress_bar=False, enable_model_summary=False
 @pytest.fixture
 def cfgs(tmp_path):
     for shard in range(3):
-        with lzma.open(tmp_path / f"p{shard}.jsonl.xz", "wt") as f:
+        with lzma.open(tmp_path / f"p{shard}.jsonl.xz", "wt", encoding="utf-8") as f:
             f.writelines(json.dumps({"text": f"shard {shard} line {i} " * (1 + i % 7)}) + "\n" for i in range(11))
-    with open(tmp_path / "gsm8k.jsonl", "w") as f:
+    with open(tmp_path / "gsm8k.jsonl", "w", encoding="utf-8") as f:
         f.writelines(json.dumps({"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(23))
     return {
         "pretrain": {"kind": "pretrain", "path": str(tmp_path / "*.xz"), "shuffle_buffer": 4, "val_documents": 3},

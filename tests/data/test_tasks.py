@@ -37,14 +37,14 @@ TEXT = {
         "Which?\nA. w\nB. x\nC. y\nD. z\nAnswer:",
         " C",
     ),
-    "hellaswag": ("Cooking: A man cooks. he", " stirs it."),
-    "drop": ("Passage: A beat B and C.\nQuestion: Who lost?\nAnswer:", " B and C"),
+    "hellaswag": ("Cooking: A man cooks. He", " stirs it."),
+    "drop": ("A beat B and C. Who lost?", " B and C"),
 }
 
 
 def write(path: Path, records) -> str:
     opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "wt") as f:
+    with opener(path, "wt", encoding="utf-8") as f:
         f.writelines(json.dumps(record) + "\n" for record in records)
     return str(path)
 
@@ -67,23 +67,73 @@ def test_prompt_and_answer(kind, layout, tmp_path):
     assert torch.equal(labels[labels >= 0], ids[len(prompt) :])
 
 
+@pytest.mark.parametrize("record, prompt, answer", [
+    # a WikiHow scene: markup out, a title ends a sentence, no ctx_b
+    ({"activity_label": "Pets", "ctx_a": "[header] How to wash a cat [title] Fill a tub. [step] Use warm water.",
+      "ctx_b": "", "ctx": "unused", "endings": ["Dry it [title] Use a towel. [step] Be quick.", "no"], "label": "0"},
+     "Pets: How to wash a cat. Fill a tub. Use warm water.", " Dry it. Use a towel. Be quick."),
+    # markup at the ends leaves its space, which belongs to the answer
+    ({"activity_label": "Pets", "ctx": "Wash it. [substeps]", "endings": ["[substeps] Dry it.", "no"], "label": 0},
+     "Pets: Wash it.", "   Dry it."),
+    # only the first letter of ctx_b is a capital
+    ({"activity_label": "Ski", "ctx_a": "Ann skis in Bern.", "ctx_b": "the man in a BIG hat", "ctx": "unused",
+      "endings": ["falls.", "no"], "label": "0"}, "Ski: Ann skis in Bern. The man in a big hat", " falls."),
+    # a scene in one piece: the sentence that is begun, also after a quotation, also the only one
+    ({"activity_label": "Ski", "ctx": 'Ann skis in Bern. She says "Go!" bob', "endings": ["falls.", "no"], "label": 0},
+     'Ski: Ann skis in Bern. She says "Go!" Bob', " falls."),
+    ({"activity_label": "Ski", "ctx": "the man", "endings": ["falls.", "no"], "label": 0}, "Ski: The man", " falls."),
+    ({"activity_label": "Ski", "ctx": "He skis (e.g. here).", "endings": ["No.", "Yes."], "label": 1},
+     "Ski: He skis (e.g. here).", " Yes."),
+])  # fmt: skip
+def test_hellaswag_as_the_harness_asks_it(record, prompt, answer):
+    assert TASKS["hellaswag"].text(record, "here")[1:] == (prompt, answer)
+
+
+@pytest.mark.parametrize("record, answer", [
+    ({"answers": ["the cats", "cats"]}, " the cats"),
+    ({"answers_spans": {"spans": ["two", "two"], "types": ["number", "number"]}}, " two"),
+    ({"answer": {"number": "2", "date": {"day": "", "month": "", "year": ""}, "spans": []}}, " 2"),
+    ({"answer": {"number": "", "date": {"day": "", "month": "May", "year": "1990"}, "spans": []}}, " May 1990"),
+    ({"answer": {"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": ["Ann", "Bob"]}}, " Ann and Bob"),
+])  # fmt: skip
+def test_drop_in_every_layout(record, answer):
+    text = {"passage": "Ann has Bob's two cats. ", "question": "Who?"} | record
+    assert TASKS["drop"].text(text, "here") == (text["passage"], "Ann has Bob's two cats.  Who?", answer)
+    assert TASKS["drop"].text(text | {"question": "Who? "}, "here")[2] == answer[1:]  # the space is there already
+
+
+def test_one_scene_is_on_one_side():
+    """What the hash decides by: the source, the passage, the scene without the sentence that is begun."""
+    scene = {"activity_label": "Ski", "endings": ["falls.", "no"], "label": 0}
+    keys = {TASKS["hellaswag"].text(scene | {"ctx": f"Ann skis. {who}"}, "")[0] for who in ("she", "the man")}
+    assert keys == {"Ann skis."}
+    assert TASKS["hellaswag"].text(HUB["hellaswag"] | {"source_id": "v_1"}, "")[0] == "v_1"
+
+
 @pytest.mark.parametrize("kind", TASKS)
-def test_hub_splits(kind, monkeypatch):
+def test_what_is_evaluated_is_never_read(kind, monkeypatch):
+    """lm-evaluation-harness evaluates GSM8K and MMLU on test, HellaSwag and DROP on validation."""
     datasets = pytest.importorskip("datasets")
     calls = []
 
     def fake(repo, config, split, streaming):
         calls.append((repo, config, split, streaming))
-        return datasets.Dataset.from_list([HUB[kind]] * 3)
+        change = {"gsm8k": "question", "mmlu": "question", "hellaswag": "ctx_a", "drop": "passage"}[kind]
+        return datasets.Dataset.from_list([HUB[kind] | {change: f"{split} number {i}."} for i in range(80)])
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     data = build({"kind": kind}, TOK, 400, 0)
     task = TASKS[kind]
-    assert calls == [(task.repo, task.config, split, False) for split in (task.train, task.val)]
-    assert len(data.train_dataloader()) == len(data.val_dataloader()) == 3
-    with pytest.raises(ValueError, match="no gsm8k example is left|no .* example is left"):
+    splits = ("auxiliary_train", "validation") if kind == "mmlu" else ("train",)
+    assert calls == [(task.repo, task.config, split, False) for split in splits]
+    train, val = ([TOK.decode(row[0][0]) for row in rows] for rows in (data.stream.train, data.stream.held_out))
+    assert not set(train) & set(val) and len(train) + len(val) == 80 * len(splits)
+    assert len(val) == 80 if kind == "mmlu" else 0 < len(val) < 20
+    with pytest.raises(ValueError, match="no .* example is left"):
         build({"kind": kind, "source": "my/copy", "split": "dev", "val_fraction": 0.9999999}, TOK, 400, 0)
-    assert calls[2:] == [("my/copy", None, "dev", False)]
+    assert calls[len(splits) :] == [("my/copy", None, "dev", False)]
+    build({"kind": kind, "source": "my/copy", "val_split": "held"}, TOK, 400, 0)
+    assert calls[-2:] == [("my/copy", None, task.train, False), ("my/copy", None, "held", False)]
 
 
 def test_padding_is_on_the_right_and_masked(tmp_path):
@@ -113,17 +163,44 @@ def test_packed_examples_are_whole_and_apart(tmp_path):
     assert sorted(got) == sorted(f"Question: {q['question']}\nAnswer: {q['answer']}" for q in questions(20))
 
 
-def test_long_prompt_loses_its_beginning_and_is_counted(tmp_path, caplog):
-    record = {"passage": "long " * 100, "question": "Who?", "answers": ["the answer"]}
+def test_too_long_is_counted_before_anything_is_spent(tmp_path, caplog):
+    """The record that is too long is the validation example, the others need 40 to 42 tokens."""
+    records = [{"passage": f"{'long ' * (i % 3)}p{i}", "question": "Who?", "answers": ["the answer"]} for i in range(6)]
+    train = write(tmp_path / "x.jsonl", records)
+    val = write(tmp_path / "v.jsonl", [{"passage": "long " * 9, "question": "Who?", "answers": ["the answer"]}])
+    cfg = {"kind": "drop", "path": train, "val_path": val}
+    needs = [len(f"{r['passage']} Who? the answer") + 1 for r in records]
+    assert sorted(needs) == [19, 19, 24, 24, 29, 29]
+    message = r"3 of 7 examples do not fit data.seq_len=24, the longest needs 62. Give data.seq_len=62, .*too_long=skip"
+    with pytest.raises(ValueError, match=message):
+        build(cfg, TOK, 24, 0)
+    assert len(build(cfg, TOK, 62, 0).stream.held_out) == 1
     with caplog.at_level(logging.WARNING):
-        batch = first({"kind": "drop", "path": write(tmp_path / "x.jsonl", [record])}, seq_len=40)
-    text = TOK.decode(batch["input_ids"][0])
-    assert batch["input_ids"].shape == (1, 40) and text.endswith("Who?\nAnswer: the answer")
-    assert int((batch["labels"] >= 0).sum()) == len(" the answer") + 1
-    assert "1 of 1 prompts lost their beginning" in caplog.text
-    with pytest.raises(ValueError, match="the answer 'the answer...' alone has 11 tokens .* raise seq_len to 13"):
-        first({"kind": "drop", "path": str(tmp_path / "x.jsonl")}, seq_len=12)
-    assert first({"kind": "drop", "path": str(tmp_path / "x.jsonl")}, seq_len=13)["input_ids"].shape == (1, 13)
+        stream = build(cfg | {"too_long": "skip"}, TOK, 24, 0).stream
+    assert sorted(len(row[0][0]) for row in stream.train) == [19, 19, 24, 24] and stream.held_out == []
+    assert "3 skipped as too long" in caplog.text and stream.facts["skipped as too long"] == 3
+    with caplog.at_level(logging.WARNING):
+        stream = build(cfg | {"too_long": "truncate"}, TOK, 24, 0).stream
+    assert sorted(len(row[0][0]) for row in stream.train) == [19, 19, 24, 24, 24, 24]
+    ((ids, prompt),) = stream.held_out[0]
+    assert TOK.decode(ids) == "long long  Who? the answer"[-23:] and TOK.decode(ids[prompt:]) == " the answer"
+    assert "3 truncated" in caplog.text and stream.facts["truncated"] == 3
+    with pytest.raises(ValueError, match="0 row.s. of training data"):  # the answer alone is too long
+        build(cfg | {"too_long": "truncate"}, TOK, 12, 0)
+    with pytest.raises(ValueError, match="data.too_long must be one of error, skip, truncate, not 'cut'"):
+        build(cfg | {"too_long": "cut"}, TOK, 24, 0)
+
+
+def test_a_truncated_prompt_keeps_bos(tmp_path):
+    class WithBos(ByteTokenizer):
+        bos_token_id = 258
+
+        def encode(self, text, **options):
+            return [258, *super().encode(text)] if text == "" else super().encode(text)
+
+    path = write(tmp_path / "x.jsonl", [{"passage": "long " * 9, "question": "Who?", "answers": ["me"]}])
+    batch = first({"kind": "drop", "path": path, "too_long": "truncate"}, WithBos(), 16)
+    assert batch["input_ids"][0].tolist() == [258, *b" long  Who? me", 256]
 
 
 def test_hash_split_keeps_passages_together_and_ignores_the_seed(tmp_path):
@@ -134,7 +211,7 @@ def test_hash_split_keeps_passages_together_and_ignores_the_seed(tmp_path):
         data = build(cfg, TOK, 200, seed)
         loaders = data.train_dataloader(), data.val_dataloader()
         text = [[TOK.decode(b["input_ids"][0]) for b in loader] for loader in loaders]
-        return [{t.split("\n")[0] for t in side} for side in text], [len(side) for side in text]
+        return [{t.split(" q")[0] for t in side} for side in text], [len(side) for side in text]
 
     (train, val), (n_train, n_val) = sides(0)
     assert not train & val and n_train + n_val == 120 and n_train == 3 * len(train) and 10 < n_val < 70
@@ -146,6 +223,19 @@ def test_val_path_and_max_examples(tmp_path):
     data = build({"kind": "gsm8k", "path": path, "val_path": val, "max_examples": 7}, TOK, 200, 0)
     assert len(data.train_dataloader()) == len(data.val_dataloader()) == 7
     assert all("#### 1" in TOK.decode(b["input_ids"][0]) for b in data.val_dataloader())
+
+
+def test_no_validation_example_is_trained_on(tmp_path, caplog):
+    path, val = write(tmp_path / "x.jsonl", questions(30)), write(tmp_path / "v.jsonl", questions(10, 25))
+    with caplog.at_level(logging.WARNING):
+        stream = build({"kind": "gsm8k", "path": path, "val_path": val}, TOK, 200, 0).stream
+    assert len(stream.train) == 25 and len(stream.held_out) == 10
+    assert "25 examples, 10 (" in caplog.text
+    (tmp_path / "link").symlink_to(tmp_path)
+    for same in (path, str(tmp_path / "link" / "x.jsonl"), str(tmp_path / "x*")):
+        for kind in ("gsm8k", "pretrain"):
+            with pytest.raises(ValueError, match="val_path names '.*x.jsonl', which data.path trains on: give other"):
+                build({"kind": kind, "path": path, "val_path": same}, TOK, 200, 0)
 
 
 def test_epochs_are_permutations_shared_out_among_ranks(tmp_path):
