@@ -25,7 +25,7 @@ RECIPES_DIR = _folder("recipes")
 
 def recipes() -> dict[str, str]:
     """Every recipe by name, with what the comment on its first line says it does."""
-    lines = {path.stem: path.read_text().partition("\n")[0] for path in sorted(RECIPES_DIR.glob("*.yaml"))}
+    lines = {path.stem: path.read_text("utf-8").partition("\n")[0] for path in sorted(RECIPES_DIR.glob("*.yaml"))}
     return {name: line.lstrip("# ") if line.startswith("#") else "" for name, line in lines.items()}
 
 

@@ -127,6 +127,6 @@ def test_sweep_trains_from_any_directory_and_writes_only_its_runs(tmp_path: Path
     assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["0", "1", "multirun.yaml"]
     for seed in "01":
         run = tmp_path / "here" / seed
-        assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv", "run.json"]
+        assert {p.name for p in run.iterdir()} == {".lock", "checkpoints", "config.yaml", "metrics.csv", "run.json"}
         assert len((run / "metrics.csv").read_text().splitlines()) == 3
         assert f'"name": "bf16-seed{seed}"' in (run / "run.json").read_text()

@@ -28,6 +28,7 @@ APART = (
     "status",
     "command",
     "error",
+    "traceback",
     "wandb_id",
 )  # of run.json: shown elsewhere, or of no use here
 

@@ -155,7 +155,7 @@ def test_a_failed_checkpoint_keeps_the_last_one_and_the_metrics(train, monkeypat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch, tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match="the loss of step .* is (nan|inf)"):
+    with pytest.raises(FloatingPointError, match="last good checkpoint is kept"):
         train("optim.lr=1e30", "optim.warmup_steps=0", "trainer.gradient_clip_val=null", "checkpoint.every_n_steps=1")
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
 
