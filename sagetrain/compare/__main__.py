@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sagetrain.compare import report
+from sagetrain.paths import home
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,10 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m sagetrain.compare", description="Compare training runs and write a report."
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or a parent of run directories"
+        "runs", nargs="+", type=home, metavar="RUN", help="run directory, or a parent of run directories"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder of the report (default: the parent if one is given, else ./comparison)"
+        "--out", type=home, help="folder of the report (default: the parent if one is given, else ./comparison)"
     )
     parser.add_argument("--baseline", metavar="ARM", help="arm that the others are held against (default: bf16)")
     options = parser.parse_args(arguments)

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sagetrain.data import build_tokenizer
 from sagetrain.errors import asked_for
+from sagetrain.paths import home
 from sagetrain.training.module import model_config
 
 PREFIX = "model."  # of the Hugging Face model inside CausalLM
@@ -41,22 +42,22 @@ def export(run: str | Path, folder: str | Path) -> Path:
 
     Raises FileNotFoundError for what is no run or holds no checkpoint, FileExistsError when `folder` is in use.
     """
-    run, folder = Path(run).expanduser().absolute(), Path(folder).expanduser().absolute()
+    run, folder = home(run).absolute(), home(folder).absolute()
     checkpoint = run if run.parent.name == "checkpoints" else None
-    home = run.parent.parent if checkpoint else run
-    if not (home / "config.yaml").exists():
+    source = run.parent.parent if checkpoint else run
+    if not (source / "config.yaml").exists():
         raise FileNotFoundError(
             f"{run} is no run: it has no config.yaml. Give a run directory or one of its checkpoints"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty: choose another folder")
-    if checkpoint is None and (home / "weights").is_dir():
-        shutil.copytree(home / "weights", folder, dirs_exist_ok=True)
+    if checkpoint is None and (source / "weights").is_dir():
+        shutil.copytree(source / "weights", folder, dirs_exist_ok=True)
         return folder
-    checkpoint = checkpoint or home / "checkpoints" / "last.ckpt"
+    checkpoint = checkpoint or source / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():
         raise FileNotFoundError(f"{run} holds no checkpoint: it kept none (checkpoint.keep) or none was due yet")
-    cfg = OmegaConf.load(home / "config.yaml")
+    cfg = OmegaConf.load(source / "config.yaml")
     weights = {k.removeprefix(PREFIX): v for k, v in read_weights(checkpoint).items() if k.startswith(PREFIX)}
     _write(cfg, weights, folder)
     return folder

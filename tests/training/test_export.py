@@ -80,17 +80,16 @@ def test_from_pretrained_reads_what_was_trained(tmp_path: Path, text: str, tied:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed strategy.stage=0", "deepspeed strategy.stage=2"])
 def test_checkpoints_of_every_strategy_on_two_ranks(tmp_path: Path, text: str, strategy: str) -> None:
-    kind, *more = strategy.split()
-    command = [sys.executable, "-m", "sagetrain", *TINY, text, f"strategy={kind}", *more, "trainer.devices=2"]
-    stopped = [*command, "data.batch_size=1", f"out={tmp_path / 'out'}", "checkpoint.keep=weights"]
-    # What keep=weights gathers from the ranks must be what export reads out of a checkpoint of the same step.
-    stopped += ["checkpoint.every_n_steps=2"]
-    keep = "import shutil, sys; from sagetrain.training import checkpoint; from sagetrain.__main__ import main\n"
-    keep += "checkpoint.Checkpoint.clear = lambda self: None\nmain(sys.argv[1:])\n"
-    (tmp_path / "keep.py").write_text(keep)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "keep.py"), *stopped[3:]], env=HERE, capture_output=True, text=True, timeout=200
+    """What keep=weights gathers from the ranks must be what export reads out of a checkpoint of the same step."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from sagetrain.training import checkpoint; from sagetrain.__main__ import main\n"
+        "checkpoint.Checkpoint.clear = lambda self: None\n"  # the last checkpoint stays too
+        "main(sys.argv[1:])\n"
     )
+    command = [*TINY, text, *f"strategy={strategy}".split(), "trainer.devices=2", "data.batch_size=1"]
+    command += ["checkpoint.keep=weights", "checkpoint.every_n_steps=2", f"out={tmp_path / 'out'}"]
+    done = subprocess.run([sys.executable, script, *command], env=HERE, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "weights").state_dict()
     (checkpoint,) = (tmp_path / "out" / "checkpoints").glob("step-*")
