@@ -2,16 +2,21 @@
 
 Method: Hydra composes conf/train.yaml, the recipe and the command line; before it runs anything, every override is
 checked against what there is, so a mistyped name costs one line that lists the choices, not a traceback.
+Exit status: 0; 2 after such a line; 1 after the traceback of what nobody expected; 128 + the number of the signal that
+ended the run.
 Choice: the configuration folder is passed as an absolute path and each recipe is put into Hydra's ConfigStore as an
 option of the group `recipe`, so that all works from a checkout, an editable install and a wheel, in any directory.
 Cost: the configuration is composed twice (milliseconds).
 """
 
+import contextlib
 import difflib
 import inspect
 import itertools
 import os
+import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +31,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sagetrain.errors import is_bad_input, one_line
 from sagetrain.paths import CONF_DIR, RECIPES_DIR, groups, recipes
+from sagetrain.terminal import print_anything
+from sagetrain.training.folder import agreed, quoted
+from sagetrain.training.signals import Stopped, follow_launcher, is_helper
 
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, HydraException)
+OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 USAGE = """usage: python -m sagetrain recipe=NAME [key=value ...]
 
 recipes:
@@ -41,7 +50,8 @@ any key of the configuration: key=value, e.g. trainer.max_steps=100 optim.lr=1e-
   compare.arms=[bf16,sage_int8] compare.seeds=2   run several arms and report the differences
   data.path=FILE                                  local data instead of the hub
   --cfg job   show the composed configuration      -m key=a,b   one run per value      --hydra-help   all flags
-python -m sagetrain.doctor says what runs here, python -m sagetrain.compare RUN RUN... compares finished runs."""
+python -m sagetrain.doctor says what runs here, python -m sagetrain.compare RUN RUN... compares finished runs,
+python -m sagetrain.export RUN FOLDER writes the weights for transformers' from_pretrained."""
 
 
 def usage() -> str:
@@ -80,6 +90,8 @@ def check(arguments: list[str]) -> list[str]:
     for argument in arguments:
         if argument in recipes():
             raise ValueError(f"cannot read {argument!r}: did you mean recipe={argument}?")
+        # Few shells expand `~` behind `=`, and Hydra cannot read it.
+        argument = re.sub(r"(?<=[=,\[])~[^,\]]*", lambda home: quoted(os.path.expanduser(home[0])), argument)
         try:
             overrides += OverridesParser.create().parse_overrides([argument])
         except HydraException as error:
@@ -152,21 +164,38 @@ def _run(cfg: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             cfg.out = str(Path(cfg.out) / str(HydraConfig.get().job.num))
         run(cfg)
-    except USER_ERRORS as error:
+    except Stopped as stop:
+        _say(f"sagetrain: {stop}")
+        # At once: what libraries do as a process ends can wait for ranks that are gone. Lightning kills all ranks when
+        # one that it started has another status than 0.
+        os._exit(0 if is_helper() else stop.code)
+    except Exception as error:
         _fail(error)
 
 
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be what is gone
+        print(line, file=sys.stderr, flush=True)
+
+
 def _fail(error: Exception) -> None:
-    """Print the error as one line and leave with code 2; with HYDRA_FULL_ERROR=1, raise it."""
+    """Leave with code 2 after one line for bad input, with 1 after the traceback of anything else.
+
+    With HYDRA_FULL_ERROR=1, raise it.
+    """
     if os.environ.get("HYDRA_FULL_ERROR", "0") == "1":
         raise error
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"sagetrain: error: {text}", file=sys.stderr)
-    sys.exit(2)
+    expected = is_bad_input(error)
+    if not expected:
+        _say("".join(traceback.format_exception(error)).rstrip())
+    _say(f"sagetrain: error: {one_line(error)}")
+    sys.exit(2 if expected else 1)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (`sys.argv` when None)."""
+    follow_launcher()
+    print_anything()
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or set(arguments) & {"-h", "--help"}:
         print(usage())
@@ -177,8 +206,11 @@ def main(arguments: list[str] | None = None) -> None:
         if "--cfg" in flags:  # its value is a word of its own
             values = [a for a in values if a not in ("job", "hydra", "all")]
         overrides = check(values)
-        if not any(o.startswith("out=") for o in overrides) and not {"-m", "--multirun"} & set(flags):
-            overrides.append(f"out={_compose([o for o in overrides if not o.startswith('hydra')]).out}")
+        if not any(o.startswith("out=") for o in overrides):
+            sweep = bool({"-m", "--multirun"} & set(flags))
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            single = [o for o in parsed if not o.is_hydra_override() and not (sweep and o.is_sweep_override())]
+            overrides.append(f"out={quoted(agreed(_compose([o.input_line for o in single]).out))}")
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         _fail(error)
     # What Hydra sees, and what Lightning starts its other processes with: the same run directory for all of them.

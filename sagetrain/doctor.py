@@ -9,8 +9,10 @@ import platform
 import sys
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from sagetrain.terminal import console, print_anything
 
 # From the fastest down: what a CPU must have, and what the kernel is called with it (csrc/cpu).
 CPU_LEVELS = ("avx512_vnni", "avx2")
@@ -67,6 +69,7 @@ def why_not_faster(kernel: str, device: torch.device, flags: set[str]) -> str:
 
 def main() -> int:
     """Print the table; 0 when INT8 attention runs here."""
+    print_anything()
     table = Table(show_header=False, title="SageTrain doctor", title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -96,10 +99,10 @@ def main() -> int:
         table.add_row("BF16 attention", bf16.report(device))
         table.add_row("precision", "bf16-mixed" if quick_bf16(device) else "32-true (bf16 is slow on this CPU)")
     except (ImportError, RuntimeError) as problem:
-        table.add_row("[red]does not run[/red]", " ".join(str(problem).split()))
-    verdict = "[green]INT8 attention runs here[/green]" if works else "[red]INT8 attention does not run here[/red]"
-    table.add_row("verdict", verdict + ("" if works else "; attention=bf16 trains with PyTorch's own"))
-    Console().print(table)
+        table.add_row(Text("does not run", "red"), " ".join(str(problem).split()))
+    verdict = Text("INT8 attention runs here", "green") if works else Text("INT8 attention does not run here", "red")
+    table.add_row("verdict", verdict.append("" if works else "; attention=bf16 trains with PyTorch's own", "default"))
+    console().print(table)
     return 0 if works else 1
 
 

@@ -9,6 +9,11 @@ from pathlib import Path
 PACKAGE_DIR = Path(__file__).resolve().parent
 
 
+def home(path: str | Path) -> Path:
+    """`path`, with `~` as the home folder."""
+    return Path(path).expanduser()
+
+
 def _folder(name: str) -> Path:
     """The folder `name` inside the package (a wheel) or beside it (a checkout)."""
     for parent in (PACKAGE_DIR, PACKAGE_DIR.parent):
@@ -25,7 +30,7 @@ RECIPES_DIR = _folder("recipes")
 
 def recipes() -> dict[str, str]:
     """Every recipe by name, with what the comment on its first line says it does."""
-    lines = {path.stem: path.read_text().partition("\n")[0] for path in sorted(RECIPES_DIR.glob("*.yaml"))}
+    lines = {path.stem: path.read_text("utf-8").partition("\n")[0] for path in sorted(RECIPES_DIR.glob("*.yaml"))}
     return {name: line.lstrip("# ") if line.startswith("#") else "" for name, line in lines.items()}
 
 

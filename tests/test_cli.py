@@ -1,14 +1,22 @@
 """The command line: one clear line for what cannot work, and a run from any directory without stray files."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
 
 from sagetrain.__main__ import compose, main
+from sagetrain.data import build_tokenizer
+from sagetrain.errors import asked_for, is_bad_input, one_line
 from sagetrain.paths import PACKAGE_DIR, groups, recipes
+from sagetrain.training.module import check_length
 from tests.tiny import MODEL
 
 HERE = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent)}  # also where nothing is installed
@@ -128,6 +136,74 @@ def test_sweep_trains_from_any_directory_and_writes_only_its_runs(tmp_path: Path
     assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["0", "1", "multirun.yaml"]
     for seed in "01":
         run = tmp_path / "here" / seed
-        assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv", "run.json"]
+        assert {p.name for p in run.iterdir()} == {".lock", "checkpoints", "config.yaml", "metrics.csv", "run.json"}
         assert len((run / "metrics.csv").read_text().splitlines()) == 3
         assert f'"name": "bf16-seed{seed}"' in (run / "run.json").read_text()
+
+
+def caught(function, *arguments: object, **options: object) -> Exception:
+    try:
+        function(*arguments, **options)
+    except Exception as error:
+        return error
+    raise AssertionError("no error")
+
+
+def test_bad_input_is_what_a_check_raised_and_nothing_else() -> None:
+    expected = caught(compose, ["recipe=quickstrat"])
+    assert is_bad_input(expected) and "quickstart" in one_line(expected)
+    assert is_bad_input(caught(build_tokenizer, "/no/such/tokenizer"))
+    assert is_bad_input(caught(Trainer, precision="7"))  # Lightning's check of what the user asked for
+    error = caught(instantiate, {"_target_": "sagetrain.training.strategies.SageDDPStrategy", "attention": "nonsense"})
+    assert isinstance(error, InstantiationException) and is_bad_input(error)
+    assert one_line(error).startswith("attention='nonsense' is unknown")
+    # The same types, but nobody's check: a library, an operation in our own code that failed.
+    assert not is_bad_input(caught(torch.nn.Linear(2, 2), torch.zeros(3)))
+    assert not is_bad_input(caught(json.loads, "{"))
+    assert not is_bad_input(caught(check_length, None, 512))  # AttributeError: a slip of ours
+
+    def library() -> None:
+        with asked_for("model.path=x"):
+            json.loads("{")
+
+    assert not is_bad_input(caught(json.loads, "{")) and is_bad_input(caught(library))
+    assert one_line(caught(library)).startswith("model.path=x: Expecting property name")
+
+
+UNEXPECTED = """
+import sys
+from sagetrain.__main__ import main
+from sagetrain.training import module
+def broken(self, batch, index):
+    raise ValueError("zip() argument 2 is longer than argument 1")
+module.CausalLM.training_step = broken
+main(sys.argv[1:])
+"""
+
+
+def test_the_unexpected_shows_its_traceback_and_run_json_keeps_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", UNEXPECTED, "recipe=quickstart", "compare.arms=null", "attention=bf16", *TINY]
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
+    command += ["data.path=text.txt", "out=out"]
+    done = subprocess.run(command, cwd=tmp_path, env=HERE, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "in broken" in done.stderr
+    assert done.stderr.rstrip().endswith("sagetrain: error: zip() argument 2 is longer than argument 1")
+    info = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert info["status"] == "failed" and "in broken" in info["traceback"]
+    assert info["error"] == "ValueError: zip() argument 2 is longer than argument 1"
+
+
+def test_a_terminal_of_few_characters_shows_any_name(tmp_path: Path) -> None:
+    out = tmp_path / "läufe ☕ [bold]"
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
+    command = [sys.executable, "-m", "sagetrain", "recipe=quickstart", "compare.arms=[bf16,sage_int8]", *TINY]
+    command += [f"data.path={tmp_path / 'text.txt'}", f"out='{out}'", "compare.seeds=1"]
+    environment = HERE | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.decode("ascii")
+    assert f"run directory: {str(out).encode('ascii', 'replace').decode()} (after" in printed
+    assert (out / "report.html").exists() and "[bold]/report.html" in printed
+    doctor = [sys.executable, "-m", "sagetrain.doctor"]
+    assert subprocess.run(doctor, env=environment, capture_output=True).returncode == 0

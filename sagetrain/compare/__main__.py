@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from sagetrain.compare import report
+from sagetrain.paths import home
 from sagetrain.terminal import console, print_anything
 
 
@@ -17,17 +18,17 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m sagetrain.compare", description="Compare training runs and write a report."
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or a parent of run directories"
+        "runs", nargs="+", type=home, metavar="RUN", help="run directory, or a parent of run directories"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder of the report (default: the parent if one is given, else ./comparison)"
+        "--out", type=home, help="folder of the report (default: the parent if one is given, else ./comparison)"
     )
     default = "bf16, else the first that is not INT8"
     parser.add_argument("--baseline", metavar="ARM", help=f"arm to hold the others against (default: {default})")
     options = parser.parse_args(arguments)
-    paths = [path.expanduser() for path in options.runs]
+    paths = options.runs
     parent = paths[0] if len(paths) == 1 and not (paths[0] / "run.json").exists() else Path("comparison")
-    out = options.out.expanduser() if options.out else parent
+    out = options.out or parent
     try:
         comparison = report(paths, out, options.baseline)
     except (ValueError, OSError) as error:

@@ -19,7 +19,7 @@ from sagetrain.training.callbacks import RunLog
 from sagetrain.training.module import CausalLM
 
 
-class Watch(L.Callback):
+class AttentionRecord(L.Callback):
     """Fills `attention` and `handicap` of run.json and says them once. implementation: its name for transformers."""
 
     def __init__(self, record: RunLog, implementation: str, console: Console) -> None:

@@ -12,7 +12,6 @@ the memory of two sets of gradients.
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -30,6 +28,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sagetrain.terminal import console
+from sagetrain.training.folder import write, write_json
 from sagetrain.training.module import CausalLM
 
 COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "val_loss")
@@ -38,13 +38,6 @@ PROBE = ("probe/loss_bf16", "probe/loss_int8", "probe/grad_cosine", "probe/ds_ro
 
 def probe_columns(layers: int) -> tuple[str, ...]:
     return PROBE + tuple(f"probe/sigma_{x}_layer{i}" for x in "qk" for i in range(layers))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace `path` in one step, so that a reader or a kill never meets half a file."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
 
 
 class RunLog(L.Callback):
@@ -166,9 +159,7 @@ class RunLog(L.Callback):
             rows = csv.DictReader(line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
             kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
             lines += [self._line([row.get(c, "") for c in self.columns]) for row in kept]
-        aside = self.folder / ".metrics.csv.partial"
-        aside.write_bytes(b"".join(lines))
-        os.replace(aside, path)
+        write(path, b"".join(lines))
         self.close()
         self._file = open(path, "r+b")  # noqa: SIM115 (closed in close())
 
@@ -197,7 +188,7 @@ class Probe(L.Callback):
         if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters()):
             self.every = 0
             if trainer.is_global_zero:
-                Console(stderr=True).print("drift probe off: it needs whole parameters, and this strategy shards them")
+                console(stderr=True).print("drift probe off: it needs whole parameters, and this strategy shards them")
 
     def on_train_batch_start(self, trainer: L.Trainer, module: CausalLM, batch: dict[str, Any], batch_idx: int) -> None:
         if self.batch is None:
@@ -288,7 +279,7 @@ class Bar(L.Callback):
     def __init__(self, record: RunLog, title: str) -> None:
         self.record = record
         self.title = title
-        self.console = Console(stderr=True)
+        self.console = console(stderr=True)
         self.progress: Progress | None = None
         self._seen = 0
 
@@ -297,7 +288,7 @@ class Bar(L.Callback):
             return
         self._total, self._seen = int(trainer.estimated_stepping_batches), trainer.global_step
         shown = "loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tokens/s · left"
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(shown))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(shown))
         if self.console.is_terminal:
             self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
             fields = {"loss": math.nan, "speed": 0.0}
@@ -317,8 +308,7 @@ class Bar(L.Callback):
             left = (self._total - step) * row["step_ms"] / 1e3
             self.console.print(
                 f"{self.title}  step {step}/{self._total}  loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s"
-                f"  {left:.0f} s left",
-                highlight=False,
+                f"  {left:.0f} s left"
             )
 
     def stop(self) -> None:

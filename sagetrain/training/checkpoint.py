@@ -5,24 +5,38 @@ only then is the previous one deleted; `last.ckpt` is a link to it. A file (one 
 DeepSpeed) are treated alike. With Lightning's own state (weights, optimizer, schedule, loops, data order) goes the
 state of every random number generator, so the losses after a resume are those of a run that was never stopped, bit for
 bit.
+Weights that are not finite are never saved, so the last checkpoint is always a good one. Once a step the ranks
+compare what signals and clocks ask for, over a process group on the CPU, so that no device waits.
 Choice: not Lightning's ModelCheckpoint, which overwrites `last.ckpt` in place and builds the whole file in memory
 first.
 Cost: room for two checkpoints while one is replaced; it is asked for before training starts.
 """
 
+import copy
 import os
 import random
 import shutil
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import numpy as np
 import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sagetrain.training.export import numel, save_weights
+from sagetrain.training.signals import Stopped, Watch, requeue
 
 PARTIAL = ".partial-"
+SLURM_LINK = "hpc_ckpt_1.ckpt"
+KEEP = ("last", "weights", "none")
 
 
 def newest(folder: Path) -> Path | None:
@@ -74,16 +88,65 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-class Checkpoint(L.Callback):
-    """Saves every `every_n_steps` steps, every `every_minutes` minutes (0: never) and at the end of training."""
+def tensors(trainer: L.Trainer) -> Iterator[Tensor]:
+    """This rank's share of everything a checkpoint keeps of the training: weights, and the state of the optimizers."""
+    for weight in trainer.lightning_module.parameters():
+        yield getattr(weight, "ds_tensor", weight)
+    for optimizer in trainer.optimizers:
+        for weight, state in optimizer.state.items():
+            yield from (x for x in (weight, *state.values()) if isinstance(x, Tensor) and x.is_floating_point())
 
-    def __init__(self, folder: Path, every_n_steps: int, every_minutes: float) -> None:
-        self.folder = folder
+
+@torch.no_grad()
+def is_finite(trainer: L.Trainer) -> bool:
+    """Whether all of that is finite, on every rank."""
+    sums = [(x.to_local() if isinstance(x, DTensor) else x).detach().sum(dtype=torch.float64) for x in tensors(trainer)]
+    here = all(bool(torch.isfinite(x)) for x in sums)
+    return trainer.strategy.reduce_boolean_decision(here, all=True)
+
+
+def settings_of_this_run(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Optimizer and schedule as the configuration of this run has them, where a checkpoint brought those of another.
+
+    What was learned stays (the moments, the number of the step); learning rate, betas, weight decay and the shape of
+    the schedule are the user's.
+    """
+    fresh, schedule = module.configure_optimizers(), trainer.lr_scheduler_configs[0].scheduler
+    schedule.base_lrs = list(fresh["lr_scheduler"]["scheduler"].base_lrs)
+    schedule.lr_lambdas = fresh["lr_scheduler"]["scheduler"].lr_lambdas
+    lrs = [lr * share(schedule.last_epoch) for lr, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    groups = trainer.optimizers[0].param_groups
+    for group, new, lr in zip(groups, fresh["optimizer"].param_groups, lrs, strict=True):
+        group.update({key: value for key, value in new.items() if key != "params"} | {"lr": lr})
+    schedule._last_lr = lrs
+
+
+class Checkpoint(L.Callback):
+    """Saves every `every_n_steps` steps, every `every_minutes` minutes (0: never), when a signal asks, and at the end.
+
+    out: the run directory. keep: what stays of a finished run, `last` (the last checkpoint), `weights` (in Hugging
+    Face's format, in `out`/weights) or `none`; with `none` and both intervals 0 nothing is ever written.
+    watch: the signals. anew: the checkpoint that training starts from belongs to another run.
+    """
+
+    def __init__(
+        self, out: Path, every_n_steps: int, every_minutes: float, keep: str, watch: Watch, anew: bool = False
+    ) -> None:
+        if keep not in KEEP:
+            raise ValueError(f"checkpoint.keep={keep}: choose one of {', '.join(KEEP)}")
+        self.out = out
+        self.folder = out / "checkpoints"
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
-        self._saved_step = 0
+        self.keep = keep
+        self.watch = watch
+        self.anew = anew
+        self.periodic = bool(every_n_steps or every_minutes)
+        self._saved_step = self._seen = 0
         self._saved_time = time.monotonic()
         self._random_state: dict[str, Any] | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._loops: dict[str, Any] | None = None  # where the loops stood after the last step
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": random_state()}
@@ -91,24 +154,43 @@ class Checkpoint(L.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._random_state = state["random"]
 
+    @property
+    def never(self) -> bool:
+        return self.keep == "none" and not self.periodic
+
+    def room(self, module: L.LightningModule) -> int:
+        """Bytes that this run will write beyond what is there already."""
+        weights = sum(numel(p) * p.element_size() for p in module.parameters())
+        whole = 3 * weights  # with AdamW's two moments
+        copies = int(self.keep == "last")
+        if self.periodic:  # one old and one new checkpoint lie side by side for a moment
+            copies = 1 if newest(self.folder) else 2
+        return copies * whole + (weights if self.keep == "weights" else 0)
+
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Raises OSError when the disk has no room for the checkpoints of this run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Raises OSError when the disk has no room for what this run will write."""
+        if self.never:
+            return
         if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(f"{PARTIAL}*"):
                 _remove(leftover)
-        # Weights and AdamW's two moments; one old and one new checkpoint lie side by side for a moment.
-        size = 3 * sum(p.numel() * p.element_size() for p in module.parameters())
-        need = size * (1 if newest(self.folder) else 2)
-        free = shutil.disk_usage(self.folder).free
+        need, free = self.room(module), shutil.disk_usage(self.out).free
         if need > free:
             raise OSError(
                 f"no room for the checkpoints of this run: they need {_size(need)} and {self.folder} has {_size(free)} "
-                "free. Free some space, or choose another disk with out=FOLDER"
+                "free. Free some space, choose another disk with out=FOLDER, or save less: checkpoint.keep=none "
+                "checkpoint.every_n_steps=0 checkpoint.every_minutes=0 saves nothing"
             )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
+        self._saved_step = self._seen = trainer.global_step
+        self._saved_time = time.monotonic()
+        if trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+        if self.anew:
+            settings_of_this_run(trainer, module)
+        self.watch.stepping = True
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._random_state is not None:  # as late as possible: whatever the start of the run drew is undone
@@ -119,23 +201,80 @@ class Checkpoint(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._saved_step:  # within an accumulation, or just saved
+        if step == self._seen:  # within an accumulation
             return
-        due = bool(self.every_n_steps) and step % self.every_n_steps == 0 or step == trainer.max_steps
-        if self.every_minutes and not due:  # clocks differ between ranks: the first decides
-            due = trainer.strategy.broadcast(time.monotonic() - self._saved_time >= 60 * self.every_minutes)
-        if due:
+        self._seen = step
+        if trainer.enable_validation:
+            self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
+        stop, save, late = self._asked(trainer)
+        due = bool(self.every_n_steps) and step % self.every_n_steps == 0
+        if due or late or save or stop or (self.keep == "last" and step == trainer.max_steps):
             self.save(trainer)
+        self._act(trainer, stop, save)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any, **__: Any) -> None:
+        """A signal need not wait for a long validation: what is saved is the state after the last step."""
+        stop, save, _ = self._asked(trainer)
+        if (stop or save) and trainer.global_step != self._saved_step:
+            self.save(trainer)
+        self._act(trainer, stop, save)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.validating:
+            checkpoint["loops"]["fit_loop"] = self._loops
+
+    def _asked(self, trainer: L.Trainer) -> tuple[int, int, bool]:
+        """(signal to stop, signal to save, whether the minutes are over): the same on all ranks."""
+        late = bool(self.every_minutes) and time.monotonic() - self._saved_time >= 60 * self.every_minutes
+        save, self.watch.save = self.watch.save, 0
+        asked = (self.watch.stop, save, int(late))
+        if self._group is not None:
+            everywhere = torch.tensor(asked)
+            dist.all_reduce(everywhere, dist.ReduceOp.MAX, group=self._group)
+            asked = everywhere.tolist()
+        return asked[0], asked[1], bool(asked[2])
+
+    def _act(self, trainer: L.Trainer, stop: int, save: int) -> None:
+        """What a signal asks for beyond a checkpoint. Raises Stopped."""
+        if stop:
+            where = f"; its checkpoint: {newest(self.folder)}" if not self.never else ", without a checkpoint"
+            raise Stopped(stop, f"after step {trainer.global_step}{where}")
+        if save == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_step != self._saved_step:
+        self.watch.stepping = False
+        if self.keep == "last" and trainer.global_step != self._saved_step:
             self.save(trainer)
+        if self.keep == "weights":
+            save_weights(trainer, module, self.out / "weights")
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self.watch.stepping = False
+
+    def clear(self) -> None:
+        """After the end of a run: leave what is to be kept."""
+        if self.keep != "last":
+            shutil.rmtree(self.folder, ignore_errors=True)
+            (self.out / SLURM_LINK).unlink(missing_ok=True)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write one checkpoint. Raises OSError when that fails; the previous one is then still there."""
+        """Write one checkpoint (never: nothing). The previous one stays where it is until the new one is whole.
+
+        Raises OSError when that fails, FloatingPointError when there is nothing finite to save.
+        """
+        if self.never:
+            return
         step = trainer.global_step
         final = self.folder / f"step-{step:08d}.ckpt"
         partial = self.folder / f"{PARTIAL}{final.name}"
+        finite = getattr(trainer.lightning_module, "finite", lambda: True)()
+        if not is_finite(trainer) or not finite:
+            raise FloatingPointError(
+                f"the weights, the optimizer or the gradients of step {step} are not finite, so they are not saved. "
+                f"The last good checkpoint is kept: {newest(self.folder) or 'none yet'}. Start from it with a lower "
+                "optim.lr (resume=CHECKPOINT out=NEW_FOLDER), or look at the data of the last steps"
+            )
         try:
             trainer.save_checkpoint(partial)
             trainer.strategy.barrier("checkpoint written")
@@ -158,6 +297,9 @@ class Checkpoint(L.Callback):
         link = self.folder / f"{PARTIAL}last"
         link.symlink_to(final.name)
         os.replace(link, self.folder / "last.ckpt")
+        if SLURMEnvironment.detect():  # where Lightning's ckpt_path="hpc" looks
+            link.symlink_to(Path(self.folder.name, "last.ckpt"))
+            os.replace(link, self.out / SLURM_LINK)
         for old in self.folder.glob("step-*.ckpt"):
             if old != final:
                 _remove(old)

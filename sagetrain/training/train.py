@@ -6,7 +6,7 @@ and seed, in this process, one after the other: equal seeds give equal weights a
 arms differ in the attention alone. Runs that are finished are skipped and interrupted ones go on from their last
 checkpoint.
 Choice: a run directory says all there is to know (run.json, config.yaml, metrics.csv, checkpoints/); nothing is kept
-elsewhere.
+elsewhere, and one run at a time has it.
 Cost: several devices without an outer launcher run one run per command, because Lightning can start its helpers only
 once.
 """
@@ -17,11 +17,14 @@ import gc
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import traceback
 import uuid
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,17 +33,20 @@ import lightning.pytorch as L
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 import sagetrain
 import sagetrain.data
 from sagetrain.attention import bf16
 from sagetrain.data.text import find_files
+from sagetrain.errors import asked_for, is_bad_input
 from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups
-from sagetrain.training.arms import Watch
+from sagetrain.terminal import console
+from sagetrain.training.arms import AttentionRecord
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint, DirectCheckpointIO, newest
+from sagetrain.training.folder import global_rank, locked, quoted, write
 from sagetrain.training.module import CausalLM, check_length, model_config
+from sagetrain.training.signals import LAUNCHER, Stopped, Watch, alone, follow_launcher, is_helper
 
 PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "datasets", "hydra-core")
 # What may change between the two commands of one run without making it another run.
@@ -53,15 +59,25 @@ def run(cfg: DictConfig) -> list[Path]:
 
     Raises ValueError, TypeError, NotImplementedError, OSError and their kin with one line that says what to do.
     """
-    out = Path(cfg.out).absolute()
-    console = Console(highlight=False)
+    follow_launcher()
+    if not is_helper():
+        os.environ[LAUNCHER] = str(os.getpid())
     _quiet()
+    cfg = at_home(cfg)
+    out = Path(cfg.out).absolute()
     if cfg.compare.seeds < 1:
         raise ValueError(f"compare.seeds={cfg.compare.seeds}: give the number of runs per arm, at least 1")
-    if _global_rank() == 0:
-        console.print(f"run directory: {out} (after an interruption: the same command with out={out})", soft_wrap=True)
-    if not cfg.compare.arms:
-        return [_train(_arm(cfg, cfg.attention, cfg.seed, out), group=None)]
+    if global_rank() == 0:
+        again = shlex.quote(f"out={quoted(str(out))}")
+        console().print(f"run directory: {out} (after an interruption: the same command with {again})", soft_wrap=True)
+    with Watch() as watch:
+        if cfg.compare.arms:
+            return _compare(cfg, out, watch)
+        return [_train(_arm(cfg, cfg.attention, cfg.seed, out), watch)]
+
+
+def _compare(cfg: DictConfig, out: Path, watch: Watch) -> list[Path]:
+    """Train each arm with each seed, then report."""
     plans = []
     for seed in range(cfg.seed, cfg.seed + cfg.compare.seeds):
         for name in cfg.compare.arms:
@@ -71,14 +87,24 @@ def run(cfg: DictConfig) -> list[Path]:
     _check_launch(cfg, len(plans))
     for plan in plans:
         _prepare(plan)
-    runs = [_train(plan, group=f"{cfg.recipe}-{out.name}") for plan in plans]
-    if _global_rank() == 0:
-        from sagetrain.compare import report
+    with locked(out):
+        runs = [_train(plan, watch, group=f"{cfg.recipe}-{out.name}") for plan in plans]
+        if global_rank() == 0:
+            from sagetrain.compare import report
 
-        comparison = report(runs, out)
-        console.print(comparison.table())
-        console.print(f"report: {out / 'report.html'}", soft_wrap=True)
+            comparison = report(runs, out)
+            console().print(comparison.table())
+            console().print(f"report: {out / 'report.html'}", soft_wrap=True)
     return runs
+
+
+def at_home(cfg: DictConfig) -> DictConfig:
+    """A copy with `~` in every path replaced by the home folder (data.path and val_path: `find_files` does it)."""
+    cfg = cfg.copy()
+    for key in ("out", "resume", "model.path", "model.tokenizer"):
+        if str(OmegaConf.select(cfg, key)).startswith("~"):
+            OmegaConf.update(cfg, key, os.path.expanduser(OmegaConf.select(cfg, key)))
+    return cfg
 
 
 def attention_file(arm: str) -> Path:
@@ -96,6 +122,7 @@ def _arm(cfg: DictConfig, attention: DictConfig, seed: int, out: Path) -> DictCo
     arm = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     OmegaConf.set_struct(arm, False)
     arm.attention, arm.seed, arm.out, arm.compare = attention, seed, str(out), {"arms": None, "seeds": 1}
+    arm.checkpoint.keep = cfg.checkpoint.keep or ("none" if cfg.compare.arms else "last")
     if arm.trainer.precision == "auto":
         arm.trainer.precision = "bf16-mixed" if quick_bf16(device(cfg)) else "32-true"
     arm.attention.implementation = bf16.choose(attention.implementation, device(cfg))
@@ -104,11 +131,15 @@ def _arm(cfg: DictConfig, attention: DictConfig, seed: int, out: Path) -> DictCo
     return arm
 
 
-def _prepare(cfg: DictConfig) -> Path | None:
-    """Everything that can be checked before any time is spent. Returns the checkpoint to go on from, if any."""
+def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
+    """Everything that can be checked before any time is spent.
+
+    Returns the checkpoint to go on from, if any, and whether it is that of another run.
+    """
     if cfg.data.get("path"):  # before the model is looked up, which can mean the network
         find_files(cfg.data.path)
-    check_length(model_config(cfg.model), cfg.data.seq_len)
+    with asked_for(f"model.path={cfg.model.path}" if cfg.model.path else "model.config"):
+        check_length(model_config(cfg.model), cfg.data.seq_len)
     kernel(cfg)
     out = Path(cfg.out)
     before = out / "config.yaml"
@@ -121,7 +152,7 @@ def _prepare(cfg: DictConfig) -> Path | None:
             listed = ", ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in changed[:3])
             raise ValueError(f"{out} holds a run with another configuration ({listed}): choose another out=FOLDER")
         if (found := newest(out / "checkpoints")) is not None:
-            return found
+            return found, False
     if cfg.resume not in ("auto", "never"):
         start = Path(cfg.resume)
         start = newest(start / "checkpoints") if (start / "checkpoints").is_dir() else start
@@ -129,8 +160,8 @@ def _prepare(cfg: DictConfig) -> Path | None:
             raise FileNotFoundError(
                 f"resume={cfg.resume}: no checkpoint there; give auto, never, a checkpoint or a run"
             )
-        return start.resolve()
-    return None
+        return start.resolve(), True
+    return None, False
 
 
 def _flat(cfg: DictConfig) -> dict[str, Any]:
@@ -173,10 +204,6 @@ def quick_bf16(where: torch.device) -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def _global_rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
-
-
 def _check_launch(cfg: DictConfig, runs: int) -> None:
     devices = cfg.trainer.devices  # a number, or a list with the number of each device
     alone = len(devices) == 1 if OmegaConf.is_list(devices) else devices in (1, "1")
@@ -184,18 +211,23 @@ def _check_launch(cfg: DictConfig, runs: int) -> None:
     if runs > 1 and not single and not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & os.environ.keys():
         raise ValueError(
             f"a comparison on trainer.devices={devices} needs an outer launcher: "
-            f"torchrun --nproc-per-node {devices} -m sagetrain {' '.join(sys.argv[1:])}"
+            f"torchrun --nproc-per-node {devices} -m sagetrain {shlex.join(sys.argv[1:])}"
         )
 
 
-def _train(cfg: DictConfig, group: str | None) -> Path:
+def _train(cfg: DictConfig, watch: Watch, group: str | None = None) -> Path:
     """Train one run, or go on with it; return its directory."""
-    checkpoint, out = _prepare(cfg), Path(cfg.out)
+    _prepare(cfg)
+    with locked(Path(cfg.out)):
+        return _train_alone(cfg, watch, group)
+
+
+def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
+    (checkpoint, anew), out = _prepare(cfg), Path(cfg.out)
     facts = _facts(cfg)
     past = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {}
-    title = facts["name"]
     if past.get("status") == "finished":
-        Console().print(f"{title}: finished already ({past['steps']} steps), skipped", highlight=False)
+        console().print(f"{facts['name']}: finished already ({past['steps']} steps), skipped")
         return out
     facts["wandb_id"] = past.get("wandb_id", facts["wandb_id"])
     stdlib = cfg.data.get("source") == "stdlib" and not cfg.data.get("path")
@@ -213,40 +245,62 @@ def _train(cfg: DictConfig, group: str | None) -> Path:
         )
     layers = module.hf_config.get_text_config().num_hidden_layers
     log = RunLog(out, facts, extra=probe_columns(layers) if cfg.probe.every else ())
-    trainer, bar = _trainer(cfg, log, facts, group)
-    if trainer.is_global_zero:
-        out.mkdir(parents=True, exist_ok=True)
-        log.write_status("running", past.get("steps", 0))
-        OmegaConf.save(cfg, out / "config.yaml", resolve=True)
-    try:
+    save = Checkpoint(out, watch=watch, anew=anew, **cfg.checkpoint)
+    bar = Bar(log, facts["name"])
+    with _recorded(log, bar, watch) as trainers:
+        trainer = _trainer(cfg, [log, save], bar, facts, group)
+        trainers.append(trainer)
+        if trainer.is_global_zero:
+            log.write_status("running", past.get("steps", 0))
+            write(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    except BaseException as error:
-        if trainer.is_global_zero:
-            with contextlib.suppress(OSError):  # the disk may be the very problem
-                log.write_status("failed", trainer.global_step, error=f"{type(error).__name__}: {error}")
-        raise
-    else:
-        if trainer.is_global_zero:
-            log.write_status("finished", trainer.global_step)
-    finally:
-        bar.stop()
-        log.close()
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()
-        del trainer, module, data
-        gc.collect()
+    if global_rank() == 0:
+        save.clear()
+    del trainer, module, data
+    gc.collect()
     return out
 
 
-def _trainer(cfg: DictConfig, log: RunLog, facts: dict[str, Any], group: str | None) -> tuple[L.Trainer, Bar]:
+@contextlib.contextmanager
+def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
+    """Have run.json and the loggers say how a run ended, however it ends. Yields a list for its trainer."""
+    trainers: list[L.Trainer] = []
+
+    def write_down(status: str, **more: Any) -> None:
+        if global_rank() == 0 and trainers:
+            log.write_status(status, trainers[0].global_step, **more)
+
+    def finish(code: int) -> None:
+        watch.stepping = False
+        trainers.clear()
+        bar.stop()
+        log.close()
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish(exit_code=code)
+
+    watch.on_forced_end = lambda said: write_down("failed", error=said)
+    try:
+        yield trainers
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the disk may be the very problem
+            more = {} if isinstance(error, Stopped) or is_bad_input(error) else {"traceback": traceback.format_exc()}
+            write_down("failed", error=f"{type(error).__name__}: {error}", **more)
+        finish(code=1)
+        raise
+    write_down("finished")
+    finish(code=0)
+
+
+def _trainer(
+    cfg: DictConfig, callbacks: list[L.Callback], bar: Bar, facts: dict[str, Any], group: str | None
+) -> L.Trainer:
+    """callbacks: the log, and whatever comes after what it measures."""
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    bar = Bar(log, facts["name"])
-    save = Checkpoint(Path(cfg.out) / "checkpoints", cfg.checkpoint.every_n_steps, cfg.checkpoint.every_minutes)
-    callbacks: list[L.Callback] = [Watch(log, cfg.attention.implementation, bar.console), log, save]
+    log, *rest = callbacks
     if cfg.probe.every:
-        callbacks.insert(2, Probe(log, cfg.probe.every, cfg.probe.max_tokens))
+        rest.insert(0, Probe(log, cfg.probe.every, cfg.probe.max_tokens))
     if options.pop("enable_progress_bar", True):
-        callbacks.insert(2, bar)
+        rest.insert(0, bar)
     target = cfg.strategy.get("_target_")
     strategy = instantiate(cfg.strategy, attention=cfg.attention.implementation) if target else "auto"
     whole_files = not target or target.endswith("SageDDPStrategy")
@@ -254,12 +308,13 @@ def _trainer(cfg: DictConfig, log: RunLog, facts: dict[str, Any], group: str | N
         **{"enable_checkpointing": False, "enable_model_summary": False, "use_distributed_sampler": False} | options,
         default_root_dir=cfg.out,
         strategy=strategy,
-        callbacks=callbacks,
+        callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *rest],
         plugins=[DirectCheckpointIO()] if whole_files else None,
         enable_progress_bar=False,
         logger=_logger(cfg, facts, group) or False,
     )
-    return trainer, bar
+    alone(trainer)
+    return trainer
 
 
 def _logger(cfg: DictConfig, facts: dict[str, Any], group: str | None) -> Any:
@@ -294,7 +349,7 @@ def _facts(cfg: DictConfig) -> dict[str, Any]:
         "precision": cfg.trainer.precision,
         "device": torch.cuda.get_device_name() if where.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         "versions": versions(),
-        "command": " ".join(["python -m sagetrain", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "sagetrain", *sys.argv[1:]]),
         "wandb_id": uuid.uuid4().hex[:8],
     }
     if (PACKAGE_DIR.parent / ".git").exists() and shutil.which("git"):

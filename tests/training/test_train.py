@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from sagetrain.__main__ import compose
 from sagetrain.training import checkpoint
-from sagetrain.training.module import model_config
+from sagetrain.training.module import CausalLM, model_config
 from sagetrain.training.train import run
 from tests.tiny import MODEL
 
@@ -113,6 +113,21 @@ def test_resume_from_a_path_starts_a_new_run_from_it(train) -> None:
     assert json.loads((second / "run.json").read_text())["steps"] == 6
 
 
+def test_what_the_user_asks_for_wins_over_the_checkpoint_of_another_run(train) -> None:
+    changes = ["optim.warmup_steps=0", "optim.min_lr_ratio=1.0", "trainer.gradient_clip_val=null"]
+    (first,) = train(*changes, "optim.lr=1e-2")
+    asked = ["optim.lr=1e-4", "optim.betas=[0.5,0.6]", "optim.weight_decay=0.7", "trainer.max_steps=6"]
+    (second,) = train(*changes, *asked, f"resume={first}", out="second")
+    assert [float(row["lr"]) for row in rows(second)] == pytest.approx([1e-4] * 2)
+    state = torch.load(second / "checkpoints" / "last.ckpt", weights_only=True)
+    groups = state["optimizer_states"][0]["param_groups"]
+    assert [g["betas"] for g in groups] == [(0.5, 0.6)] * 2 and [g["weight_decay"] for g in groups] == [0.7, 0.0]
+    assert state["optimizer_states"][0]["state"][0]["step"] == 6  # what was learned goes on
+    # The shape of the schedule: halfway down a cosine to 0 of six steps, not where the other run stood.
+    (third,) = train("optim.warmup_steps=0", "optim.min_lr_ratio=0.0", *asked, f"resume={first}", out="third")
+    assert [float(row["lr"]) for row in rows(third)] == pytest.approx([0.25e-4, 1e-4 * (1 - 3**0.5 / 2) / 2], rel=1e-4)
+
+
 def test_vocabulary_too_small_for_the_tokenizer(train) -> None:
     with pytest.raises(ValueError, match="264 tokens and the model only 100"):
         train("model.config.vocab_size=100")
@@ -155,9 +170,61 @@ def test_a_failed_checkpoint_keeps_the_last_one_and_the_metrics(train, monkeypat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch, tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match="the (loss|gradient norm) of step .* is (nan|inf)"):
+    said = "the (loss|gradient norm) of step .* is (nan|inf).*last good checkpoint is kept"
+    with pytest.raises(FloatingPointError, match=said):
         train("optim.lr=1e30", "optim.warmup_steps=0", "trainer.gradient_clip_val=null", "checkpoint.every_n_steps=1")
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+
+
+NAN_GRADIENT = 3
+
+
+@pytest.mark.parametrize("logger", ["csv", "wandb"])
+def test_what_is_not_finite_is_never_saved_and_the_last_good_checkpoint_stays(
+    train, monkeypatch, tmp_path: Path, logger: str
+) -> None:
+    """The gradient of one step overflows, its loss does not; the weights are spoilt when the checkpoint is due."""
+    step = CausalLM.training_step
+
+    def overflow(self: CausalLM, batch: dict, index: int) -> torch.Tensor:
+        loss = step(self, batch, index)
+        if index == NAN_GRADIENT - 1:
+            loss.register_hook(lambda grad: grad * float("nan"))
+        return loss
+
+    monkeypatch.setattr(CausalLM, "training_step", overflow)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ends = []
+    if logger == "wandb":
+        import wandb
+
+        monkeypatch.setattr(wandb, "finish", lambda exit_code=None: ends.append(exit_code))
+    with pytest.raises(FloatingPointError, match=r"ast good checkpoint is kept"):
+        train("checkpoint.every_n_steps=1", f"logger={logger}")
+    (kept,) = (tmp_path / "out" / "checkpoints").glob("step-*.ckpt")
+    assert kept.name == f"step-{NAN_GRADIENT - 1:08d}.ckpt"
+    weights = torch.load(kept, weights_only=True)["state_dict"]
+    assert all(x.isfinite().all() for x in weights.values())
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+    assert ends == ([1] if logger == "wandb" else [])
+    # The advice in the message: from that checkpoint, with a lower rate, into a new folder.
+    monkeypatch.undo()
+    (out,) = train(f"resume={kept}", "optim.lr=1e-4", out="again")
+    assert [row["step"] for row in rows(out)] == ["3", "4"]
+
+
+def test_the_optimizer_state_is_looked_at_too(train, monkeypatch, tmp_path: Path) -> None:
+    """A huge gradient leaves AdamW's second moment infinite and the weights as they were."""
+    clip = CausalLM.configure_gradient_clipping
+
+    def huge(self: CausalLM, *arguments: object, **options: object) -> None:
+        clip(self, *arguments, **options)
+        if self.trainer.global_step == 1:
+            next(self.parameters()).grad.fill_(1e25)
+
+    monkeypatch.setattr(CausalLM, "configure_gradient_clipping", huge)
+    with pytest.raises(FloatingPointError, match="step 2 are not finite.*step-00000001.ckpt"):
+        train("checkpoint.every_n_steps=1")
 
 
 def test_wandb_offline_has_one_group_and_names_by_arm_and_seed(train, monkeypatch, tmp_path: Path) -> None:

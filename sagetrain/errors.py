@@ -1,0 +1,58 @@
+"""Tells bad input, which one line explains, from the unexpected, which needs its traceback.
+
+Method: an error is bad input when the innermost frame of its traceback stands at a `raise` statement of this package:
+a check that was written for it. The same exception type out of torch or DeepSpeed, or out of an operation that failed
+in our own code, is not. Lightning's checks of the Trainer's arguments, and what Hydra and OmegaConf say of a command
+line, count as ours.
+Choice: no exception class of our own, so that callers catch the usual ValueError, OSError and so on.
+"""
+
+import dis
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning
+from hydra.errors import HydraException, InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from sagetrain.paths import PACKAGE_DIR
+
+LIGHTNING_DIR = Path(lightning.__file__).parent
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Whether a check made this error, so that its message alone says what to do."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return is_bad_input(error.__cause__)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return True
+    if (last := error.__traceback__) is None:
+        return False
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    if dis.opname[code.co_code[last.tb_lasti]] != "RAISE_VARARGS":
+        return False
+    file = Path(code.co_filename)
+    checked = isinstance(error, ValueError | TypeError | MisconfigurationException)
+    return file.is_relative_to(PACKAGE_DIR) or (checked and file.is_relative_to(LIGHTNING_DIR))
+
+
+def one_line(error: BaseException) -> str:
+    """What the error says, in one line; of what Hydra could not build, what the constructor said."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def asked_for(what: str) -> Iterator[None]:
+    """Around a library that reads what the user asked for: its complaint becomes a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if is_bad_input(error):
+            raise
+        raise ValueError(f"{what}: {one_line(error)}") from error

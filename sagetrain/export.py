@@ -1,0 +1,30 @@
+"""`python -m sagetrain.export RUN FOLDER`: the weights of a run, as a folder for transformers' from_pretrained."""
+
+import argparse
+import sys
+
+from sagetrain.errors import is_bad_input, one_line
+from sagetrain.terminal import console, print_anything
+from sagetrain.training.export import export
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    print_anything()
+    parser = argparse.ArgumentParser(prog="python -m sagetrain.export", description=__doc__.partition(": ")[2])
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("folder", metavar="FOLDER", help="where to write; new or empty")
+    options = parser.parse_args(arguments)
+    try:
+        folder = export(options.run, options.folder)
+    except Exception as error:
+        if not is_bad_input(error):
+            raise
+        print(f"sagetrain: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    console().print(f"written: {folder}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

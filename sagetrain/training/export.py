@@ -1,0 +1,143 @@
+"""The way back to transformers: what a run learned, as a folder that `from_pretrained` reads.
+
+Method: `export(run, folder)` reads the weights alone out of a checkpoint (one file; FSDP2's folder, through torch's
+distributed checkpoint; DeepSpeed's folder, through its own zero_to_fp32), puts them into the model that the run's
+config.yaml describes, and has transformers save it. `save_weights` does the same with the model that has just trained.
+Choice: FP32 weights where the checkpoint has them (DeepSpeed keeps them beside its 16-bit ones).
+Cost: the whole model once in the memory of the CPU; no GPU is needed.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed.checkpoint as dcp
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sagetrain.data import build_tokenizer
+from sagetrain.errors import asked_for
+from sagetrain.paths import home
+from sagetrain.training.module import model_config
+
+PREFIX = "model."  # of the Hugging Face model inside CausalLM
+
+
+def numel(weight: Tensor) -> int:
+    """Elements of a parameter, all ranks' shares together."""
+    return getattr(weight, "ds_numel", weight.numel())
+
+
+def export(run: str | Path, folder: str | Path) -> Path:
+    """Write weights and tokenizer of a run (its directory, or one of its checkpoints) into `folder`, new or empty.
+
+    Raises FileNotFoundError for what is no run or holds no checkpoint, FileExistsError when `folder` is in use.
+    """
+    run, folder = home(run).absolute(), home(folder).absolute()
+    checkpoint = run if run.parent.name == "checkpoints" else None
+    source = run.parent.parent if checkpoint else run
+    if not (source / "config.yaml").exists():
+        raise FileNotFoundError(
+            f"{run} is no run: it has no config.yaml. Give a run directory or one of its checkpoints"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty: choose another folder")
+    if checkpoint is None and (source / "weights").is_dir():
+        shutil.copytree(source / "weights", folder, dirs_exist_ok=True)
+        return folder
+    checkpoint = checkpoint or source / "checkpoints" / "last.ckpt"
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"{run} holds no checkpoint: it kept none (checkpoint.keep) or none was due yet")
+    cfg = OmegaConf.load(source / "config.yaml")
+    weights = {k.removeprefix(PREFIX): v for k, v in read_weights(checkpoint).items() if k.startswith(PREFIX)}
+    _write(cfg, weights, folder)
+    return folder
+
+
+def save_weights(trainer: L.Trainer, module: L.LightningModule, folder: Path) -> None:
+    """As `export`, of the model that `trainer` has trained; all ranks call it, rank 0 writes. Replaces `folder`."""
+    weights = {name: x for name, x in whole_weights(module.model) if trainer.is_global_zero}
+    if trainer.is_global_zero:
+        aside = folder.with_name(f".{folder.name}.partial")
+        for old in (aside, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        _write(module.cfg, weights, aside)
+        os.replace(aside, folder)
+    trainer.strategy.barrier("weights written")
+
+
+def whole_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor, on the CPU, of every parameter and persistent buffer, whichever strategy shards them."""
+    kept = model.state_dict().keys()
+    for name, x in chain(model.named_parameters(), model.named_buffers()):
+        if name not in kept:
+            continue
+        gather: Any = nullcontext()
+        if hasattr(x, "ds_id"):
+            import deepspeed
+
+            gather = deepspeed.zero.GatheredParameters([x])
+        with gather, torch.no_grad():
+            yield name, (x.full_tensor() if isinstance(x, DTensor) else x).detach().to("cpu", copy=True)
+
+
+def read_weights(checkpoint: Path) -> Mapping[str, Tensor]:
+    """The weights in a checkpoint of any strategy, by their names in the LightningModule."""
+    checkpoint = checkpoint.resolve()
+    if checkpoint.is_file():
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    if (checkpoint / ".metadata").exists():
+        return _from_distributed(checkpoint)
+    if (checkpoint / "latest").exists():
+        return _from_deepspeed(checkpoint)
+    raise FileNotFoundError(f"{checkpoint} is no checkpoint of SageTrain: neither torch's nor DeepSpeed's")
+
+
+def _from_distributed(checkpoint: Path) -> Mapping[str, Tensor]:
+    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    names = [name for name in stored if name.startswith("state_dict.")]
+    weights = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+    dcp.load(weights, checkpoint_id=checkpoint, no_dist=True)
+    return {name.removeprefix("state_dict."): x for name, x in weights.items()}
+
+
+def _from_deepspeed(checkpoint: Path) -> Mapping[str, Tensor]:
+    if find_spec("deepspeed") is None:
+        raise ModuleNotFoundError("this is a DeepSpeed checkpoint: DS_BUILD_OPS=0 pip install 'sagetrain[deepspeed]'")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    parts = checkpoint / (checkpoint / "latest").read_text().strip()
+    if not any(parts.glob("*_optim_states.pt")):  # stage 0: nothing is sharded
+        weights = torch.load(parts / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    else:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+    return {name.removeprefix("_forward_module."): x for name, x in weights.items()}
+
+
+def _write(cfg: DictConfig, weights: dict[str, Tensor], folder: Path) -> None:
+    """Model and tokenizer in Hugging Face's format. Raises ValueError when the weights are not this model's."""
+    with asked_for("model"):
+        config = model_config(cfg.model)
+    dtype = next(x.dtype for x in weights.values() if x.is_floating_point())
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing, unknown = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    empty = [name for name, x in model.named_parameters() if x.is_meta]
+    if empty or unknown:
+        raise ValueError(
+            f"the checkpoint does not fit the model of this run: {len(empty)} weights missing, {len(unknown)} unknown "
+            f"({', '.join([*empty, *unknown][:3])}, ...)"
+        )
+    model.save_pretrained(folder)
+    if cfg.model.tokenizer != "byte":
+        build_tokenizer(cfg.model.tokenizer).save_pretrained(folder)

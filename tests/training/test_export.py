@@ -1,0 +1,176 @@
+"""What a run learned goes back to transformers; what a finished run keeps is what was asked for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from sagetrain.__main__ import compose
+from sagetrain.export import main
+from sagetrain.paths import PACKAGE_DIR
+from sagetrain.training.export import export
+from sagetrain.training.train import run
+from tests.tiny import MODEL
+
+HERE = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent), "OMP_NUM_THREADS": "1"}
+TINY = [
+    "recipe=quickstart",
+    "compare.arms=null",
+    "attention=bf16",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "trainer.enable_progress_bar=false",
+    *MODEL,
+    "data.seq_len=32",
+    "data.batch_size=2",
+    "trainer.max_steps=2",
+    "trainer.limit_val_batches=2",
+    "trainer.val_check_interval=2",
+    "data.val_documents=4",
+    "optim.warmup_steps=0",
+    "optim.lr=0.01",
+]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    documents = (json.dumps({"text": f"{i} and {i} is {i + i}. " * 5}) + "\n" for i in range(300))
+    (tmp_path / "docs.jsonl").write_text("".join(documents))
+    return f"data.path={tmp_path / 'docs.jsonl'}"
+
+
+def last_loss(out: Path) -> float:
+    """Of validation, after the last step."""
+    lines = [line.split(",") for line in (out / "metrics.csv").read_text().splitlines()]
+    return float(lines[-1][lines[0].index("val_loss")])
+
+
+def validation_loss(model: torch.nn.Module, text: str) -> float:
+    """As the run measures it, by transformers alone."""
+    import sagetrain.data
+
+    cfg = compose([*TINY, text])
+    tokenizer = sagetrain.data.build_tokenizer("byte")
+    stream = sagetrain.data.build(cfg.data, tokenizer, cfg.data.seq_len, cfg.seed, cfg.data.batch_size).stream
+    losses, counts = [], []
+    with torch.no_grad():
+        for batch in stream.validation(0, 1)[:2]:
+            losses.append(float(model(**batch).loss))
+            counts.append(int((batch["labels"][:, 1:] != -100).sum()))
+    return sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("keep", ["last", "weights"])
+def test_from_pretrained_reads_what_was_trained(tmp_path: Path, text: str, tied: bool, keep: str) -> None:
+    change = f"model.config.tie_word_embeddings={tied}"
+    (out,) = run(compose([*TINY, text, change, f"checkpoint.keep={keep}", f"out={tmp_path / 'out'}"]))
+    assert (out / "checkpoints").exists() == (keep == "last") and (out / "weights").exists() == (keep == "weights")
+    model = AutoModelForCausalLM.from_pretrained(export(out, tmp_path / "model"))
+    assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) == tied
+    assert validation_loss(model, text) == pytest.approx(last_loss(out), rel=1e-5)
+    if keep == "weights":
+        AutoModelForCausalLM.from_pretrained(out / "weights")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed strategy.stage=0", "deepspeed strategy.stage=2"])
+def test_checkpoints_of_every_strategy_on_two_ranks(tmp_path: Path, text: str, strategy: str) -> None:
+    """What keep=weights gathers from the ranks must be what export reads out of a checkpoint of the same step."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from sagetrain.training import checkpoint; from sagetrain.__main__ import main\n"
+        "checkpoint.Checkpoint.clear = lambda self: None\n"  # the last checkpoint stays too
+        "main(sys.argv[1:])\n"
+    )
+    command = [*TINY, text, *f"strategy={strategy}".split(), "trainer.devices=2", "data.batch_size=1"]
+    command += ["checkpoint.keep=weights", "checkpoint.every_n_steps=2", f"out={tmp_path / 'out'}"]
+    done = subprocess.run([sys.executable, script, *command], env=HERE, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "weights").state_dict()
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").glob("step-*")
+    read = AutoModelForCausalLM.from_pretrained(export(checkpoint, tmp_path / "model")).state_dict()
+    assert read.keys() == written.keys() and all(torch.equal(read[name], written[name]) for name in read)
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path, text: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<eos>": 0, "<unk>": 1, "and": 2, "is": 3, ".": 4} | {str(i): 5 + i for i in range(250)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+    tokenizer.save_pretrained(tmp_path / "words")
+    (out,) = run(compose([*TINY, text, f"model.tokenizer={tmp_path / 'words'}", f"out={tmp_path / 'out'}"]))
+    folder = export(out, tmp_path / "model")
+    assert (
+        AutoTokenizer.from_pretrained(folder)("7 and 7 is 14.")["input_ids"] == tokenizer("7 and 7 is 14.")["input_ids"]
+    )
+
+
+def test_the_command_and_what_it_refuses(tmp_path: Path, text: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (out,) = run(compose([*TINY, text, f"out={tmp_path / 'out'}"]))
+    assert main(["~/out", "~/model"]) == 0 and (tmp_path / "model" / "config.json").exists()
+    assert f"written: {tmp_path / 'model'}" in capsys.readouterr().out
+    for arguments, said in (
+        (["~/out", "~/model"], "is not empty: choose another folder"),
+        (["~/gone", "~/new"], "is no run"),
+    ):
+        assert main(arguments) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
+    (out / "checkpoints" / "last.ckpt").unlink()
+    assert main(["~/out", "~/new"]) == 2 and "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_keep_none_leaves_nothing_and_without_intervals_nothing_is_ever_written(
+    tmp_path: Path, text: str, monkeypatch
+) -> None:
+    from sagetrain.training.checkpoint import Checkpoint
+
+    saves = []
+    publish = Checkpoint._publish
+    monkeypatch.setattr(Checkpoint, "_publish", lambda self, a, b: (saves.append(b.name), publish(self, a, b)))
+    (out,) = run(compose([*TINY, text, "checkpoint.keep=none", "checkpoint.every_n_steps=1", f"out={tmp_path / 'a'}"]))
+    assert saves == ["step-00000001.ckpt", "step-00000002.ckpt"] and not (out / "checkpoints").exists()
+    never = ["checkpoint.keep=none", "checkpoint.every_n_steps=0", "checkpoint.every_minutes=0"]
+    (out,) = run(compose([*TINY, text, *never, f"out={tmp_path / 'b'}"]))
+    assert len(saves) == 2 and {p.name for p in out.iterdir()} == {".lock", "config.yaml", "metrics.csv", "run.json"}
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    for run_of_it in run(compose([*TINY, text, "compare.arms=[bf16,sage_int8]", f"out={tmp_path / 'c'}"])):
+        assert not (run_of_it / "checkpoints").exists()
+    with pytest.raises(ValueError, match="checkpoint.keep=all: choose one of last, weights, none"):
+        run(compose([*TINY, text, "checkpoint.keep=all", f"out={tmp_path / 'd'}"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights"),  # how many times the weights have to fit on the disk
+    [
+        ([], 6),  # two checkpoints, each with AdamW's two moments
+        (["checkpoint.every_n_steps=0", "checkpoint.every_minutes=0"], 3),
+        (["checkpoint.every_n_steps=0", "checkpoint.every_minutes=0", "checkpoint.keep=weights"], 1),
+        (["checkpoint.every_n_steps=0", "checkpoint.every_minutes=0", "checkpoint.keep=none"], 0),
+        (["checkpoint.keep=none"], 6),
+        (["checkpoint.keep=weights"], 7),
+    ],
+)
+def test_the_room_asked_for_is_what_will_be_written(
+    tmp_path: Path, text: str, monkeypatch, changes: list[str], weights: int
+) -> None:
+    import shutil
+
+    (first,) = run(compose([*TINY, text, f"out={tmp_path / 'first'}"]))
+    size = 4 * json.loads((first / "run.json").read_text())["parameters"]
+    usage = shutil.disk_usage(tmp_path)
+    command = compose([*TINY, text, *changes, f"out={tmp_path / 'out'}"])
+    if weights:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=weights * size - 1))
+        with pytest.raises(OSError, match=r"no room .*checkpoint.keep=none"):
+            run(command)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=weights * size))
+    run(command)

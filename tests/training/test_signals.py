@@ -1,0 +1,227 @@
+"""Signals to real runs: a checkpoint at the end of the step, the signal's own exit status, and no rank left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+
+from sagetrain.paths import PACKAGE_DIR
+from sagetrain.training.signals import Watch, alone
+from tests.tiny import MODEL
+
+HERE = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent), "OMP_NUM_THREADS": "1"}
+ENDLESS = [
+    "recipe=quickstart",
+    "compare.arms=null",
+    "attention=bf16",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    *MODEL,
+    "data.seq_len=32",
+    "data.batch_size=2",
+    "trainer.max_steps=100000",
+    "trainer.enable_progress_bar=false",
+]
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """Starts an endless run with the given changes in a session of its own; kills what is left of it afterwards."""
+    started: list[subprocess.Popen] = []
+    (tmp_path / "text.txt").write_text("".join(f"{i} and {i} is {i + i}.\n" for i in range(2000)))
+
+    def go(*changes: str, launch: tuple[str, ...] = ("-m", "sagetrain"), **environment: str) -> subprocess.Popen:
+        command = [sys.executable, *launch, *ENDLESS, f"data.path={tmp_path / 'text.txt'}", f"out={tmp_path / 'out'}"]
+        process = subprocess.Popen(
+            [*command, *changes], env=HERE | environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started.append(process)
+        return process
+
+    yield go
+    for process in started:
+        if members(process):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+
+
+def members(process: subprocess.Popen) -> list[int]:
+    """Processes of its session that are alive."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it ended meanwhile
+            continue
+        if int(session) == process.pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def wait(until, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def logged(out: Path) -> int:
+    """Steps in metrics.csv."""
+    return (out / "metrics.csv").read_text().count("\n") - 1 if (out / "metrics.csv").exists() else 0
+
+
+def ends(process: subprocess.Popen, seconds: float = 25) -> tuple[int, str]:
+    """Exit status and standard error once the whole session is gone, within so many seconds."""
+    _, said = process.communicate(timeout=seconds)
+    wait(lambda: not members(process), seconds)
+    return process.returncode, said
+
+
+def saved(out: Path) -> list[str]:
+    return sorted(p.name for p in (out / "checkpoints").glob("step-*.ckpt"))
+
+
+def check_stopped(out: Path, run: subprocess.Popen, signum: signal.Signals) -> None:
+    """The run ended by this signal, after a whole step, with a checkpoint of that step and no process left."""
+    code, said = ends(run)
+    assert code == 128 + signum, said
+    info, steps = json.loads((out / "run.json").read_text()), logged(out)
+    assert info["status"] == "failed" and f"stopped by {signum.name} after step {steps}" in info["error"]
+    assert saved(out) == [f"step-{steps:08d}.ckpt"] and f"stopped by {signum.name}" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
+def test_a_signal_saves_the_step_and_ends_with_its_status(start, tmp_path: Path, signum: signal.Signals) -> None:
+    out = tmp_path / "out"
+    run = start()
+    wait(lambda: logged(out) > 5)
+    run.send_signal(signum)
+    check_stopped(out, run, signum)
+
+
+def test_a_signal_in_a_long_validation_saves_the_last_step_and_the_same_command_goes_on(start, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "docs").mkdir()
+    for i in range(600):
+        (tmp_path / "docs" / f"{i}.txt").write_text(f"{i} times {i} is {i * i}. " * 50)
+    changes = ["data.val_documents=400", "trainer.limit_val_batches=1.0", "trainer.val_check_interval=4"]
+    changes += [f"data.path={tmp_path / 'docs'}"]
+    run = start(*changes)
+    wait(lambda: logged(out) == 4 and time.time() - (out / "metrics.csv").stat().st_mtime > 0.3)  # it validates
+    run.send_signal(signal.SIGTERM)
+    check_stopped(out, run, signal.SIGTERM)
+    assert saved(out) == ["step-00000004.ckpt"]
+    run = start(*changes)
+    wait(lambda: logged(out) > 6)
+    steps = [int(line.split(",")[0]) for line in (out / "metrics.csv").read_text().splitlines()[1:7]]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("who", ["the leading rank", "another rank", "all ranks"])
+def test_a_signal_to_any_rank_stops_all_after_the_same_step(start, tmp_path: Path, who: str) -> None:
+    out = tmp_path / "out"
+    run = start("strategy=ddp", "trainer.devices=2")
+    wait(lambda: logged(out) > 5)
+    helper = max(set(members(run)) - {run.pid})
+    for pid in {"the leading rank": [run.pid], "another rank": [helper], "all ranks": [run.pid, helper]}[who]:
+        os.kill(pid, signal.SIGTERM)
+    check_stopped(out, run, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("who", ["the leading rank", "another rank"])
+def test_a_signal_before_the_first_step_leaves_no_rank_behind(start, who: str) -> None:
+    run = start("strategy=ddp", "trainer.devices=2")
+    wait(lambda: len(members(run)) > 1)  # the other rank is there, and imports for seconds
+    os.kill(run.pid if who == "the leading rank" else max(members(run)), signal.SIGTERM)
+    code, _ = ends(run)
+    assert code in (143, -signal.SIGKILL)  # a rank that dies while it imports has Lightning kill the others
+
+
+def test_ranks_die_with_a_leading_rank_that_is_killed(start, tmp_path: Path) -> None:
+    run = start("strategy=ddp", "trainer.devices=2")
+    wait(lambda: logged(tmp_path / "out") > 2)
+    run.kill()
+    ends(run, 10)
+
+
+def test_slurm_has_the_job_requeued_after_a_checkpoint_and_the_run_goes_on(start, tmp_path: Path) -> None:
+    out, scontrol = tmp_path / "out", tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    scontrol.chmod(0o755)
+    slurm = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    environment = {f"SLURM_{key}": value for key, value in slurm.items()}
+    run = start(**environment, PATH=f"{scontrol.parent}:{os.environ['PATH']}")
+    wait(lambda: logged(out) > 5)
+    run.send_signal(signal.SIGUSR1)
+    wait(lambda: (tmp_path / "asked").exists())
+    assert (tmp_path / "asked").read_text() == "requeue 7\n" and len(saved(out)) == 1
+    assert (out / "hpc_ckpt_1.ckpt").resolve() == out / "checkpoints" / saved(out)[0]
+    steps = logged(out)
+    wait(lambda: logged(out) > steps + 5)
+    run.send_signal(signal.SIGUSR2)  # another wish for a checkpoint: no end, no second request
+    first = saved(out)
+    wait(lambda: saved(out) not in (first, []))
+    run.terminate()
+    check_stopped(out, run, signal.SIGTERM)
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+STUCK = """
+import ctypes, sys, time
+from sagetrain.training import signals
+signals.PATIENCE = 1.0
+lock = ctypes.create_string_buffer(64)
+with signals.Watch() as watch:
+    watch.stepping = sys.argv[1] == "in a step"
+    watch.on_forced_end = lambda said: print(said, flush=True)
+    print("ready", flush=True)
+    for _ in range(2):  # the second call never returns, and no handler of Python's runs meanwhile
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+"""
+
+
+@pytest.mark.parametrize("where", ["in a step", "before it"])
+def test_a_process_that_waits_in_c_ends_too(where: str) -> None:
+    command = [sys.executable, "-c", STUCK, where]
+    with subprocess.Popen(command, env=HERE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)  # a launcher passes on what the terminal sent to all: one wish
+        if where == "in a step":  # only a second Ctrl-C ends a step that does not
+            time.sleep(1.5)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=10)
+        assert process.returncode == 130 and "stopped by SIGINT" in said
+
+
+def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        others = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+        with Watch() as watch:
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            watch.stepping = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            wait(lambda: watch.stop == signal.SIGTERM and watch.save == signal.SIGUSR2, 5)
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == others
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_lightning_has_what_alone_replaces() -> None:
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    owners = (trainer._signal_connector, trainer.fit_loop.epoch_loop)
+    names = ("register_signal_handlers", "_broadcast_sigterm_tensor")
+    before = [getattr(owner, name) for owner, name in zip(owners, names, strict=True)]
+    alone(trainer)
+    assert all(getattr(o, n) is not b for o, n, b in zip(owners, names, before, strict=True))
