@@ -12,7 +12,6 @@ first.
 Cost: room for two checkpoints while one is replaced; it is asked for before training starts.
 """
 
-import copy
 import os
 import random
 import shutil
@@ -146,7 +145,6 @@ class Checkpoint(L.Callback):
         self._saved_time = time.monotonic()
         self._random_state: dict[str, Any] | None = None
         self._group: dist.ProcessGroup | None = None
-        self._loops: dict[str, Any] | None = None  # where the loops stood after the last step
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": random_state()}
@@ -204,8 +202,6 @@ class Checkpoint(L.Callback):
         if step == self._seen:  # within an accumulation
             return
         self._seen = step
-        if trainer.enable_validation:
-            self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
         stop, save, late = self._asked(trainer)
         due = bool(self.every_n_steps) and step % self.every_n_steps == 0
         if due or late or save or stop or (self.keep == "last" and step == trainer.max_steps):
@@ -213,15 +209,11 @@ class Checkpoint(L.Callback):
         self._act(trainer, stop, save)
 
     def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any, **__: Any) -> None:
-        """A signal need not wait for a long validation: what is saved is the state after the last step."""
+        """A signal need not wait for a long validation (as long on every rank)."""
         stop, save, _ = self._asked(trainer)
         if (stop or save) and trainer.global_step != self._saved_step:
             self.save(trainer)
         self._act(trainer, stop, save)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.validating:
-            checkpoint["loops"]["fit_loop"] = self._loops
 
     def _asked(self, trainer: L.Trainer) -> tuple[int, int, bool]:
         """(signal to stop, signal to save, whether the minutes are over): the same on all ranks."""

@@ -45,7 +45,7 @@ from pathlib import Path
 from sagetrain.training.folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(600)
+    time.sleep(60)
 """
 
 
