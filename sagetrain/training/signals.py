@@ -35,7 +35,7 @@ LAUNCHER = "SAGETRAIN_LAUNCHER"  # in the environment of processes that Lightnin
 class Stopped(SystemExit):
     """A signal ended the run; the exit status is that of a process it killed (128 + its number)."""
 
-    def __init__(self, signum: int, said: str = "before the first step") -> None:
+    def __init__(self, signum: int, said: str = "outside of training") -> None:
         super().__init__(128 + signum)
         self.said = f"stopped by {signal.Signals(signum).name} {said}"
 
