@@ -78,7 +78,10 @@ def test_from_pretrained_reads_what_was_trained(tmp_path: Path, text: str, tied:
         AutoModelForCausalLM.from_pretrained(out / "weights")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed strategy.stage=0", "deepspeed strategy.stage=2"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", "fsdp2", "deepspeed strategy.stage=0", "deepspeed strategy.stage=2", "deepspeed strategy.stage=3"],
+)
 def test_checkpoints_of_every_strategy_on_two_ranks(tmp_path: Path, text: str, strategy: str) -> None:
     """What keep=weights gathers from the ranks must be what export reads out of a checkpoint of the same step."""
     script = tmp_path / "script.py"
