@@ -41,7 +41,8 @@ def config(folder: Path, ranks: int = 1, run: str = "auto") -> DictConfig:
     deepspeed = name.startswith("deepspeed")
     strategy = ["strategy=deepspeed", f"strategy.stage={name[-1]}"] if deepspeed else [f"strategy={name}"]
     return compose([
-        "recipe=gsm8k_finetune", "model=quickstart", *MODEL, "model.config.num_hidden_layers=2", "attention.implementation=sdpa",
+        "recipe=gsm8k_finetune", "model=quickstart", *MODEL, "model.config.num_hidden_layers=2",
+        "attention.implementation=sdpa",
         f"data.path={folder / 'train.jsonl'}", f"data.val_path={folder / 'val.jsonl'}", "data.seq_len=256",
         f"data.batch_size={GLOBAL_BATCH // ranks}", *strategy, "seed=3",
         "trainer.accelerator=cpu", "trainer.precision=32-true", f"trainer.devices={ranks}", "probe.every=0",
