@@ -30,7 +30,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sagetrain.training.export import numel, save_weights
+from sagetrain.training.export import save_weights
+from sagetrain.training.module import numel
 from sagetrain.training.signals import Stopped, Watch, requeue
 
 PARTIAL = ".partial-"

@@ -37,7 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 import sagetrain
 import sagetrain.data
 from sagetrain.attention import bf16
-from sagetrain.data.text import find_files
+from sagetrain.data.files import find_files
 from sagetrain.errors import asked_for, is_bad_input
 from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups
 from sagetrain.terminal import console
