@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,21 @@ def test_keep_none_leaves_nothing_and_without_intervals_nothing_is_ever_written(
         assert not (run_of_it / "checkpoints").exists()
     with pytest.raises(ValueError, match="checkpoint.keep=all: choose one of last, weights, none"):
         run(compose([*TINY, text, "checkpoint.keep=all", f"out={tmp_path / 'd'}"]))
+
+
+def test_a_signal_does_not_cut_off_the_weights_that_are_all_that_stays(tmp_path: Path, text: str, monkeypatch) -> None:
+    from sagetrain.training import checkpoint
+
+    save = checkpoint.save_weights
+
+    def save_weights(*arguments) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_weights", save_weights)
+    (out,) = run(compose([*TINY, text, "checkpoint.keep=weights", f"out={tmp_path / 'out'}"]))
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    AutoModelForCausalLM.from_pretrained(out / "weights")
 
 
 @pytest.mark.parametrize(
