@@ -144,7 +144,7 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
     out = Path(cfg.out)
     before = out / "config.yaml"
     if before.exists():
-        if cfg.resume == "never":
+        if cfg.resume == "never" and global_rank() == 0:  # other ranks may meet what rank 0 has just written
             raise ValueError(f"{out} holds a run already and resume=never: choose another out=FOLDER, or resume=auto")
         old, new = (_flat(c) for c in (OmegaConf.load(before), cfg))
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
@@ -217,7 +217,6 @@ def _check_launch(cfg: DictConfig, runs: int) -> None:
 
 def _train(cfg: DictConfig, watch: Watch, group: str | None = None) -> Path:
     """Train one run, or go on with it; return its directory."""
-    _prepare(cfg)
     with locked(Path(cfg.out)):
         return _train_alone(cfg, watch, group)
 
