@@ -247,7 +247,7 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
     save = Checkpoint(out, watch=watch, anew=anew, **cfg.checkpoint)
     bar = Bar(log, facts["name"])
     with _recorded(log, bar, watch) as trainers:
-        trainer = _trainer(cfg, [log, save], bar, facts, group)
+        trainer = _trainer(cfg, log, save, bar, group)
         trainers.append(trainer)
         if trainer.is_global_zero:
             log.write_status("running", past.get("steps", 0))
@@ -290,16 +290,10 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
     finish(code=0)
 
 
-def _trainer(
-    cfg: DictConfig, callbacks: list[L.Callback], bar: Bar, facts: dict[str, Any], group: str | None
-) -> L.Trainer:
-    """callbacks: the log, and whatever comes after what it measures."""
+def _trainer(cfg: DictConfig, log: RunLog, save: Checkpoint, bar: Bar, group: str | None) -> L.Trainer:
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    log, *rest = callbacks
-    if cfg.probe.every:
-        rest.insert(0, Probe(log, cfg.probe.every, cfg.probe.max_tokens))
-    if options.pop("enable_progress_bar", True):
-        rest.insert(0, bar)
+    bars = [bar] if options.pop("enable_progress_bar", True) else []
+    probes = [Probe(log, cfg.probe.every, cfg.probe.max_tokens)] if cfg.probe.every else []
     target = cfg.strategy.get("_target_")
     strategy = instantiate(cfg.strategy, attention=cfg.attention.implementation) if target else "auto"
     whole_files = not target or target.endswith("SageDDPStrategy")
@@ -307,10 +301,11 @@ def _trainer(
         **{"enable_checkpointing": False, "enable_model_summary": False, "use_distributed_sampler": False} | options,
         default_root_dir=cfg.out,
         strategy=strategy,
-        callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *rest],
+        # In this order: what is measured in a step belongs to its row, and a checkpoint comes after both.
+        callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *bars, *probes, save],
         plugins=[DirectCheckpointIO()] if whole_files else None,
         enable_progress_bar=False,
-        logger=_logger(cfg, facts, group) or False,
+        logger=_logger(cfg, log.facts, group) or False,
     )
     alone(trainer)
     return trainer
