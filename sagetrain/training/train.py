@@ -41,7 +41,7 @@ from sagetrain.data.files import find_files
 from sagetrain.errors import asked_for, is_bad_input
 from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups
 from sagetrain.terminal import console
-from sagetrain.training.arms import AttentionRecord
+from sagetrain.training.attention_record import AttentionRecord
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint, DirectCheckpointIO, newest
 from sagetrain.training.folder import global_rank, locked, quoted, write
