@@ -37,7 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 import sagetrain
 import sagetrain.data
 from sagetrain.attention import bf16
-from sagetrain.data.files import find_files
+from sagetrain.data import files
 from sagetrain.errors import asked_for, is_bad_input
 from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups
 from sagetrain.terminal import console
@@ -99,7 +99,7 @@ def _compare(cfg: DictConfig, out: Path, watch: Watch) -> list[Path]:
 
 
 def at_home(cfg: DictConfig) -> DictConfig:
-    """A copy with `~` in every path replaced by the home folder (data.path and val_path: `find_files` does it)."""
+    """A copy with `~` in every path replaced by the home folder (data.path and val_path: data/files.py does it)."""
     cfg = cfg.copy()
     for key in ("out", "resume", "model.path", "model.tokenizer"):
         if str(OmegaConf.select(cfg, key)).startswith("~"):
@@ -137,7 +137,7 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
     Returns the checkpoint to go on from, if any, and whether it is that of another run.
     """
     if cfg.data.get("path"):  # before the model is looked up, which can mean the network
-        find_files(cfg.data.path)
+        files.find(cfg.data.path)
     with asked_for(f"model.path={cfg.model.path}" if cfg.model.path else "model.config"):
         check_length(model_config(cfg.model), cfg.data.seq_len)
     kernel(cfg)
