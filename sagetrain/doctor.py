@@ -101,7 +101,7 @@ def main() -> int:
     except (ImportError, RuntimeError) as problem:
         table.add_row(Text("does not run", "red"), " ".join(str(problem).split()))
     verdict = Text("INT8 attention runs here", "green") if works else Text("INT8 attention does not run here", "red")
-    table.add_row("verdict", verdict.append("" if works else "; attention=bf16 trains with PyTorch's own", "default"))
+    table.add_row("verdict", verdict.append("" if works else "; attention=bf16 trains without it", "default"))
     console().print(table)
     return 0 if works else 1
 

@@ -8,6 +8,7 @@ Choice: no exception class of our own, so that callers catch the usual ValueErro
 """
 
 import dis
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,14 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def refused(error: Exception) -> int:
+    """Exit status 2 after one line on stderr, of bad input. Raises anything else again, for its traceback."""
+    if not is_bad_input(error):
+        raise error
+    print(f"sagetrain: error: {one_line(error)}", file=sys.stderr)
+    return 2
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from sagetrain.errors import is_bad_input, one_line
+from sagetrain.errors import refused
 from sagetrain.terminal import console, print_anything
 from sagetrain.training.export import export
 
@@ -18,10 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         folder = export(options.run, options.folder)
     except Exception as error:
-        if not is_bad_input(error):
-            raise
-        print(f"sagetrain: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return refused(error)
     console().print(f"written: {folder}", soft_wrap=True)
     return 0
 

@@ -118,7 +118,6 @@ def test_a_step_in_int8_is_that_of_exact_attention(found):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
 def test_a_step_on_the_gpu_is_that_of_exact_attention():
     """At every step: where the kernel rounds elsewhere than the reference, the two do not share their luck."""
     assert not parity.failures(parity.summary(parity.measure(parity.ARMS, parity.SIZES["tiny"], 41, 1, "cuda")))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from sagetrain.compare import report
+from sagetrain.errors import refused
 from sagetrain.paths import home
 from sagetrain.terminal import console, print_anything
 
@@ -31,9 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or parent
     try:
         comparison = report(paths, out, options.baseline)
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    except Exception as error:
+        return refused(error)
     console().print(comparison.table())
     for text in [*comparison.mismatches, *comparison.notes]:
         console().print("note:", text)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,18 +18,11 @@ from jinja2 import Environment, StrictUndefined
 from sagetrain.compare.figures import colours, panels
 from sagetrain.compare.runs import Run, find_runs
 from sagetrain.compare.stats import TABLE_COLUMNS, Comparison
+from sagetrain.training.folder import write
 
 PAGE = Path(__file__).with_name("page.html")  # the Jinja2 template
-APART = (
-    "name",
-    "arm",
-    "seed",
-    "status",
-    "command",
-    "error",
-    "traceback",
-    "wandb_id",
-)  # of run.json: shown elsewhere, or of no use here
+# Of run.json: shown elsewhere, or of no use here.
+APART = ("name", "arm", "seed", "status", "command", "error", "traceback", "wandb_id")
 
 
 def report(runs: Iterable[str | Path], out: str | Path, baseline: str | None = None) -> Comparison:
@@ -50,9 +42,7 @@ def report(runs: Iterable[str | Path], out: str | Path, baseline: str | None = N
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        part = out / f".{name}.part"
-        part.write_text(text, encoding="utf-8", errors="replace", newline="")  # a command line may hold no text
-        os.replace(part, out / name)
+        write(out / name, text.encode(errors="replace"))  # a command line may hold no text
     return comparison
 
 
@@ -60,13 +50,8 @@ def render(comparison: Comparison) -> str:
     """The page as HTML text."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     runs, inside = comparison.runs, {arm.inside for arm in comparison.others}
-    tone = (
-        "bad"
-        if False in inside
-        else "open"
-        if inside != {True} or comparison.mismatches or comparison.cut_short
-        else "good"
-    )
+    unsure = inside != {True} or comparison.mismatches or comparison.cut_short
+    tone = "bad" if False in inside else "open" if unsure else "good"
     return environment.from_string(PAGE.read_text(encoding="utf-8")).render(
         comparison=comparison,
         title=", ".join(sorted({run.recipe for run in runs})),

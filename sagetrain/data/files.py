@@ -88,11 +88,6 @@ def find(path: str | Path | Sequence[str | Path], want: str = "train") -> Files:
     return found
 
 
-def find_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that `path` names to train on, see `find`."""
-    return find(path).chosen
-
-
 def find_validation(path: str | Path | Sequence[str | Path], trained: Files | None) -> list[Path]:
     """The validation files that `path` names. Raises ValueError if one of them is trained on, and as `find` does."""
     chosen, seen = find(path, "validation").chosen, {p.resolve() for p in trained.chosen} if trained else set()

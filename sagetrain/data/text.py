@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from sagetrain.data.files import find_files as find_files
 from sagetrain.data.files import is_table, read_records
 
 say = rank_zero_only(logging.getLogger("sagetrain.data").warning)  # what the reader has to know, once, not per rank

@@ -30,12 +30,14 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sagetrain.training.export import numel, save_weights
+from sagetrain.training.export import save_weights
+from sagetrain.training.module import numel
 from sagetrain.training.signals import Stopped, Watch, requeue
 
 PARTIAL = ".partial-"
 SLURM_LINK = "hpc_ckpt_1.ckpt"
 KEEP = ("last", "weights", "none")
+TORCH_WRITER = "inline_container.cc"  # in what torch.save says of a full disk, a RuntimeError
 
 
 def newest(folder: Path) -> Path | None:
@@ -117,7 +119,6 @@ def settings_of_this_run(trainer: L.Trainer, module: L.LightningModule) -> None:
     groups = trainer.optimizers[0].param_groups
     for group, new, lr in zip(groups, fresh["optimizer"].param_groups, lrs, strict=True):
         group.update({key: value for key, value in new.items() if key != "params"} | {"lr": lr})
-    schedule._last_lr = lrs
 
 
 class Checkpoint(L.Callback):
@@ -235,11 +236,12 @@ class Checkpoint(L.Callback):
             requeue()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.watch.stepping = False
+        """What is left to write of a finished run is written whatever signal comes now: it may be all that stays."""
         if self.keep == "last" and trainer.global_step != self._saved_step:
             self.save(trainer)
         if self.keep == "weights":
             save_weights(trainer, module, self.out / "weights")
+        self.watch.stepping = False
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self.watch.stepping = False
@@ -260,8 +262,7 @@ class Checkpoint(L.Callback):
         step = trainer.global_step
         final = self.folder / f"step-{step:08d}.ckpt"
         partial = self.folder / f"{PARTIAL}{final.name}"
-        finite = getattr(trainer.lightning_module, "finite", lambda: True)()
-        if not is_finite(trainer) or not finite:
+        if not is_finite(trainer) or not trainer.lightning_module.finite():
             raise FloatingPointError(
                 f"the weights, the optimizer or the gradients of step {step} are not finite, so they are not saved. "
                 f"The last good checkpoint is kept: {newest(self.folder) or 'none yet'}. Start from it with a lower "
@@ -272,9 +273,11 @@ class Checkpoint(L.Callback):
             trainer.strategy.barrier("checkpoint written")
             if trainer.is_global_zero:
                 self._publish(partial, final)
-        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+        except (OSError, RuntimeError) as error:
             if trainer.is_global_zero:
                 _remove(partial)
+            if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
+                raise
             kept = newest(self.folder)
             raise OSError(
                 f"could not write the checkpoint of step {step}: {error}. The last good one is kept: "

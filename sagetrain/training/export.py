@@ -32,11 +32,6 @@ from sagetrain.training.module import model_config
 PREFIX = "model."  # of the Hugging Face model inside CausalLM
 
 
-def numel(weight: Tensor) -> int:
-    """Elements of a parameter, all ranks' shares together."""
-    return getattr(weight, "ds_numel", weight.numel())
-
-
 def export(run: str | Path, folder: str | Path) -> Path:
     """Write weights and tokenizer of a run (its directory, or one of its checkpoints) into `folder`, new or empty.
 

@@ -53,6 +53,11 @@ def model_config(model: DictConfig) -> PreTrainedConfig:
     return type(base).from_dict(base.to_dict() | changes if model.path else changes)
 
 
+def numel(weight: Tensor) -> int:
+    """Elements of a parameter, all ranks' shares together."""
+    return getattr(weight, "ds_numel", weight.numel())
+
+
 def check_length(config: PreTrainedConfig, seq_len: int) -> None:
     """Raises ValueError when a model of this configuration has no positions for `seq_len` tokens."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -258,4 +263,4 @@ class CausalLM(L.LightningModule):
         return time.perf_counter() - begun
 
     def parameter_count(self) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters())
+        return sum(map(numel, self.parameters()))

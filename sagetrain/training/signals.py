@@ -12,7 +12,6 @@ Cost: processes that Lightning started die with the one that started them (Linux
 import contextlib
 import ctypes
 import os
-import re
 import select
 import signal
 import subprocess
@@ -24,6 +23,8 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from sagetrain.terminal import console
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVE = (signal.SIGUSR1, signal.SIGUSR2)
@@ -68,11 +69,12 @@ def requeue() -> None:
     if not SLURMEnvironment.detect():
         return
     env = os.environ
-    job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in env else ""
-    job = job or env["SLURM_JOB_ID"]
-    if re.fullmatch("[0-9_]+", job):
-        with contextlib.suppress(OSError):
-            subprocess.run(["scontrol", "requeue", job], check=False)
+    array = "SLURM_ARRAY_JOB_ID" in env
+    job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"]
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:  # the checkpoint is there and the job goes on
+        console(stderr=True).print(f"job {job} is not requeued: {error}", soft_wrap=True)
 
 
 class Watch:

@@ -37,11 +37,11 @@ from omegaconf import DictConfig, OmegaConf
 import sagetrain
 import sagetrain.data
 from sagetrain.attention import bf16
-from sagetrain.data.text import find_files
+from sagetrain.data import files
 from sagetrain.errors import asked_for, is_bad_input
 from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups
 from sagetrain.terminal import console
-from sagetrain.training.arms import AttentionRecord
+from sagetrain.training.attention_record import AttentionRecord
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint, DirectCheckpointIO, newest
 from sagetrain.training.folder import global_rank, locked, quoted, write
@@ -99,7 +99,7 @@ def _compare(cfg: DictConfig, out: Path, watch: Watch) -> list[Path]:
 
 
 def at_home(cfg: DictConfig) -> DictConfig:
-    """A copy with `~` in every path replaced by the home folder (data.path and val_path: `find_files` does it)."""
+    """A copy with `~` in every path replaced by the home folder (data.path and val_path: data/files.py does it)."""
     cfg = cfg.copy()
     for key in ("out", "resume", "model.path", "model.tokenizer"):
         if str(OmegaConf.select(cfg, key)).startswith("~"):
@@ -137,14 +137,14 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
     Returns the checkpoint to go on from, if any, and whether it is that of another run.
     """
     if cfg.data.get("path"):  # before the model is looked up, which can mean the network
-        find_files(cfg.data.path)
+        files.find(cfg.data.path)
     with asked_for(f"model.path={cfg.model.path}" if cfg.model.path else "model.config"):
         check_length(model_config(cfg.model), cfg.data.seq_len)
     kernel(cfg)
     out = Path(cfg.out)
     before = out / "config.yaml"
     if before.exists():
-        if cfg.resume == "never":
+        if cfg.resume == "never" and global_rank() == 0:  # other ranks may meet what rank 0 has just written
             raise ValueError(f"{out} holds a run already and resume=never: choose another out=FOLDER, or resume=auto")
         old, new = (_flat(c) for c in (OmegaConf.load(before), cfg))
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
@@ -217,7 +217,6 @@ def _check_launch(cfg: DictConfig, runs: int) -> None:
 
 def _train(cfg: DictConfig, watch: Watch, group: str | None = None) -> Path:
     """Train one run, or go on with it; return its directory."""
-    _prepare(cfg)
     with locked(Path(cfg.out)):
         return _train_alone(cfg, watch, group)
 
@@ -248,7 +247,7 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
     save = Checkpoint(out, watch=watch, anew=anew, **cfg.checkpoint)
     bar = Bar(log, facts["name"])
     with _recorded(log, bar, watch) as trainers:
-        trainer = _trainer(cfg, [log, save], bar, facts, group)
+        trainer = _trainer(cfg, log, save, bar, group)
         trainers.append(trainer)
         if trainer.is_global_zero:
             log.write_status("running", past.get("steps", 0))
@@ -291,16 +290,10 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
     finish(code=0)
 
 
-def _trainer(
-    cfg: DictConfig, callbacks: list[L.Callback], bar: Bar, facts: dict[str, Any], group: str | None
-) -> L.Trainer:
-    """callbacks: the log, and whatever comes after what it measures."""
+def _trainer(cfg: DictConfig, log: RunLog, save: Checkpoint, bar: Bar, group: str | None) -> L.Trainer:
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    log, *rest = callbacks
-    if cfg.probe.every:
-        rest.insert(0, Probe(log, cfg.probe.every, cfg.probe.max_tokens))
-    if options.pop("enable_progress_bar", True):
-        rest.insert(0, bar)
+    bars = [bar] if options.pop("enable_progress_bar", True) else []
+    probes = [Probe(log, cfg.probe.every, cfg.probe.max_tokens)] if cfg.probe.every else []
     target = cfg.strategy.get("_target_")
     strategy = instantiate(cfg.strategy, attention=cfg.attention.implementation) if target else "auto"
     whole_files = not target or target.endswith("SageDDPStrategy")
@@ -308,10 +301,11 @@ def _trainer(
         **{"enable_checkpointing": False, "enable_model_summary": False, "use_distributed_sampler": False} | options,
         default_root_dir=cfg.out,
         strategy=strategy,
-        callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *rest],
+        # In this order: what is measured in a step belongs to its row, and a checkpoint comes after both.
+        callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *bars, *probes, save],
         plugins=[DirectCheckpointIO()] if whole_files else None,
         enable_progress_bar=False,
-        logger=_logger(cfg, facts, group) or False,
+        logger=_logger(cfg, log.facts, group) or False,
     )
     alone(trainer)
     return trainer

@@ -43,8 +43,6 @@ POWERS = {torch.float32: (-40, -17, -1, 3, 20), torch.bfloat16: (-40, -17, -1, 3
 def kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable, str]:
     """(attention, device) of the kernel named; skips where this machine cannot run it."""
     device, which = name.split("/")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA GPU here")
     monkeypatch.setenv("SAGETRAIN_CPU_ISA" if device == "cpu" else "SAGETRAIN_GPU_KERNEL", which)
     try:
         sagetrain.kernel_name(device)

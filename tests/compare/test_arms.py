@@ -200,7 +200,7 @@ def test_any_terminal_shows_a_finished_comparison(tmp_path: Path, encoding: str)
     done = subprocess.run(command, capture_output=True, env=environment | {"LC_ALL": "C"})  # not even the path is text
     assert done.returncode == 0, done.stderr
     done = subprocess.run([*command, parent / "東京 [red]"], capture_output=True, env=environment)
-    assert done.returncode == 2 and done.stderr.startswith(b"error: no such directory")
+    assert done.returncode == 2 and done.stderr.startswith(b"sagetrain: error: no such directory")
 
 
 def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -209,3 +209,12 @@ def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert main(["~/runs", "--out", "~/report"]) == 0 and (tmp_path / "report" / "report.html").exists()
     assert report(["~/runs"], "~/again").baseline == "bf16" and (tmp_path / "again" / "report.html").exists()
     assert main(["~/runs"]) == 0 and (tmp_path / "runs" / "report.html").exists()
+
+
+def test_the_unexpected_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A ValueError that no check made is none of the user's."""
+    write_run(tmp_path / "runs", "bf16", 0, falling(2.0))
+    monkeypatch.setattr("sagetrain.compare.__main__.report", lambda *_: int("a slip of ours"))
+    with pytest.raises(ValueError, match="a slip of ours"):
+        main([str(tmp_path / "runs")])
+    assert capsys.readouterr().err == ""

@@ -75,7 +75,7 @@ def one_line_error(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     """Runs the command, which has to fail with status 2 and one line that holds no traceback."""
     assert main([str(argument) for argument in arguments]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("sagetrain: error: ")
     return captured.err
 
 

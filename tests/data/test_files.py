@@ -10,7 +10,7 @@ import pytest
 
 from sagetrain.__main__ import compose
 from sagetrain.data import ByteTokenizer, build
-from sagetrain.data.files import find, find_files, find_validation
+from sagetrain.data.files import find, find_validation
 from sagetrain.training.train import run
 from tests.tiny import MODEL
 
@@ -60,8 +60,8 @@ def test_splits_of_a_folder(inside, chosen, validation, left_out, tmp_path):
 
 def test_what_is_named_is_read(tmp_path):
     fill(tmp_path, "train.jsonl", "test.jsonl", "test-2.jsonl", "only/test.jsonl", "both/test.jsonl", "both/val.jsonl")
-    assert find_files(tmp_path / "test.jsonl") == [tmp_path / "test.jsonl"]
-    assert names(find_files(str(tmp_path / "test*.jsonl")), tmp_path) == ["test-2.jsonl", "test.jsonl"]
+    assert find(tmp_path / "test.jsonl").chosen == [tmp_path / "test.jsonl"]
+    assert names(find(str(tmp_path / "test*.jsonl")).chosen, tmp_path) == ["test-2.jsonl", "test.jsonl"]
     listed = find([tmp_path / "test.jsonl", tmp_path / "*.jsonl", tmp_path / "test.jsonl"])
     assert names(listed.chosen, tmp_path) == ["test.jsonl", "train.jsonl"]  # the glob leaves tests out; nothing twice
     assert names(listed.left_out, tmp_path) == ["test-2.jsonl"]
@@ -78,9 +78,9 @@ def test_paths_with_a_tilde_or_brackets(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     fill(tmp_path / "set [v1]", "a.jsonl", "x[1].jsonl")
     for path in ("~/set [v1]/a.jsonl", "~/set [v1]/a*.jsonl", str(tmp_path / "set [v1]" / "[a]*")):
-        assert find_files(path) == [tmp_path / "set [v1]" / "a.jsonl"]
-    assert find_files("~/set [v1]/x[1].jsonl") == [tmp_path / "set [v1]" / "x[1].jsonl"]
-    assert len(find_files("~/set [v1]")) == 2
+        assert find(path).chosen == [tmp_path / "set [v1]" / "a.jsonl"]
+    assert find("~/set [v1]/x[1].jsonl").chosen == [tmp_path / "set [v1]" / "x[1].jsonl"]
+    assert len(find("~/set [v1]").chosen) == 2
 
 
 @pytest.mark.parametrize("kind", ["gsm8k", "pretrain"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,7 @@ def test_checkpoints_of_every_strategy_on_two_ranks(tmp_path: Path, text: str, s
     )
     command = [*TINY, text, *f"strategy={strategy}".split(), "trainer.devices=2", "data.batch_size=1"]
     command += ["checkpoint.keep=weights", "checkpoint.every_n_steps=2", f"out={tmp_path / 'out'}"]
+    command += ["resume=never"]  # the other rank comes when the leading one has written its config.yaml already
     done = subprocess.run([sys.executable, script, *command], env=HERE, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "weights").state_dict()
@@ -149,6 +151,21 @@ def test_keep_none_leaves_nothing_and_without_intervals_nothing_is_ever_written(
         assert not (run_of_it / "checkpoints").exists()
     with pytest.raises(ValueError, match="checkpoint.keep=all: choose one of last, weights, none"):
         run(compose([*TINY, text, "checkpoint.keep=all", f"out={tmp_path / 'd'}"]))
+
+
+def test_a_signal_does_not_cut_off_the_weights_that_are_all_that_stays(tmp_path: Path, text: str, monkeypatch) -> None:
+    from sagetrain.training import checkpoint
+
+    save = checkpoint.save_weights
+
+    def save_weights(*arguments) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_weights", save_weights)
+    (out,) = run(compose([*TINY, text, "checkpoint.keep=weights", f"out={tmp_path / 'out'}"]))
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    AutoModelForCausalLM.from_pretrained(out / "weights")
 
 
 @pytest.mark.parametrize(

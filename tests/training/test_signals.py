@@ -12,7 +12,7 @@ import lightning.pytorch as L
 import pytest
 
 from sagetrain.paths import PACKAGE_DIR
-from sagetrain.training.signals import Watch, alone
+from sagetrain.training.signals import Watch, alone, requeue
 from tests.tiny import MODEL
 
 HERE = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent), "OMP_NUM_THREADS": "1"}
@@ -174,6 +174,19 @@ def test_slurm_has_the_job_requeued_after_a_checkpoint_and_the_run_goes_on(start
     run.terminate()
     check_stopped(out, run, signal.SIGTERM)
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize("scontrol", [None, "exit 1"], ids=["absent", "refusing"])
+def test_a_job_that_is_not_requeued_is_said(tmp_path: Path, monkeypatch, capsys, scontrol: str | None) -> None:
+    if scontrol:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{scontrol}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+    slurm = {"JOB_ID": "9", "JOB_NAME": "train", "NTASKS": "1", "ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "2"}
+    for key, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    requeue()
+    assert "job 7_2 is not requeued: " in capsys.readouterr().err
 
 
 STUCK = """

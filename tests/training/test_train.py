@@ -145,7 +145,13 @@ def test_no_room_for_a_checkpoint_is_said_before_the_first_step(train, monkeypat
     assert len(rows(train()[0])) == 4
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def torch_on_a_full_disk() -> RuntimeError:
+    with pytest.raises(RuntimeError) as caught:
+        torch.save({"x": torch.zeros(10**6)}, "/dev/full")
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), torch_on_a_full_disk()], ids=["os", "torch"])
 def test_a_failed_checkpoint_keeps_the_last_one_and_the_metrics(train, monkeypatch, tmp_path: Path, error) -> None:
     undisturbed = losses(train(out="undisturbed")[0])
     save, calls = torch.save, []
@@ -167,6 +173,18 @@ def test_a_failed_checkpoint_keeps_the_last_one_and_the_metrics(train, monkeypat
     assert json.loads((out / "run.json").read_text())["status"] == "failed"
     train("checkpoint.every_n_steps=2")
     assert losses(out) == undisturbed and json.loads((out / "run.json").read_text())["status"] == "finished"
+
+
+def test_no_other_failure_is_taken_for_a_full_disk(train, monkeypatch, tmp_path: Path) -> None:
+    def broken(content, path) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(checkpoint.torch, "save", broken)
+    with pytest.raises(RuntimeError, match="^CUDA error"):
+        train("checkpoint.every_n_steps=2")
+    assert not list((tmp_path / "out" / "checkpoints").iterdir())
+    assert "Traceback" in json.loads((tmp_path / "out" / "run.json").read_text())["traceback"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch, tmp_path: Path) -> None:
