@@ -116,7 +116,12 @@ def check(arguments: list[str]) -> list[str]:
         for i, override in enumerate(rest):
             ready[i] = _known(override, known)
         one_each = [o.input_line for o in rest if not o.is_sweep_override() and not o.is_hydra_override()]
-        _compose([*combination, *(_known(o, known) for o in rest if o.input_line in one_each)])
+        cfg = _compose([*combination, *(_known(o, known) for o in rest if o.input_line in one_each)])
+        if cfg.compare.arms and "attention" in [o.key_or_group for o in chosen]:
+            raise ValueError(
+                f"attention={cfg.attention.name} has no part in a comparison of {', '.join(cfg.compare.arms)}: say "
+                "compare.arms=null for one run, or name the arms in compare.arms"
+            )
     return [*(o.input_line for o in chosen), *ready.values()]
 
 

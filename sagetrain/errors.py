@@ -37,7 +37,7 @@ def is_bad_input(error: BaseException) -> bool:
     if dis.opname[code.co_code[last.tb_lasti]] != "RAISE_VARARGS":
         return False
     file = Path(code.co_filename)
-    checked = isinstance(error, ValueError | TypeError | MisconfigurationException)
+    checked = isinstance(error, ValueError | TypeError | MisconfigurationException | ModuleNotFoundError)
     return file.is_relative_to(PACKAGE_DIR) or (checked and file.is_relative_to(LIGHTNING_DIR))
 
 

@@ -58,6 +58,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
         (["quickstart"], ["did you mean recipe=quickstart"]),
         (["recipe=quickstrat"], ["unknown recipe", "Did you mean quickstart", *recipes()]),
         (["recipe=quickstart", "attention=int8"], ["unknown attention", "bf16, fa2, fa3, fa4, flex, sage_int8, sdpa"]),
+        (["recipe=quickstart", "attention=sdpa"], ["attention=sdpa has no part in a comparison", "compare.arms=null"]),
         (["recipe=quickstart", "strategy=fsdp"], ["unknown strategy", "Did you mean fsdp2", "deepspeed"]),
         (["recipe=quickstart", "logger=wanbd"], ["unknown logger", "Did you mean wandb", "tensorboard"]),
         (["recipe=quickstart", "data=c4"], ["unknown data", "fineweb_edu"]),

@@ -173,7 +173,8 @@ static void pack_query_side(const BackwardParams& p, const Sequence& q, int64_t 
     read_row(s.dtype, p.o, o + i * p.o_strides.token, s.head_dim, output);
     // log2(rho): half of what the row is below the largest. A row without dO (d_lse may give it a dS) gets next to none
     // of P, so that it has no say in the scales of dV.
-    const int below = (exponent_of(largest[i]) - tile_exponent) >> 1, rho = larger(below, kLeastRho);
+    const int below = (exponent_of(largest[i]) - tile_exponent) >> 1;
+    const int rho = largest[i] < FLT_MIN ? kLeastRho : larger(below, kLeastRho);
     const float up = exp2_int(-rho), to_row = exp2_int(-exponent[i]);
     float delta = (p.d_lse ? -p.d_lse[row + i] * to_row * up : 0.0f) + largest[i] * 0.0f;  // NaN if dO has an infinity
     for (int64_t d = 0; d < s.head_dim; ++d) {

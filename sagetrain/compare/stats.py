@@ -70,6 +70,7 @@ class Arm:
     finals: dict[int, float]
     loss: float
     tokens_per_s: float | None
+    speed_spread: float = 1.0  # the fastest of its runs over the slowest
     speed_ratio: float | None = None
     handicap: str | None = None  # why its speed is no measure of its attention
     pairs: list[int] = field(default_factory=list)
@@ -167,7 +168,15 @@ class Comparison:
             if one.handicap:
                 return f"No speed ratio with {self.label(one.name)}: {one.handicap}."
         places = sorted({run.place for run in [*base.runs, *arm.runs]})
-        return f"No speed ratio between different devices: {'; '.join(places)}." if len(places) > 1 else None
+        if len(places) > 1:
+            return f"No speed ratio between different devices: {'; '.join(places)}."
+        apart, within = arm.tokens_per_s / base.tokens_per_s, max(arm.speed_spread, base.speed_spread)
+        if within > max(apart, 1 / apart):
+            return (
+                f"No speed ratio with {self.label(arm.name)}: the speed of equal runs differs by up to "
+                f"{within:.2f} times, more than that of the arms."
+            )
+        return None
 
     def cells(self) -> list[list[str]]:
         """The summary table as text, columns as in TABLE_COLUMNS; ASCII, but for names."""
@@ -222,12 +231,14 @@ class Comparison:
     def _arm(self, name: str) -> Arm:
         runs = [run for run in self.runs if run.arm == name]
         finals = {run.seed: float(self.trailing(run)[1][-1]) for run in runs}
-        speeds = np.concatenate([run.series("tokens_per_s", self.common_step)[1] for run in runs])
-        speeds = speeds[np.isfinite(speeds)]
-        speed = float(np.median(speeds)) if len(speeds) else None
+        series = [run.series("tokens_per_s", self.common_step)[1] for run in runs]
+        series = [speeds[np.isfinite(speeds)] for speeds in series if np.isfinite(speeds).any()]
+        speed = float(np.median(np.concatenate(series))) if series else None
+        medians = [float(np.median(speeds)) for speeds in series]
+        spread = max(medians) / min(medians) if medians else 1.0
         told = (run.info.get("handicap", None if run.is_int8 else UNKNOWN) for run in runs)
         handicap = next((str(reason) for reason in told if reason), None)
-        return Arm(name, runs, finals, float(np.mean(list(finals.values()))), speed, handicap=handicap)
+        return Arm(name, runs, finals, float(np.mean(list(finals.values()))), speed, spread, handicap=handicap)
 
     def _against(self, arm: Arm, base: Arm) -> Arm:
         pairs = sorted(arm.finals.keys() & base.finals.keys())

@@ -17,7 +17,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from sagetrain.training.export import save_weights
@@ -143,6 +144,7 @@ class Checkpoint(L.Callback):
         self.anew = anew
         self.periodic = bool(every_n_steps or every_minutes)
         self._saved_step = self._seen = 0
+        self._whole = True  # the last micro-batch was the last of its step
         self._saved_time = time.monotonic()
         self._random_state: dict[str, Any] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -200,7 +202,8 @@ class Checkpoint(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._seen:  # within an accumulation
+        self._whole = step != self._seen
+        if not self._whole:  # within an accumulation
             return
         self._seen = step
         stop, save, late = self._asked(trainer)
@@ -210,7 +213,9 @@ class Checkpoint(L.Callback):
         self._act(trainer, stop, save)
 
     def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any, **__: Any) -> None:
-        """A signal need not wait for a long validation (as long on every rank)."""
+        """A signal need not wait for a long validation (as long on every rank), but for one within an accumulation."""
+        if not (self.watch.stepping and self._whole):
+            return
         stop, save, _ = self._asked(trainer)
         if (stop or save) and trainer.global_step != self._saved_step:
             self.save(trainer)
@@ -268,23 +273,28 @@ class Checkpoint(L.Callback):
                 f"The last good checkpoint is kept: {newest(self.folder) or 'none yet'}. Start from it with a lower "
                 "optim.lr (resume=CHECKPOINT out=NEW_FOLDER), or look at the data of the last steps"
             )
-        try:
-            trainer.save_checkpoint(partial)
-            trainer.strategy.barrier("checkpoint written")
-            if trainer.is_global_zero:
-                self._publish(partial, final)
-        except (OSError, RuntimeError) as error:
-            if trainer.is_global_zero:
-                _remove(partial)
-            if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
-                raise
-            kept = newest(self.folder)
-            raise OSError(
-                f"could not write the checkpoint of step {step}: {error}. The last good one is kept: "
-                f"{kept or 'none yet'}. Free some space on that disk and start the same command again to go on"
-            ) from error
-        trainer.strategy.barrier("checkpoint in place")
+        self._together(trainer, step, partial, lambda: trainer.save_checkpoint(partial))
+        self._together(trainer, step, partial, lambda: trainer.is_global_zero and self._publish(partial, final))
         self._saved_step, self._saved_time = step, time.monotonic()
+
+    def _together(self, trainer: L.Trainer, step: int, partial: Path, write: Callable[[], Any]) -> None:
+        """Does `write` on every rank; where it fails on one, raises on all, so that none waits for another."""
+        failed: BaseException | None = None
+        try:
+            write()
+        except (OSError, RuntimeError, CheckpointException) as error:
+            failed = error
+        if trainer.strategy.reduce_boolean_decision(failed is None, all=True):
+            return
+        if trainer.is_global_zero:
+            _remove(partial)
+        if isinstance(failed, RuntimeError) and TORCH_WRITER not in str(failed):
+            raise failed
+        raise OSError(
+            f"could not write the checkpoint of step {step}: {failed or 'another rank could not'}. The last good one "
+            f"is kept: {newest(self.folder) or 'none yet'}. Free some space on that disk and start the same command "
+            "again to go on"
+        ) from failed
 
     def _publish(self, partial: Path, final: Path) -> None:
         _flush(partial)

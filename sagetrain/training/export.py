@@ -51,7 +51,10 @@ def export(run: str | Path, folder: str | Path) -> Path:
         return folder
     checkpoint = checkpoint or source / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():
-        raise FileNotFoundError(f"{run} holds no checkpoint: it kept none (checkpoint.keep) or none was due yet")
+        raise FileNotFoundError(
+            f"{run} holds no checkpoint: none was due yet, or it kept none, as comparisons do unless they are given "
+            "checkpoint.keep=weights (or last)"
+        )
     cfg = OmegaConf.load(source / "config.yaml")
     weights = {k.removeprefix(PREFIX): v for k, v in read_weights(checkpoint).items() if k.startswith(PREFIX)}
     _write(cfg, weights, folder)

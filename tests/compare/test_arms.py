@@ -176,6 +176,15 @@ def test_only_the_handicapped_arm_loses_its_ratio(tmp_path: Path):
     assert comparison.sentences()[-1] == f"No speed ratio with sdpa (SDPA flash): {DENSE}."
 
 
+def test_equal_runs_of_unequal_speed_give_no_ratio(tmp_path: Path):
+    for arm, speeds in ("bf16", (100.0, 300.0)), ("sage_int8", (240.0, 250.0)):
+        for seed, speed in enumerate(speeds):
+            write_run(tmp_path, arm, seed, falling(2.0), columns={"tokens_per_s": [speed] * len(falling(2.0))})
+    comparison = Comparison(find_runs([tmp_path]))
+    assert comparison.others[0].speed_ratio is None
+    assert "equal runs differs by up to 3.00 times" in " ".join(comparison.sentences())
+
+
 def test_another_number_of_devices_gives_no_ratio(tmp_path: Path):
     write_run(tmp_path, "bf16", 0, falling(2.0))
     write_run(tmp_path, "sage_int8", 0, falling(2.0), config={"trainer": {"devices": 2, "max_steps": 20}})

@@ -190,14 +190,14 @@ def test_a_job_that_is_not_requeued_is_said(tmp_path: Path, monkeypatch, capsys,
 
 
 STUCK = """
-import ctypes, sys, time
+import ctypes, sys, threading, time
 from sagetrain.training import signals
 signals.PATIENCE = 1.0
 lock = ctypes.create_string_buffer(64)
 with signals.Watch() as watch:
     watch.stepping = sys.argv[1] == "in a step"
     watch.on_forced_end = lambda said: print(said, flush=True)
-    print("ready", flush=True)
+    threading.Timer(0.5, print, ["ready"], {"flush": True}).start()  # by then it waits
     for _ in range(2):  # the second call never returns, and no handler of Python's runs meanwhile
         ctypes.CDLL(None).pthread_mutex_lock(lock)
 """
