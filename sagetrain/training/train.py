@@ -255,6 +255,9 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if global_rank() == 0:
         save.clear()
+        kept = {"last": f"checkpoint in {out / 'checkpoints'}", "weights": f"weights in {out / 'weights'}"}
+        loss = f"loss {log.row['loss']:.4f}, " if log.row else ""
+        console().print(f"{facts['name']}: finished, {loss}{kept.get(save.keep, 'no weights kept')}", soft_wrap=True)
     del trainer, module, data
     gc.collect()
     return out
