@@ -16,20 +16,11 @@ from sagetrain.export import main
 from sagetrain.paths import PACKAGE_DIR
 from sagetrain.training.export import export
 from sagetrain.training.train import run
-from tests.tiny import MODEL
+from tests.tiny import ARMS, RUN
 
 HERE = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent), "OMP_NUM_THREADS": "1"}
 TINY = [
-    "recipe=quickstart",
-    "compare.arms=null",
-    "attention=bf16",
-    "trainer.accelerator=cpu",
-    "trainer.precision=32-true",
-    "trainer.enable_progress_bar=false",
-    *MODEL,
-    "data.seq_len=32",
-    "data.batch_size=2",
-    "trainer.max_steps=2",
+    *RUN,
     "trainer.limit_val_batches=2",
     "trainer.val_check_interval=2",
     "data.val_documents=4",
@@ -147,7 +138,7 @@ def test_keep_none_leaves_nothing_and_without_intervals_nothing_is_ever_written(
     (out,) = run(compose([*TINY, text, *never, f"out={tmp_path / 'b'}"]))
     assert len(saves) == 2 and {p.name for p in out.iterdir()} == {".lock", "config.yaml", "metrics.csv", "run.json"}
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
-    for run_of_it in run(compose([*TINY, text, "compare.arms=[bf16,sage_int8]", f"out={tmp_path / 'c'}"])):
+    for run_of_it in run(compose([*ARMS, *TINY[len(RUN) :], text, f"out={tmp_path / 'c'}"])):
         assert not (run_of_it / "checkpoints").exists()
     with pytest.raises(ValueError, match="checkpoint.keep=all: choose one of last, weights, none"):
         run(compose([*TINY, text, "checkpoint.keep=all", f"out={tmp_path / 'd'}"]))
