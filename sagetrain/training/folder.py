@@ -96,6 +96,6 @@ def agreed(out: str) -> str:
 
 def quoted(text: str) -> str:
     """A value as Hydra's command line reads it, whatever it holds."""
-    if re.fullmatch(r"[\w./:+%@-]+", text):
+    if re.fullmatch(r"[\w./:+%@-]+", text, re.ASCII):
         return text
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)\Z", r"\1\1", text)) + "'"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from sagetrain.__main__ import compose
@@ -95,6 +96,12 @@ def test_config_yaml_is_written_aside(tmp_path: Path, text: str, monkeypatch) ->
     run(compose([*RUN, text, f"out={tmp_path / 'out'}"]))
     assert {"config.yaml", "run.json", "metrics.csv", "step-00000002.ckpt", "last.ckpt"} <= set(seen)
     assert OmegaConf.load(tmp_path / "out" / "config.yaml").seed == 0
+
+
+@pytest.mark.parametrize("value", ["/home/zoé/run", "日本", "end\\\n", "a b\\\\"])
+def test_hydra_reads_a_quoted_value_as_it_was(value: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides([f"out={quoted(value)}"])
+    assert override.value() == value
 
 
 @pytest.mark.parametrize("name", ["plain", "my runs", "[v1] (a)", "it's", "back\\slash", "end\\", "a,b=c:{d}$e", "ü~"])
