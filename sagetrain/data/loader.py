@@ -108,18 +108,32 @@ class TextData(LightningDataModule):
         return Batches(batches) if batches else []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"data": self.stream.name, "position": self.position()}
+        return {"data": self.stream.name, "position": self.position(), "rows": self.rows()}
+
+    def rows(self) -> int:
+        """Rows of a micro-batch on all ranks."""
+        return self.stream.batch_size * self.rank_of()[1]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises:
-        ValueError: the checkpoint was written while reading other data, or the same in another order.
+        ValueError: the checkpoint was written while reading other data, or the same in another order; or within an
+            epoch of data that end, with accumulation, when a micro-batch had another number of rows: the steps of an
+            epoch are counted in micro-batches, and what is left of it would be cut into the wrong steps.
         """
         if state_dict["data"] != self.stream.name:
             raise ValueError(
                 f"the checkpoint was written with data [{state_dict['data']}], this run reads [{self.stream.name}]; "
                 "resume with the same data and seed, or start anew (resume=never, or another output folder)"
             )
-        self._position, self._in_step = dict(state_dict["position"]), None
+        position, before = state_dict["position"], state_dict.get("rows", self.rows())
+        counted = self.fitting() and self.trainer.accumulate_grad_batches != 1 and self.stream.length(1) is not None
+        if counted and before != self.rows() and position != self.stream.start | {"epoch": position["epoch"]}:
+            raise ValueError(
+                f"the checkpoint lies within an epoch of {before} rows a micro-batch on all ranks, and here they have "
+                f"{self.rows()}: with trainer.accumulate_grad_batches the rest of the epoch would be cut into wrong "
+                "steps. Change data.batch_size with the number of devices so that their product stays the same"
+            )
+        self._position, self._in_step = dict(position), None
 
     def position(self) -> dict[str, Any]:
         """Position after the last batch that was trained on."""

@@ -276,7 +276,8 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
         watch.stepping = False
         trainers.clear()
         bar.stop()
-        log.close()
+        with contextlib.suppress(*[OSError] * bool(code)):  # a full disk must not hide the error of the run
+            log.close()
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish(exit_code=code)
 

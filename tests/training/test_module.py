@@ -140,6 +140,19 @@ def test_a_run_that_goes_on_within_a_step_weighs_what_is_left_of_it(run: Run) ->
     assert of(rows) == pytest.approx([whole[0]["loss"], run.losses(3, 1)[1], *of(whole[2:])], **CLOSE)
 
 
+def test_micro_batches_of_another_size_within_an_epoch_are_refused(run: Run) -> None:
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx in (3, 10):  # after two steps, and at the end of the epoch
+                trainer.save_checkpoint(run.folder / f"{batch_idx}.ckpt")
+
+    run.fit(Save(), accumulate_grad_batches=2, max_steps=6)
+    run.cfg.data.batch_size = 4
+    with pytest.raises(ValueError, match="of 2 rows a micro-batch on all ranks, and here they have 4"):
+        run.fit(start=run.folder / "3.ckpt", accumulate_grad_batches=2, max_steps=8)
+    assert run.fit(start=run.folder / "10.ckpt", accumulate_grad_batches=2, max_steps=8)[-1]["step"] == 8
+
+
 def test_accumulation_that_changes_under_a_batch_is_refused(run: Run) -> None:
     class Change(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
