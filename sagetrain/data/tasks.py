@@ -52,6 +52,13 @@ class Task:
     val: str | None  # a split that is neither trained on nor evaluated, if there is one
     text: Callable[[Record, str], Text]
 
+    def read(self, record: Record, where: str) -> Text:
+        """Raises ValueError, with where it stands, for a record that lacks something or answers with nothing."""
+        text = self.text(record, where)
+        if not text[2].strip():
+            raise ValueError(f"{where}: the answer is empty; repair or remove it")
+        return text
+
 
 def _gsm8k(record: Record, where: str) -> Text:
     question = get_text(record, "question", where)
@@ -107,7 +114,7 @@ def _drop_answer(record: Record, where: str) -> str:
     if not isinstance(answer, Mapping):
         fields = ", ".join(record)
         raise ValueError(f"{where}: no field 'answers', 'answers_spans' or 'answer'; the fields are {fields}")
-    if number := answer.get("number"):
+    if (number := answer.get("number")) not in (None, ""):
         return clean(str(number))
     if not answer.get("spans") and isinstance(date := answer.get("date"), Mapping):
         return clean(" ".join(str(date[part]) for part in ("day", "month", "year") if date.get(part)))
@@ -249,12 +256,12 @@ def _splits(
     repo, config = source or task.repo, name or (None if source else task.config)
 
     def local(paths: Sequence[Path]) -> list[Text]:
-        texts = [task.text(record, f"{path}:{n}") for path in paths for n, record in read_records(path)]
+        texts = [task.read(record, f"{path}:{n}") for path in paths for n, record in read_records(path)]
         return _not_empty(texts, ", ".join(map(str, paths)))
 
     def hub(part: str) -> list[Text]:
         records = enumerate(load_hub(repo, config, part, False))
-        return _not_empty([task.text(record, f"{repo} {part}:{i}") for i, record in records], f"{repo} {part}")
+        return _not_empty([task.read(record, f"{repo} {part}:{i}") for i, record in records], f"{repo} {part}")
 
     train = local(files.chosen) if files else hub(split or task.train)
     if val_path is not None:
@@ -341,11 +348,13 @@ def _list(record: Record, field: str, where: str) -> list[str]:
     values = record.get(field)
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise ValueError(f"{where}: field '{field}' must be a non-empty list; the fields are {', '.join(record)}")
+    if odd := [value for value in values if not isinstance(value, str | int | float)]:
+        raise ValueError(f"{where}: field '{field}' must hold texts, one of it is {odd[0]!r}")
     return [clean(str(value)) for value in values]
 
 
 def _index(record: Record, field: str, count: int, where: str) -> int:
     value = str(record.get(field))
-    if not value.isdigit() or int(value) >= count:
+    if not value.isdecimal() or int(value) >= count:
         raise ValueError(f"{where}: field '{field}' must be 0 to {count - 1}, not {value!r}")
     return int(value)

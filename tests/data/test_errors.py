@@ -121,6 +121,10 @@ def test_missing_field_lists_the_fields(tmp_path):
     ("mmlu", {"choices": "abcd"}, "field 'choices' must be a non-empty list"),
     ("hellaswag", {"label": ""}, "field 'label' must be 0 to 1, not ''"),
     ("drop", {"answers": []}, "field 'answers' must be a non-empty list"),
+    ("drop", {"answers": [["a", "b"]]}, "field 'answers' must hold texts, one of it is \['a', 'b'\]"),
+    ("drop", {"answers": [" "]}, "the answer is empty"),
+    ("gsm8k", {"answer": ""}, "the answer is empty"),
+    ("hellaswag", {"label": "²"}, "field 'label' must be 0 to"),
     ("drop", {"answers_spans": {}}, "no field 'answers', 'answers_spans' or 'answer'"),
 ])  # fmt: skip
 def test_broken_task_records(kind, change, message, tmp_path):
@@ -128,6 +132,7 @@ def test_broken_task_records(kind, change, message, tmp_path):
         "mmlu": {"question": "?", "subject": "s", "choices": list("abcd"), "answer": 0},
         "hellaswag": {"activity_label": "a", "ctx": "c", "endings": ["x", "y"], "label": 0},
         "drop": {"passage": "p", "question": "q"},
+        "gsm8k": {"question": "q"},
     }[kind]
     (tmp_path / "x.jsonl").write_text(json.dumps(record | change) + "\n", encoding="utf-8")
     if message.startswith("no field"):

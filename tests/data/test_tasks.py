@@ -93,6 +93,7 @@ def test_hellaswag_as_the_harness_asks_it(record, prompt, answer):
     ({"answers": ["the cats", "cats"]}, " the cats"),
     ({"answers_spans": {"spans": ["two", "two"], "types": ["number", "number"]}}, " two"),
     ({"answer": {"number": "2", "date": {"day": "", "month": "", "year": ""}, "spans": []}}, " 2"),
+    ({"answer": {"number": 0, "date": {}, "spans": []}}, " 0"),
     ({"answer": {"number": "", "date": {"day": "", "month": "May", "year": "1990"}, "spans": []}}, " May 1990"),
     ({"answer": {"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": ["Ann", "Bob"]}}, " Ann and Bob"),
 ])  # fmt: skip
