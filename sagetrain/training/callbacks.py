@@ -29,6 +29,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sagetrain.terminal import console
+from sagetrain.training.checkpoint import way_back
 from sagetrain.training.folder import write, write_json
 from sagetrain.training.module import CausalLM
 
@@ -114,10 +115,7 @@ class RunLog(L.Callback):
                 what = f"loss or the gradient of step {bad} is not finite"
             elif math.isfinite(loss):
                 what = f"gradient norm of step {step} is {norm}"
-            raise FloatingPointError(
-                f"the {what}. The last good checkpoint is kept: start from it with a lower "
-                "optim.lr (resume=CHECKPOINT out=NEW_FOLDER), or look at the data of that step"
-            )
+            raise FloatingPointError(f"the {what}. {way_back(self.folder / 'checkpoints')}")
         return True
 
     def amend(self, trainer: L.Trainer, values: dict[str, float]) -> None:

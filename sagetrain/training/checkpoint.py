@@ -47,6 +47,16 @@ def newest(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
 
 
+def way_back(folder: Path) -> str:
+    """What to do when numbers are not finite any more, for a run with its checkpoints in `folder`."""
+    if (kept := newest(folder)) is None:
+        return "There is no checkpoint yet: start anew with a lower optim.lr, or look at the data of that step"
+    return (
+        f"The last good checkpoint is kept: {kept}. Start from it with a lower optim.lr (resume=CHECKPOINT "
+        "out=NEW_FOLDER), or look at the data of that step"
+    )
+
+
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -270,8 +280,7 @@ class Checkpoint(L.Callback):
         if not is_finite(trainer) or not trainer.lightning_module.finite():
             raise FloatingPointError(
                 f"the weights, the optimizer or the gradients of step {step} are not finite, so they are not saved. "
-                f"The last good checkpoint is kept: {newest(self.folder) or 'none yet'}. Start from it with a lower "
-                "optim.lr (resume=CHECKPOINT out=NEW_FOLDER), or look at the data of the last steps"
+                + way_back(self.folder)
             )
         self._together(trainer, step, partial, lambda: trainer.save_checkpoint(partial))
         self._together(trainer, step, partial, lambda: trainer.is_global_zero and self._publish(partial, final))

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from sagetrain.errors import asked_for
 from sagetrain.terminal import console
 
 LOCK = ".lock"
@@ -47,14 +48,16 @@ def global_rank() -> int:
 def locked(folder: Path) -> Iterator[None]:
     """Have `folder` (made if need be) for this run alone; ranks other than 0 rely on rank 0.
 
-    Raises RuntimeError, with who it is, when another run has it.
+    Raises RuntimeError, with who it is, when another run has it, ValueError when nothing can be written there.
     """
     if global_rank() > 0:
         yield
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+") as file:
+    with asked_for(f"out={folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a+")  # noqa: SIM115 (closed by the next line)
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -276,8 +276,11 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
         watch.stepping = False
         trainers.clear()
         bar.stop()
-        with contextlib.suppress(*[OSError] * bool(code)):  # a full disk must not hide the error of the run
+        try:
             log.close()
+        except OSError:  # a full disk: of a run that failed the first error counts
+            if code == 0:
+                raise
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish(exit_code=code)
 

@@ -94,7 +94,8 @@ def test_shared_scales_cost_less_than_a_kernel_may(sigma):
     truth, sage, shared = exact(case), run(plain, case), run(lambda *x, **o: plain(*x, preset="sage_sm90", **o), case)
     for name in NAMES:
         assert error(shared[name], truth[name]) / error(sage[name], truth[name]) <= RATIO, name
-        assert not torch.equal(shared[name], sage[name]), name
+        assert not torch.equal(shared[name], sage[name]), name  # of dV the sign of the difference is luck
+    assert error(shared["o"], truth["o"]) > error(sage["o"], truth["o"])
 
 
 def test_ds_rowsum_residual_is_small_and_real():

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from sagetrain.__main__ import compose
+from sagetrain.errors import is_bad_input
 from sagetrain.paths import PACKAGE_DIR
 from sagetrain.training import folder
 from sagetrain.training.folder import agreed, global_rank, locked, quoted, write
@@ -36,6 +37,13 @@ with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+def test_an_out_that_cannot_be_written_is_bad_input(tmp_path: Path, text: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="out=.*/file/run: .*Not a directory") as refused:
+        run(compose([*RUN, text, f"out={tmp_path / 'file' / 'run'}"]))
+    assert is_bad_input(refused.value)
 
 
 @pytest.mark.parametrize("what", [RUN, ARMS], ids=["a run", "a comparison"])

@@ -194,6 +194,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, monkeypatch, tmp_path: P
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
 
 
+def test_without_a_checkpoint_none_is_promised(train) -> None:
+    with pytest.raises(FloatingPointError, match="There is no checkpoint yet: start anew with a lower optim.lr"):
+        train("optim.lr=1e30", "optim.warmup_steps=0", "trainer.gradient_clip_val=null", "checkpoint.keep=none")
+
+
 NAN_GRADIENT = 3
 
 
