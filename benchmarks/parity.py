@@ -51,17 +51,22 @@ MASKED = 0.6  # of each row of a masked batch
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama with grouped queries, and its batches of `rows` x `tokens` bytes."""
+    """A Llama with grouped queries, its batches of `rows` x `tokens` bytes, and AdamW's learning rate, without warmup."""
 
     layers: int
     hidden: int
     heads: int
     kv_heads: int
     tokens: int
+    lr: float
     rows: int = 2
 
 
-SIZES = {"tiny": Size(2, 128, 4, 2, 256), "10m": Size(6, 384, 6, 2, 512), "100m": Size(12, 768, 12, 4, 1024)}
+SIZES = {
+    "tiny": Size(2, 128, 4, 2, 256, 3e-3),
+    "10m": Size(6, 384, 6, 2, 512, 1e-3),
+    "100m": Size(12, 768, 12, 4, 1024, 3e-4),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ the arms
@@ -165,9 +170,8 @@ def gradients(model: nn.Module, arm: str, tokens: Tensor, labels: Tensor) -> tup
 
 
 def measure(
-    arms: dict[str, Attend], size: Size, steps: int, every: int, device: str = "cpu", text: bytes | None = None,
-    lr: float = 3e-3,
-) -> list[dict]:  # fmt: skip
+    arms: dict[str, Attend], size: Size, steps: int, every: int, device: str = "cpu", text: bytes | None = None
+) -> list[dict]:
     """Rows {step, batch, arm, part, angle, norm, exact_loss, loss} at every so many of the steps, for each of the arms.
 
     angle: sine of the gradient's angle to the exact one; norm: its norm over the exact one's, minus 1; loss: the arm's
@@ -178,7 +182,7 @@ def measure(
         register(name, attend, dtypes[name])
     register("exact", exact, torch.float32)
     model = build(size, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr)
     source, rows = batches(names() if text is None else text, size, device), []
     for step in range(steps):
         tokens = next(source)
