@@ -51,7 +51,7 @@ MASKED = 0.6  # of each row of a masked batch
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama with grouped queries, its batches of `rows` x `tokens` bytes, and AdamW's learning rate, without warmup."""
+    """A Llama with grouped queries, its batches of `rows` x `tokens` bytes, and AdamW's learning rate (no warmup)."""
 
     layers: int
     hidden: int

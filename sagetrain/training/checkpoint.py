@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import lightning.pytorch as L
 import numpy as np
@@ -45,6 +46,26 @@ def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`, or None."""
     found = folder.glob("step-*.ckpt")
     return max(found, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
+
+
+def check_checkpoint(path: Path, in_one_file: bool) -> None:
+    """Raises ValueError for what is no checkpoint of a run, or none that a strategy `in_one_file` can read."""
+    if path.is_dir():
+        if in_one_file:
+            raise ValueError(
+                f"{path} is a folder, which FSDP2 and DeepSpeed read as a checkpoint: give strategy= as that run had, "
+                "or a checkpoint in one file"
+            )
+        return
+    try:
+        found = torch.load(path, map_location="meta", mmap=True, weights_only=True) if is_zipfile(path) else None
+    except Exception as error:  # torch's word for it depends on what the bytes happen to be
+        raise ValueError(f"{path} is no checkpoint, or it is damaged: {str(error).splitlines()[0][:200]}") from error
+    if not isinstance(found, dict) or not {"state_dict", "loops", "optimizer_states"} <= found.keys():
+        raise ValueError(
+            f"{path} is no checkpoint of a run, or it is damaged. To start from weights alone give the folder that "
+            "holds them in Hugging Face's format as model.path"
+        )
 
 
 def way_back(folder: Path) -> str:

@@ -240,6 +240,18 @@ class CausalLM(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError where a checkpoint in one file is of another model."""
+        both = checkpoint.get("state_dict", {}), self.state_dict()
+        theirs, ours = ({name: list(x.shape) for name, x in weights.items()} for weights in both)
+        differ = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+        if theirs and differ:
+            there, here = (shapes.get(differ[0], "missing") for shapes in (theirs, ours))
+            raise ValueError(
+                f"the checkpoint is of another model: {differ[0]} is {there} there and {here} here. "
+                "Give the model.* settings of its run"
+            )
+
     def on_train_start(self) -> None:
         self.step, self.clock, self._first_bad = {}, None, None
         self._mean_targets, self._loss, self._tokens = None, 0.0, 0

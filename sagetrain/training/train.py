@@ -43,7 +43,7 @@ from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups
 from sagetrain.terminal import console
 from sagetrain.training.attention_record import AttentionRecord
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
-from sagetrain.training.checkpoint import Checkpoint, DirectCheckpointIO, newest
+from sagetrain.training.checkpoint import Checkpoint, DirectCheckpointIO, check_checkpoint, newest
 from sagetrain.training.folder import global_rank, locked, quoted, write
 from sagetrain.training.module import CausalLM, check_length, model_config
 from sagetrain.training.signals import LAUNCHER, Stopped, Watch, alone, follow_launcher, is_helper
@@ -160,6 +160,7 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
             raise FileNotFoundError(
                 f"resume={cfg.resume}: no checkpoint there; give auto, never, a checkpoint or a run"
             )
+        check_checkpoint(start, _in_one_file(cfg))
         return start.resolve(), True
     return None, False
 
@@ -303,19 +304,24 @@ def _trainer(cfg: DictConfig, log: RunLog, save: Checkpoint, bar: Bar, group: st
     probes = [Probe(log, cfg.probe.every, cfg.probe.max_tokens)] if cfg.probe.every else []
     target = cfg.strategy.get("_target_")
     strategy = instantiate(cfg.strategy, attention=cfg.attention.implementation) if target else "auto"
-    whole_files = not target or target.endswith("SageDDPStrategy")
     trainer = L.Trainer(
         **{"enable_checkpointing": False, "enable_model_summary": False, "use_distributed_sampler": False} | options,
         default_root_dir=cfg.out,
         strategy=strategy,
         # In this order: what is measured in a step belongs to its row, and a checkpoint comes after both.
         callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *bars, *probes, save],
-        plugins=[DirectCheckpointIO()] if whole_files else None,
+        plugins=[DirectCheckpointIO()] if _in_one_file(cfg) else None,
         enable_progress_bar=False,
         logger=_logger(cfg, log.facts, group) or False,
     )
     alone(trainer)
     return trainer
+
+
+def _in_one_file(cfg: DictConfig) -> bool:
+    """Whether the strategy's checkpoints are files (those of FSDP2 and DeepSpeed are folders)."""
+    target = cfg.strategy.get("_target_")
+    return not target or target.endswith("SageDDPStrategy")
 
 
 def _logger(cfg: DictConfig, facts: dict[str, Any], group: str | None) -> Any:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from sagetrain.__main__ import compose
+from sagetrain.errors import is_bad_input
 from sagetrain.training import checkpoint
 from sagetrain.training.module import CausalLM, model_config
 from sagetrain.training.train import run
@@ -111,6 +112,32 @@ def test_resume_from_a_path_starts_a_new_run_from_it(train) -> None:
     (second,) = train(f"resume={first}", "trainer.max_steps=6", out="second")
     assert [row["step"] for row in rows(second)] == ["5", "6"]
     assert json.loads((second / "run.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize("kind", ["text", "other tensors", "cut off", "folder"])
+def test_resume_from_what_is_no_checkpoint(train, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.ckpt"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "other tensors":
+        torch.save({"state_dict": {}}, path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        (first,) = train(out="first")
+        whole = (first / "checkpoints" / "last.ckpt").read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="no checkpoint|a folder") as caught:
+        train(f"resume={path}")
+    assert is_bad_input(caught.value)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_resume_from_another_model(train) -> None:
+    (first,) = train()
+    with pytest.raises(ValueError, match=r"another model: \S+ is missing there and \[\d+") as caught:
+        train(f"resume={first}", "model.config.num_hidden_layers=3", out="second")
+    assert is_bad_input(caught.value)
 
 
 def test_what_the_user_asks_for_wins_over_the_checkpoint_of_another_run(train) -> None:
