@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.common import RESULTS, conditions, write
-from sagetrain.attention import reference
+from sagetrain.ops import reference
 from tests.kernelkit import NAMES, Case, error, exact, run
 
 VARIANTS = {

@@ -41,7 +41,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 
 import sagetrain
 from benchmarks.common import conditions, kernel_file, write
-from sagetrain.attention import reference
+from sagetrain.ops import reference
 from tests.kernelkit import RATIO, plain
 
 Attend = Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, is_causal=, scale=) -> o, lse; as `sagetrain.attention`

@@ -12,7 +12,7 @@
 // (in elements) for the first three dimensions and a contiguous last one. On a GPU their rows start at multiples of
 // 16 bytes.
 //
-// Method: docs/numerics.md; the same arithmetic in plain torch: sagetrain/attention/reference.py (preset `sage`).
+// Method: docs/numerics.md; the same arithmetic in plain torch: sagetrain/ops/reference.py (preset `sage`).
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -20,22 +20,25 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from sagetrain.errors import is_bad_input, one_line
+from sagetrain.extras import needs
 from sagetrain.paths import CONF_DIR, RECIPES_DIR, groups, recipes
 from sagetrain.terminal import print_anything
-from sagetrain.training.folder import agreed, quoted
-from sagetrain.training.signals import Stopped, follow_launcher, is_helper
+
+with needs("train"):
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Override
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from sagetrain.errors import is_bad_input, one_line
+    from sagetrain.training.folder import agreed, quoted
+    from sagetrain.training.signals import Stopped, follow_launcher, is_helper
 
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 USAGE = """usage: python -m sagetrain recipe=NAME [key=value ...]

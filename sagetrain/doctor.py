@@ -6,14 +6,16 @@ but called, forward and backward, and held against PyTorch's attention.
 
 import ctypes.util
 import platform
+import shutil
 import sys
+import textwrap
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from rich.table import Table
-from rich.text import Text
 
-from sagetrain.terminal import console, print_anything
+from sagetrain.terminal import print_anything
 
+PACKAGES = ("torch", "transformers", "lightning", "deepspeed", "datasets", "hydra-core")
 # From the fastest down: what a CPU must have, and what the kernel is called with it (csrc/cpu).
 CPU_LEVELS = ("avx512_vnni", "avx2")
 CPU_FLAGS = {*CPU_LEVELS, "avx_vnni", "avx512f", "avx512bw", "avx512_bf16", "amx_int8", "amx_bf16"}
@@ -67,42 +69,75 @@ def why_not_faster(kernel: str, device: torch.device, flags: set[str]) -> str:
     return gpu + cpu
 
 
-def main() -> int:
-    """Print the table; 0 when INT8 attention runs here."""
-    print_anything()
-    table = Table(show_header=False, title="SageTrain doctor", title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+def quick_bf16(where: torch.device) -> bool:
+    """Whether bf16 matrix products are quicker than fp32 there: all GPUs we serve, CPUs with instructions for them."""
+    if where.type == "cuda":
+        return True
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.12 and later
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def versions() -> dict[str, str]:
+    """Installed version of each package that matters here ("" when absent)."""
+    import sagetrain
+
+    found = {"python": platform.python_version(), "sagetrain": sagetrain.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def bf16_report(device: torch.device) -> str:
+    """What `attention=bf16` stands for here, and what a faster one lacks."""
+    try:
+        from sagetrain.integrations import bf16
+    except ModuleNotFoundError as error:
+        return f"no package {error.name}: pip install 'sagetrain[hf]'"
+    return bf16.report(device)
+
+
+def findings() -> tuple[list[tuple[str, str]], bool]:
+    """Rows (what, how it stands), and whether INT8 attention runs here."""
     name, flags = cpu_facts()
     known = ", ".join(sorted(flags)) or "no known extensions"
-    table.add_row("CPU", f"{name}, {torch.get_num_threads()} threads: {known}")
+    rows = [("CPU", f"{name}, {torch.get_num_threads()} threads: {known}")]
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        table.add_row(f"GPU {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}")
+        rows.append((f"GPU {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"))
     if not torch.cuda.device_count():
-        table.add_row("GPU", "none" if torch.backends.cuda.is_built() else "none (CPU build of torch)")
+        rows.append(("GPU", "none" if torch.backends.cuda.is_built() else "none (CPU build of torch)"))
     device, works = torch.device("cuda" if torch.cuda.is_available() else "cpu"), False
     try:
         import sagetrain
-        from sagetrain.attention import bf16
         from sagetrain.paths import CONF_DIR, recipes
-        from sagetrain.training.train import quick_bf16, versions
 
-        table.add_row("extension", sagetrain._C.__file__)
-        table.add_row("configuration", f"{CONF_DIR} ({len(recipes())} recipes)")
-        table.add_row("versions", ", ".join(f"{k} {v or 'missing'}" for k, v in versions().items()))
+        rows.append(("extension", str(sagetrain._C.__file__)))
+        rows.append(("configuration", f"{CONF_DIR} ({len(recipes())} recipes)"))
+        rows.append(("versions", ", ".join(f"{k} {v or 'missing'}" for k, v in versions().items())))
         kernel = sagetrain.kernel_name(device)
         error = trial(device)
         works = error < 0.1  # INT8 rounding costs a few percent; a broken kernel costs everything
-        table.add_row("INT8 attention", f"{kernel} on {device}; {error:.1%} from SDPA, forward and backward together")
-        table.add_row("why not faster", why_not_faster(kernel, device, flags) or "this is the fastest kernel there is")
-        table.add_row("BF16 attention", bf16.report(device))
-        table.add_row("precision", "bf16-mixed" if quick_bf16(device) else "32-true (bf16 is slow on this CPU)")
+        rows.append(("INT8 attention", f"{kernel} on {device}; {error:.1%} from SDPA, forward and backward together"))
+        rows.append(("why not faster", why_not_faster(kernel, device, flags) or "this is the fastest kernel there is"))
+        rows.append(("BF16 attention", bf16_report(device)))
+        rows.append(("precision", "bf16-mixed" if quick_bf16(device) else "32-true (bf16 is slow on this CPU)"))
     except (ImportError, RuntimeError) as problem:
-        table.add_row(Text("does not run", "red"), " ".join(str(problem).split()))
-    verdict = Text("INT8 attention runs here", "green") if works else Text("INT8 attention does not run here", "red")
-    table.add_row("verdict", verdict.append("" if works else "; attention=bf16 trains without it", "default"))
-    console().print(table)
+        rows.append(("does not run", " ".join(str(problem).split())))
+    verdict = "INT8 attention " + ("runs here" if works else "does not run here; attention=bf16 trains without it")
+    return [*rows, ("verdict", verdict)], works
+
+
+def main() -> int:
+    """Print what was found; 0 when INT8 attention runs here."""
+    print_anything()
+    rows, works = findings()
+    width = shutil.get_terminal_size().columns
+    print("SageTrain doctor")
+    for what, how in rows:
+        print(textwrap.fill(f"{what:<15} {how}", width, subsequent_indent=16 * " ", break_on_hyphens=False))
     return 0 if works else 1
 
 

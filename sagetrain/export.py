@@ -3,9 +3,12 @@
 import argparse
 import sys
 
-from sagetrain.errors import refused
+from sagetrain.extras import needs
 from sagetrain.terminal import console, print_anything
-from sagetrain.training.export import export
+
+with needs("train"):
+    from sagetrain.errors import refused
+    from sagetrain.training.export import export
 
 
 def main(arguments: list[str] | None = None) -> int:

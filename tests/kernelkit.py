@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import sagetrain
-from sagetrain.attention import reference
+from sagetrain.ops import reference, schemes
 
 RATIO = 1.5  # a kernel may have 1.5 times the error of the plain reference of its preset
 NAMES = ("o", "d_q", "d_k", "d_v")
@@ -251,8 +251,8 @@ def error(got: Tensor, truth: Tensor) -> float:
 
 
 def preset_of(device: torch.device | str) -> reference.Preset:
-    """The preset that the kernel for a device computes."""
-    return reference.SAGE_SM90 if sagetrain.kernel_name(device) == "sm90" else reference.SAGE
+    """The preset that the default scheme's kernel for a device computes."""
+    return reference.PRESETS[schemes.get().preset(sagetrain.kernel_name(device))]
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, preset: str | reference.Preset | None = None, **options: object) -> Tensor:

@@ -155,7 +155,9 @@ def test_bad_input_is_what_a_check_raised_and_nothing_else() -> None:
     assert is_bad_input(expected) and "quickstart" in one_line(expected)
     assert is_bad_input(caught(build_tokenizer, "/no/such/tokenizer"))
     assert is_bad_input(caught(Trainer, precision="7"))  # Lightning's check of what the user asked for
-    error = caught(instantiate, {"_target_": "sagetrain.training.strategies.SageDDPStrategy", "attention": "nonsense"})
+    error = caught(
+        instantiate, {"_target_": "sagetrain.integrations.lightning.SageDDPStrategy", "attention": "nonsense"}
+    )
     assert isinstance(error, InstantiationException) and is_bad_input(error)
     assert one_line(error).startswith("attention='nonsense' is unknown")
     # The same types, but nobody's check: a library, an operation in our own code that failed.

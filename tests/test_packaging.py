@@ -13,9 +13,12 @@ import sys
 import tarfile
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 JUNK = (".*", "build", "dist", "outputs", "multirun", "wandb", "*.egg-info", "__pycache__", "*.so")
@@ -73,6 +76,87 @@ def installed(wheel: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory)
     (packages,) = (root / "venv" / "lib").glob("python*/site-packages")
     (packages / "outer.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     return python, packages
+
+
+def requirements(name: str) -> set[str]:
+    """The installed distributions that `name` needs, itself among them, without extras."""
+    found, open_ones = set(), [name]
+    while open_ones:
+        if (name := canonicalize_name(open_ones.pop())) not in found:
+            try:
+                lines = metadata.requires(name) or []
+            except metadata.PackageNotFoundError:  # for another system
+                continue
+            found.add(name)
+            needed = (Requirement(line) for line in lines)
+            open_ones += [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.fixture(scope="module")
+def torch_alone(wheel: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of an environment with the wheel, torch, what torch needs, and nothing else."""
+    root = tmp_path_factory.mktemp("alone")
+    venv.create(root / "venv", with_pip=False, symlinks=True)
+    python = root / "venv" / "bin" / "python"
+    call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel[0], cwd=root)
+    (packages,) = (root / "venv" / "lib").glob("python*/site-packages")
+    for name in requirements("torch"):
+        files = metadata.distribution(name).files
+        for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
+            source = metadata.distribution(name).locate_file(top)
+            if not (packages / top).exists():
+                (packages / top).symlink_to(source)
+    return python
+
+
+def test_torch_is_the_only_dependency(wheel: tuple[Path, str]) -> None:
+    with zipfile.ZipFile(wheel[0]) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    needed = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert needed == ["Requires-Dist: torch>=2.10"]
+    extras = {line.split(": ")[1] for line in lines if line.startswith("Provides-Extra:")}
+    assert {"hf", "train", "deepspeed", "eval", "dev"} <= extras
+
+
+ALONE = """
+import sys, time, torch
+begin = time.perf_counter()
+import sagetrain
+took = time.perf_counter() - begin
+q, k, v = (torch.randn(1, 2, 65, 64, requires_grad=True) for _ in range(3))
+loss = sagetrain.attention(q, k, v, is_causal=True).square().sum()
+loss.backward()
+before = loss.item()
+with torch.no_grad():
+    for x in (q, k, v):
+        x -= 0.1 * x.grad
+assert sagetrain.attention(q, k, v, is_causal=True).square().sum() < 0.9 * before
+import sagetrain.ops.reference, sagetrain.ops.schemes
+for absent in ("transformers", "lightning", "hydra", "datasets"):
+    try:
+        __import__(absent)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{absent} is here: nothing is tested")
+assert took < 0.3, took
+print("trained")
+"""
+
+
+def test_a_training_step_with_torch_alone(torch_alone: Path, tmp_path: Path) -> None:
+    assert "trained" in call(torch_alone, "-c", ALONE, cwd=tmp_path)
+
+
+def test_commands_with_torch_alone_say_what_to_install(torch_alone: Path, tmp_path: Path) -> None:
+    env = os.environ | PATHS
+    for command in (["sagetrain"], ["sagetrain.compare", "x"], ["sagetrain.export", "x", "y"]):
+        done = subprocess.run([torch_alone, "-m", *command], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert re.search(r"error: no package \w+: pip install 'sagetrain\[train\]'", done.stderr)
+    said = call(torch_alone, "-m", "sagetrain.doctor", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert "INT8 attention runs here" in said and "pip install 'sagetrain[hf]'" in said
 
 
 def test_sdist_has_all_that_is_needed_to_build_and_test(sdist: Path) -> None:

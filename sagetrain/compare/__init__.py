@@ -3,8 +3,11 @@
 `report(runs, out)` reads run directories (or parents of them) and writes report.html, metrics.csv and comparison.json.
 """
 
-from sagetrain.compare.report import report
-from sagetrain.compare.runs import Run, find_runs
-from sagetrain.compare.stats import Arm, Comparison
+from sagetrain.extras import needs
+
+with needs("train"):
+    from sagetrain.compare.report import report
+    from sagetrain.compare.runs import Run, find_runs
+    from sagetrain.compare.stats import Arm, Comparison
 
 __all__ = ["Arm", "Comparison", "Run", "find_runs", "report"]

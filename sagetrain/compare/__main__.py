@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=home, help="folder of the report (default: the parent if one is given, else ./comparison)"
     )
-    default = "bf16, else the first that is not INT8"
+    default = "bf16, else the first that is no scheme of ours"
     parser.add_argument("--baseline", metavar="ARM", help=f"arm to hold the others against (default: {default})")
     options = parser.parse_args(arguments)
     paths = options.runs

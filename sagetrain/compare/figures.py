@@ -21,8 +21,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from sagetrain.compare.runs import EMPTY, Run, Series
 from sagetrain.compare.stats import Arm, Comparison, on_common_steps, window_mean
 
-COLOURS = {"bf16": "#6482a6", "sage_int8": "#e8772e"}
-MORE_COLOURS = ("#2e9e6b", "#a15cc0", "#d1495b", "#1b9aaa", "#b08900")
+BF16 = "#6482a6"
+COLOURS = ("#e8772e", "#2e9e6b", "#a15cc0", "#d1495b", "#1b9aaa", "#b08900")
 INK, GRID, SHADE = "#27313d", "#dfe4ea", "#c9d3df"  # sentinels for var(--ink), var(--grid), var(--shade)
 POINTS, SMOOTH = 600, 50  # points drawn per curve; curves are smoothed over 1/SMOOTH of their steps
 STYLE = {
@@ -38,9 +38,9 @@ Draw = Callable[[Axes, Comparison], None]
 
 
 def colours(comparison: Comparison) -> dict[str, str]:
-    """Colour per arm: fixed for bf16 and sage_int8, in order for the others."""
-    free = [arm.name for arm in comparison.arms if arm.name not in COLOURS]
-    return COLOURS | {name: MORE_COLOURS[i % len(MORE_COLOURS)] for i, name in enumerate(free)}
+    """Colour per arm: its own for bf16, in order for the others, our schemes first."""
+    others = sorted((arm for arm in comparison.arms if arm.name != "bf16"), key=lambda arm: not arm.runs[0].is_ours)
+    return {"bf16": BF16} | {arm.name: COLOURS[i % len(COLOURS)] for i, arm in enumerate(others)}
 
 
 def panels(comparison: Comparison) -> Iterator[tuple[str, str, str]]:

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from sagetrain.ops.schemes import SCHEMES
+
 Series = tuple[np.ndarray, np.ndarray]  # steps (int64, strictly increasing), values (float64)
 STATUSES = ("running", "finished", "failed")
 NUMERIC = ("tokens", "loss", "grad_norm", "tokens_per_s", "step_ms", "val_loss")  # and all that begin with "probe/"
@@ -54,11 +56,11 @@ class Run:
         return f"{self.arm}-seed{self.seed}"
 
     @property
-    def is_int8(self) -> bool:
-        """Whether it ran an attention of ours, which the others are there to be held against."""
+    def is_ours(self) -> bool:
+        """Whether it ran one of our schemes, which the others are there to be held against."""
         attention = self.config.get("attention")
         name = attention.get("implementation") if isinstance(attention, dict) else None
-        return str(name or self.kind).startswith("sage")
+        return (name or self.kind) in SCHEMES
 
     @property
     def place(self) -> str:

@@ -23,8 +23,8 @@ from rich.text import Text
 
 from sagetrain.compare.arms import name_arms, settings
 from sagetrain.compare.runs import EMPTY, Run, Series
+from sagetrain.ops.schemes import SCHEMES
 
-LABELS = {"bf16": "BF16", "sage_int8": "INT8"}
 TAIL, LEAST_ROWS = 10, 5  # the final loss is over the last 1/TAIL of the steps, but at least LEAST_ROWS rows
 MOST_SETTINGS = 12  # differing settings that are listed one by one
 TABLE_COLUMNS = ("arm", "seeds", "final loss", "gap", "band", "inside?", "tokens/s", "ratio")
@@ -81,8 +81,8 @@ class Arm:
 class Comparison:
     """What a set of runs says about its arms, up to the last step that all of them reached.
 
-    `baseline=None` takes the arm `bf16`, else the first that is not INT8, else the first; ValueError for an arm that
-    is not there, and for two runs that no setting tells apart.
+    `baseline=None` takes the arm `bf16`, else the first that is no scheme of ours, else the first; ValueError for an
+    arm that is not there, and for two runs that no setting tells apart.
     """
 
     def __init__(self, runs: list[Run], baseline: str | None = None) -> None:
@@ -133,11 +133,12 @@ class Comparison:
         """The name of an arm as readers see it; the arm `bf16` is called what it was where it ran in FP32."""
         runs = [run for run in self.runs if run.arm == arm]
         kind, full = runs[0].kind, any(str(run.info.get("precision", "")).startswith("32") for run in runs)
-        return ("FP32" if full and kind == "bf16" else LABELS.get(kind, kind)) + arm.removeprefix(kind)
+        names = {"bf16": "FP32" if full else "BF16"} | {name: scheme.label for name, scheme in SCHEMES.items()}
+        return names.get(kind, kind) + arm.removeprefix(kind)
 
     def label(self, arm: str) -> str:
         """The name with what really ran behind it, where that is on record and is no kernel of ours."""
-        infos = [run.info for run in self.runs if run.arm == arm and not run.is_int8]
+        infos = [run.info for run in self.runs if run.arm == arm and not run.is_ours]
         recorded = (info.get("attention") or info.get("kernel") for info in infos)  # old records have only the latter
         ran = ", ".join(dict.fromkeys(str(name) for name in recorded if name))
         return f"{self.short(arm)} ({ran})" if ran not in ("", arm) else self.short(arm)
@@ -154,7 +155,7 @@ class Comparison:
             prefix += f"Up to step {self.common_step:,}{f' of {longest:,}' if longest else ''}: "
         said = [prefix + self._sentence(arm) for arm in self.others]
         if any(str(run.info.get("precision", "")).startswith("32") for run in self.runs):
-            said.append("Everything but INT8 attention ran in FP32 (trainer.precision=32-true), the arm bf16 too.")
+            said.append("Everything but our attention ran in FP32 (trainer.precision=32-true), the arm bf16 too.")
         return said + self.without_ratio()
 
     def without_ratio(self) -> list[str]:
@@ -220,7 +221,7 @@ class Comparison:
         names = list(dict.fromkeys(run.arm for run in self.runs))
         if asked is None:
             first = [run.arm for run in self.runs if run.kind == "bf16"]
-            return [*first, *(run.arm for run in self.runs if not run.is_int8), *names][0]
+            return [*first, *(run.arm for run in self.runs if not run.is_ours), *names][0]
         found = [name for name in names if asked in (name, self.label(name))]
         found = found or list(dict.fromkeys(run.arm for run in self.runs if run.kind == asked))
         if len(found) != 1:
@@ -236,7 +237,7 @@ class Comparison:
         speed = float(np.median(np.concatenate(series))) if series else None
         medians = [float(np.median(speeds)) for speeds in series]
         spread = max(medians) / min(medians) if medians else 1.0
-        told = (run.info.get("handicap", None if run.is_int8 else UNKNOWN) for run in runs)
+        told = (run.info.get("handicap", None if run.is_ours else UNKNOWN) for run in runs)
         handicap = next((str(reason) for reason in told if reason), None)
         return Arm(name, runs, finals, float(np.mean(list(finals.values()))), speed, spread, handicap=handicap)
 

@@ -1,1 +1,1 @@
-"""Training with Lightning: strategies, the module around a Hugging Face model, callbacks, the run."""
+"""Training with Lightning: the module around a Hugging Face model, callbacks, checkpoints, the run."""

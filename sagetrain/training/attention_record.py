@@ -1,6 +1,6 @@
 """What attention a run really ran, for run.json and the reader.
 
-Method: the attention functions note what they ran (sagetrain/attention/bf16.py); after the first micro-batch this is
+Method: the attention functions note what they ran (sagetrain/integrations/bf16.py); after the first micro-batch this is
 written into run.json as `attention`, with `handicap`, the reason why its speed is no baseline (null when it is one).
 Choice: seen, not concluded from the configuration, which knows neither the backend that SDPA takes nor what
 transformers made of the mask.
@@ -14,7 +14,8 @@ import lightning.pytorch as L
 import torch
 from rich.console import Console
 
-from sagetrain.attention import bf16
+from sagetrain.integrations import bf16
+from sagetrain.ops import schemes
 from sagetrain.training.callbacks import RunLog
 from sagetrain.training.module import CausalLM
 
@@ -40,8 +41,9 @@ class AttentionRecord(L.Callback):
             return
         self.seen = True
         facts = self.record.facts
-        ours = self.implementation == "sage_int8"
-        what, handicap = (f"sage_int8 ({facts['kernel']})", None) if ours else bf16.ran(self.implementation)
+        ours = self.implementation in schemes.SCHEMES
+        ran = (f"{self.implementation} ({facts['kernel']})", None) if ours else bf16.ran(self.implementation)
+        what, handicap = ran
         facts |= {"attention": what, "handicap": handicap}
         self.record.write_status("running", trainer.global_step)
         why = f"; its speed is no baseline: {handicap}" if handicap else ""

@@ -202,7 +202,7 @@ class Probe(L.Callback):
 
     def measure(self, trainer: L.Trainer, module: CausalLM) -> dict[str, float]:
         """All columns of `probe_columns` for the held batch and the weights of now."""
-        from sagetrain.attention.reference import ds_rowsum_residual
+        from sagetrain.ops.reference import ds_rowsum_residual
 
         batch = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in self.batch.items()}
         devices = [module.device] if module.device.type == "cuda" else []
@@ -213,8 +213,8 @@ class Probe(L.Callback):
             trainer.precision_plugin.forward_context(),
         ):
             loss_bf16, grads_bf16 = self._gradients(module, batch, "sdpa")
-            with captured(module.model) as layers:
-                loss_int8, grads_int8 = self._gradients(module, batch, CAPTURE)
+            with captured(module.model.config._attn_implementation) as (name, layers):
+                loss_int8, grads_int8 = self._gradients(module, batch, name)
         norm = math.sqrt(sum(_dot(a, a) for a in grads_bf16) * sum(_dot(b, b) for b in grads_int8))
         cosine = sum(_dot(a, b) for a, b in zip(grads_bf16, grads_int8, strict=True)) / norm
         length = min(first_document(batch), self.max_tokens)
@@ -237,9 +237,6 @@ class Probe(L.Callback):
             module.model.set_attn_implementation(before)
 
 
-CAPTURE = "sage_int8_captured"
-
-
 def _dot(a: Tensor, b: Tensor) -> float:
     return float((a.double() * b.double()).sum())
 
@@ -255,20 +252,20 @@ def first_document(batch: dict[str, Any]) -> int:
 
 
 @contextmanager
-def captured(model: torch.nn.Module) -> Iterator[list[list[Tensor]]]:
-    """Registers an attention that is sage_int8, but keeps q, k, v and dO `[B, H, T, D]` of each layer."""
+def captured(name: str) -> Iterator[tuple[str, list[list[Tensor]]]]:
+    """Registers an attention that is `name`, but keeps q, k, v and dO `[B, H, T, D]` of each layer. Yields its name."""
     layers: list[list[Tensor]] = []
 
     def attention(layer: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
         kept = [x.detach() for x in (q, k, v)]
         layers.append(kept)
-        out, weights = ALL_ATTENTION_FUNCTIONS["sage_int8"](layer, q, k, v, mask, **options)
+        out, weights = ALL_ATTENTION_FUNCTIONS[name](layer, q, k, v, mask, **options)
         out.register_hook(lambda grad: kept.append(grad.detach().transpose(1, 2)))  # [B, T, H, D] in transformers
         return out, weights
 
-    AttentionInterface.register(CAPTURE, attention)
-    AttentionMaskInterface.register(CAPTURE, ALL_MASK_ATTENTION_FUNCTIONS["sage_int8"])
-    yield layers
+    AttentionInterface.register(f"{name}_captured", attention)
+    AttentionMaskInterface.register(f"{name}_captured", ALL_MASK_ATTENTION_FUNCTIONS[name])
+    yield f"{name}_captured", layers
 
 
 class Bar(L.Callback):

@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, get_cosine_with_min_lr_schedule_with_warmup
 
 from sagetrain.data.loader import targets
-from sagetrain.training.strategies import SageFSDP2Strategy, shard
+from sagetrain.integrations.lightning import SageFSDP2Strategy, shard
 
 
 def model_config(model: DictConfig) -> PreTrainedConfig:

@@ -25,7 +25,6 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,11 @@ from omegaconf import DictConfig, OmegaConf
 
 import sagetrain
 import sagetrain.data
-from sagetrain.attention import bf16
 from sagetrain.data import files
+from sagetrain.doctor import quick_bf16, versions
 from sagetrain.errors import asked_for, is_bad_input
+from sagetrain.integrations import bf16
+from sagetrain.ops import schemes
 from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups
 from sagetrain.terminal import console
 from sagetrain.training.attention_record import AttentionRecord
@@ -48,7 +49,6 @@ from sagetrain.training.folder import global_rank, locked, quoted, write
 from sagetrain.training.module import CausalLM, check_length, model_config
 from sagetrain.training.signals import LAUNCHER, Stopped, Watch, alone, follow_launcher, is_helper
 
-PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "datasets", "hydra-core")
 # What may change between the two commands of one run without making it another run.
 FREE = ("out", "resume", "logger", "checkpoint", "compare", "trainer.enable_progress_bar")
 MESSAGES = (".*does not have many workers.*", ".*srun.*", ".*treespec, LeafSpec.*", ".*across ranks is zero.*")
@@ -126,7 +126,7 @@ def _arm(cfg: DictConfig, attention: DictConfig, seed: int, out: Path) -> DictCo
     if arm.trainer.precision == "auto":
         arm.trainer.precision = "bf16-mixed" if quick_bf16(device(cfg)) else "32-true"
     arm.attention.implementation = bf16.choose(attention.implementation, device(cfg))
-    if attention.implementation != "sage_int8":
+    if attention.implementation not in schemes.SCHEMES:
         arm.probe.every = 0
     return arm
 
@@ -183,10 +183,10 @@ def _flat(cfg: DictConfig) -> dict[str, Any]:
 
 
 def kernel(cfg: DictConfig) -> str:
-    """Name of what computes attention in this run. Raises RuntimeError when no INT8 kernel serves the device."""
-    if cfg.attention.implementation != "sage_int8":
-        return cfg.attention.implementation.removeprefix(bf16.PREFIX)
-    return sagetrain.kernel_name(device(cfg))
+    """Name of what computes attention in this run. Raises RuntimeError when no kernel serves the device."""
+    if (name := cfg.attention.implementation) in schemes.SCHEMES:
+        return sagetrain.kernel_name(device(cfg), name)
+    return name.removeprefix(bf16.PREFIX)
 
 
 def device(cfg: DictConfig) -> torch.device:
@@ -195,14 +195,6 @@ def device(cfg: DictConfig) -> torch.device:
     if asked in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(f"trainer.accelerator={asked}: torch sees no CUDA device; python -m sagetrain.doctor says why")
     return torch.device("cuda" if asked in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu")
-
-
-def quick_bf16(where: torch.device) -> bool:
-    """Whether bf16 matrix products are quicker than fp32 there: all GPUs we serve, CPUs with instructions for them."""
-    if where.type == "cuda":
-        return True
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.12 and later
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def _check_launch(cfg: DictConfig, runs: int) -> None:
@@ -364,17 +356,6 @@ def _facts(cfg: DictConfig) -> dict[str, Any]:
         if git.returncode == 0:
             facts["git_commit"] = git.stdout.strip()
     return facts
-
-
-def versions() -> dict[str, str]:
-    """Installed version of each package that matters here ("" when absent)."""
-    found = {"python": sys.version.split()[0], "sagetrain": sagetrain.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = ""
-    return found
 
 
 def _quiet() -> None:

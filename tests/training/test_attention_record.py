@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sagetrain.__main__ import compose
-from sagetrain.attention import bf16
+from sagetrain.integrations import bf16
 from sagetrain.training.train import run
 from tests.tiny import MODEL
 

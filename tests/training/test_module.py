@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from sagetrain.data.loader import Batches
-from sagetrain.training import callbacks, module, strategies
+from sagetrain.integrations import lightning as strategies
+from sagetrain.training import callbacks, module
 from sagetrain.training.callbacks import RunLog
 from sagetrain.training.module import CausalLM, model_config
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sagetrain
-from sagetrain.attention import hf, ops
 from tests.kernelkit import NAMES, RATIO, Case, assert_same, deterministic, error, given, packed, run, same
 
 DEVICE = "cuda"
+ops = torch.ops.sagetrain
 pytestmark = pytest.mark.gpu
 BF16, FP16 = torch.bfloat16, torch.float16
 BASE = Case(b=2, hq=4, hkv=2, tq=300, tk=300, d=128, device=DEVICE)
@@ -256,8 +256,8 @@ def test_llama_trains_as_in_16_bits(how, padded):
         rows = [(y[m].float(), x[m]) for y, x, m in zip(logits, ids, real, strict=True)]
         return tuple(x.cpu() for x in results(model, *zip(*rows, strict=True)))
 
-    truth, int8 = train("eager", "cpu"), train(hf.NAME, "cpu")
-    sdpa, got = train("sdpa", DEVICE), train(hf.NAME, DEVICE)
+    truth, int8 = train("eager", "cpu"), train("sage_int8", "cpu")
+    sdpa, got = train("sdpa", DEVICE), train("sage_int8", DEVICE)
     for i in range(2):  # logits, gradient
         cost = math.hypot(error(sdpa[i], truth[i]), error(int8[i], truth[i]))
         assert 0 < error(got[i], truth[i]) <= RATIO * cost and not torch.equal(got[i], sdpa[i])
@@ -286,7 +286,7 @@ def test_bad_arguments_are_refused_in_words():
 
 PROGRAM = """
 import sys, torch, sagetrain
-from sagetrain.attention import ops
+ops = torch.ops.sagetrain
 edges = [torch.tensor(eval(e), dtype=torch.int32, device="cuda") for e in sys.argv[1:]]
 x = torch.randn(1, 2, 130, 64, device="cuda").bfloat16()
 o, _, *saved = ops.attention_forward(x, x, x, 0.125, True, edges[0], edges[1], False)

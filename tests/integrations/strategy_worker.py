@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def main(ranks: int, out: Path) -> None:
     from torch.distributed.tensor.experimental import context_parallel
     from torch.utils.data import DataLoader
 
-    import sagetrain
-    from sagetrain.training import strategies
+    from sagetrain.integrations import lightning as strategies
+    from sagetrain.ops import schemes
 
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -178,12 +179,13 @@ def main(ranks: int, out: Path) -> None:
             errors[kind]["not sharded"] = message(ValueError, make(), Module(sharded=False))
             errors[kind]["precision"] = message(ValueError, "sage_fsdp2", Module(), precision="64-true")
         if ranks > 1:
-            real = sagetrain.kernel_name
-            sagetrain.kernel_name = lambda device: f"cpu/kernel_of_{rank}"
+            real = schemes.get()
+            other = replace(real, kernel_name=lambda device: f"cpu/kernel_of_{rank}")
+            schemes.SCHEMES[real.name] = other
             errors[kind]["kernels differ"] = message(RuntimeError, make(), Module())
-            sagetrain.kernel_name = no_kernel if rank == 1 else real
+            schemes.SCHEMES[real.name] = replace(real, kernel_name=no_kernel) if rank == 1 else real
             errors[kind]["no kernel"] = message(RuntimeError, make(), Module())
-            sagetrain.kernel_name = real
+            schemes.SCHEMES[real.name] = real
         if ranks > 1 and kind == "ddp":
             errors[kind]["context_parallel"] = message(NotImplementedError, make(), Module(ring=True))
     (out / f"rank{rank}.json").write_text(json.dumps({"runs": runs, "names": names, "errors": errors}))

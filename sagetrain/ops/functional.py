@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sagetrain.attention import ops
-
-MAX_HEAD_DIM = 128
+from sagetrain.ops import schemes
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None,
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    return_lse: bool = False, deterministic: bool = False,
+    return_lse: bool = False, deterministic: bool = False, scheme: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(scale * q kᵀ) v in INT8, with gradients for q, k and v in INT8 (SageBwd; arXiv 2505.11594, 2603.02170).
 
@@ -36,6 +34,7 @@ def attention(
         return_lse: also return the log-sum-exp of scale * q kᵀ (differentiable).
         deterministic: same bits for the same call in the backward too, as with `torch.use_deterministic_algorithms`.
             The forward and the CPU kernel always do so; on a GPU the backward is slower for it (docs/sm80.md).
+        scheme: what computes it, a name of `sagetrain.ops.schemes`; None is INT8, what all of the above describes.
 
     Returns:
         o `[B, Hq, Tq, D]` (D of v) in the dtype and memory order of q; with `return_lse` also lse `[B, Hq, Tq]`,
@@ -56,13 +55,14 @@ def attention(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    chosen = schemes.get(scheme)
+    _check(chosen, q, k, v, cu_seqlens_q, cu_seqlens_k)
     if scale is not None and not scale >= 0:  # the GPU kernels look for a row's largest score before they scale
         raise ValueError(f"scale is {scale}: it must not be negative; negate q instead")
     scale, width = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
     if width != q.shape[-1]:
         q, k, v = (pad(x, (0, max(q.shape[-1], width) - x.shape[-1])) for x in (q, k, v))
-    o, lse, *_ = ops.attention_forward(
+    o, lse, *_ = chosen.forward(
         q, k, v, scale, is_causal, cu_seqlens_q, cu_seqlens_k,
         deterministic or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -70,21 +70,14 @@ def attention(
     return (o, lse) if return_lse else o
 
 
-def kernel_name(device: torch.device | str | int = "cpu") -> str:
+def kernel_name(device: torch.device | str | int = "cpu", scheme: str | None = None) -> str:
     """The kernel that serves a device, e.g. "cpu/avx512_vnni" or "sm90". RuntimeError that says why when none does."""
-    device = torch.device(device)
-    if device.type == "cpu":
-        return torch.ops.sagetrain.kernel_name(-1)
-    if device.type != "cuda":
-        raise RuntimeError(
-            f"sagetrain: no INT8 attention kernel for device '{device}': only cpu and cuda are supported"
-        )
-    if not torch.cuda.is_available():
-        raise RuntimeError("sagetrain: torch sees no CUDA device here")
-    return torch.ops.sagetrain.kernel_name(torch.cuda.current_device() if device.index is None else device.index)
+    return schemes.get(scheme).kernel_name(torch.device(device))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+def _check(
+    scheme: schemes.Scheme, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {_shape(x)}: expected 4 dimensions [B, H, T, D]")
@@ -96,12 +89,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seql
             raise ValueError(
                 f"the last dimension of {name} is not contiguous (strides {x.stride()}): call .contiguous()"
             )
-    allowed = (torch.bfloat16, torch.float16) + ((torch.float32,) if q.device.type == "cpu" else ())
+    kind = q.device.type
+    if kind not in (*scheme.dtypes, "meta"):
+        served = " and ".join(scheme.dtypes)
+        raise NotImplementedError(f"q is on {q.device}: only {served} have {scheme.label} attention kernels")
+    allowed = dict.fromkeys(x for on, types in scheme.dtypes.items() if kind in (on, "meta") for x in types)
     if q.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise TypeError(f"q is {q.dtype}: the {q.device.type} kernels take {names}; cast, or run under torch.autocast")
-    if q.device.type not in ("cpu", "cuda", "meta"):
-        raise NotImplementedError(f"q is on {q.device}: only cpu and cuda have INT8 attention kernels")
+        raise TypeError(f"q is {q.dtype}: the {kind} kernels take {names}; cast, or run under torch.autocast")
     b, hq, _, d = q.shape
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k is {_shape(k)} but v is {_shape(v)}: they must have one shape [B, Hkv, Tk], D may differ")
@@ -110,9 +105,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seql
     if k.shape[1] == 0 or hq % k.shape[1]:
         raise ValueError(f"{hq} query heads are not a multiple of {k.shape[1]} key/value heads")
     d = max(d, v.shape[3])
-    if d % 8 or not 8 <= d <= MAX_HEAD_DIM:
+    if d % 8 or not 8 <= d <= scheme.max_head_dim:
         raise NotImplementedError(
-            f"head dimension {d}: must be a multiple of 8, at most {MAX_HEAD_DIM}; pad it, or use SDPA"
+            f"head dimension {d}: must be a multiple of 8, at most {scheme.max_head_dim}; pad it, or use SDPA"
         )
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("cu_seqlens_q and cu_seqlens_k go together: pass both or neither")

@@ -15,7 +15,8 @@ import transformers as hub
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sagetrain.attention import bf16, hf
+from sagetrain.integrations import bf16
+from sagetrain.integrations import huggingface as hf
 from tests.kernelkit import RATIO, error
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

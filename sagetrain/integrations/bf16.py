@@ -37,7 +37,8 @@ from transformers.masking_utils import flex_attention_mask
 from transformers.masking_utils import sdpa_mask as dense_mask
 from transformers.utils import import_utils
 
-from sagetrain.attention.hf import Sequences, adapter, sage_mask
+from sagetrain.integrations.huggingface import Sequences, adapter, sage_mask
+from sagetrain.ops import schemes
 
 PREFIX = "bf16_"
 ORDER = ("fa4", "fa3", "fa2", "varlen", "flex", "sdpa")
@@ -65,7 +66,7 @@ def ran(implementation: str) -> tuple[str, str | None]:
     """(what ran since `forget`, why its speed is no baseline or None) for a model with this implementation."""
     if _ran:
         return ", ".join(sorted(_ran)), "; ".join(sorted({x for x in _ran.values() if x})) or None
-    handicap = None if implementation == "sage_int8" else f"nobody watched what transformers' {implementation} ran"
+    handicap = None if implementation in schemes.SCHEMES else f"nobody watched what transformers' {implementation} ran"
     return implementation, handicap
 
 

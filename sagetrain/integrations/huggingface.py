@@ -1,7 +1,7 @@
-"""Hugging Face plug: `attn_implementation="sage_int8"` for the models of transformers.
+"""Hugging Face plug: every scheme is an `attn_implementation` for the models of transformers.
 
 Method. transformers asks two registered functions. `sage_mask` runs once per forward and says which tokens belong
-together; `sage_attention` runs in every layer. A batch of B rows with padding, a KV cache or packed documents is, for
+together; the attention runs in every layer. A batch of B rows with padding, a KV cache or packed documents is, for
 our op, one packed row of B*T tokens and the first token of each sequence in it (cu_seqlens). So `sage_mask` never
 builds a [Tq, Tk] mask. It returns None where plain causal or full attention is meant, else a small *plan*:
 
@@ -14,7 +14,7 @@ Choice. A plan is a 4-dimensional tensor because transformers hands those throug
 generate); kind and Tk live in its shape, because a shape can be checked without waiting for the device (the data of the
 middle dimensions is one element, expanded). Pads attend pads: no gather, no scatter, views wherever strides allow.
 
-`adapter` makes an attention function of any kernel that takes cu_seqlens: the INT8 one here, the BF16 arms of bf16.py.
+`adapter` makes an attention function of any kernel that takes cu_seqlens: the schemes here, the BF16 arms of bf16.py.
 
 Cost. O(B*T) integers per forward, one or two device synchronisations when not compiled (transformers does the same to
 look for packing), none when compiled: there a broken promise stops the program through an asynchronous assertion.
@@ -32,9 +32,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils.import_utils import is_tracing
 
-from sagetrain.attention.functional import attention
-
-NAME = "sage_int8"
+from sagetrain.ops import schemes
+from sagetrain.ops.functional import attention
 
 # Kinds of plan. UNCHECKED (only while compiling) holds the number of document starts that were seen, which has to be 0
 # unless the documents come as cu_seq_lens.
@@ -61,12 +60,6 @@ class Sequences(NamedTuple):
     cu_k: Tensor | None
     max_q: int | None
     max_k: int | None
-
-
-def register() -> None:
-    """Adds "sage_int8" to the attention and to the mask functions of transformers; changes nothing else there."""
-    AttentionInterface.register(NAME, sage_attention)
-    AttentionMaskInterface.register(NAME, sage_mask)
 
 
 def _refuse(name: str, asked: str, instead: str = "choose attn_implementation='sdpa' for this model") -> NoReturn:
@@ -165,7 +158,7 @@ def sage_mask(
     documents exactly. Windows with an effect and custom patterns raise NotImplementedError, masks with holes
     ValueError. The remaining keywords choose how `sdpa` and `eager` build their mask, not which one.
     """
-    name = getattr(config, "_attn_implementation", None) or NAME
+    name = getattr(config, "_attn_implementation", None) or schemes.DEFAULT
     if use_vmap:
         _refuse(name, "custom mask patterns (or_mask_function, and_mask_function)")
     if kv_offset != 0 or (local_size is not None and kv_length > local_size):
@@ -314,14 +307,32 @@ def adapter(name: str, kernel: Callable[..., Tensor], dropout: bool = False) -> 
     return attend
 
 
-def _int8(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | None, deterministic: bool, **_: Any) -> Tensor:
-    options: dict[str, Any] = {"is_causal": s.is_causal, "scale": scale, "deterministic": deterministic}
-    if s.cu_q is None:
-        return attention(q, k, v, **options).transpose(1, 2)
-    rows, tokens = q.shape[0], q.shape[2]
-    q, k, v = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (q, k, v))
-    output = attention(q, k, v, cu_seqlens_q=s.cu_q, cu_seqlens_k=s.cu_k, **options)
-    return output[0].transpose(0, 1).unflatten(0, (rows, tokens))
+def _kernel(scheme: str) -> Callable[..., Tensor]:
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | None, deterministic: bool, **_: Any
+    ) -> Tensor:
+        options: dict[str, Any] = {
+            "is_causal": s.is_causal, "scale": scale, "deterministic": deterministic, "scheme": scheme
+        }  # fmt: skip
+        if s.cu_q is None:
+            return attention(q, k, v, **options).transpose(1, 2)
+        rows, tokens = q.shape[0], q.shape[2]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (q, k, v))
+        output = attention(q, k, v, cu_seqlens_q=s.cu_q, cu_seqlens_k=s.cu_k, **options)
+        return output[0].transpose(0, 1).unflatten(0, (rows, tokens))
+
+    return kernel
 
 
-sage_attention = adapter(NAME, _int8)
+def register(scheme: schemes.Scheme) -> None:
+    """Adds the name to the attention and to the mask functions of transformers; changes nothing else there.
+
+    Raises ValueError for a name that transformers has already.
+    """
+    if scheme.name in AttentionInterface().valid_keys():
+        raise ValueError(f"scheme {scheme.name!r}: transformers has an attention of that name")
+    AttentionInterface.register(scheme.name, adapter(scheme.name, _kernel(scheme.name)))
+    AttentionMaskInterface.register(scheme.name, sage_mask)
+
+
+schemes.watch(register)

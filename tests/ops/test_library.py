@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sagetrain
-from sagetrain.attention import ops
 from tests.kernelkit import Case, run
 
+ops = torch.ops.sagetrain
 CASE = Case(b=2, hq=4, hkv=2, tq=40, tk=40)
 
 

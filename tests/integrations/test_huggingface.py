@@ -15,9 +15,12 @@ import transformers as hub
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from sagetrain.attention import hf, reference
+from sagetrain.integrations import huggingface as hf
+from sagetrain.ops import reference, schemes
 from tests.kernelkit import RATIO, error
 
+NAME = schemes.DEFAULT
+ATTEND = hub.AttentionInterface()[NAME]
 SAME = 0.05  # of the error that INT8 makes in that model
 VOCABULARY = 61
 IDS = torch.randint(1, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -47,7 +50,7 @@ def emulation_registered() -> Iterator[None]:
         del interface._global_mapping["emulation"]
 
 
-def build(implementation: str = hf.NAME, config: type = hub.LlamaConfig, **changes: object) -> hub.PreTrainedModel:
+def build(implementation: str = NAME, config: type = hub.LlamaConfig, **changes: object) -> hub.PreTrainedModel:
     """Two layers, 4 query and 2 key heads of dimension 32; the same weights for every implementation."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64}
@@ -67,20 +70,20 @@ def results(model: hub.PreTrainedModel, logits: list[Tensor], rows: list[Tensor]
 def check_same_as_alone(rows: list[Tensor], run: Callable[[hub.PreTrainedModel], list[Tensor]]) -> None:
     """`run(model)` gives the logits [t, V] of each row out of a padded or packed batch."""
     alone, together = {}, {}
-    for name in (hf.NAME, "sdpa"):
+    for name in (NAME, "sdpa"):
         model = build(name)
         alone[name] = results(model, [model(row[None], use_cache=False).logits[0] for row in rows], rows)
         together[name] = results(model, run(model), rows)
     for i in range(2):  # logits, gradient
-        cost = error(alone[hf.NAME][i], alone["sdpa"][i])
-        assert error(together[hf.NAME][i], alone[hf.NAME][i]) <= SAME * cost
-        assert error(together[hf.NAME][i], together["sdpa"][i]) <= RATIO * cost
+        cost = error(alone[NAME][i], alone["sdpa"][i])
+        assert error(together[NAME][i], alone[NAME][i]) <= SAME * cost
+        assert error(together[NAME][i], together["sdpa"][i]) <= RATIO * cost
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_train_like_sdpa(family: str) -> None:
     config, changes = FAMILIES[family]
-    models = (build(name, config, **changes) for name in (hf.NAME, "emulation", "sdpa"))
+    models = (build(name, config, **changes) for name in (NAME, "emulation", "sdpa"))
     found = [results(model, list(model(IDS, use_cache=False).logits), list(IDS)) for model in models]
     for got, same_maths, exact in zip(*found, strict=True):  # logits, gradient
         assert 0 < error(got, exact) <= RATIO * error(same_maths, exact)
@@ -89,10 +92,10 @@ def test_families_train_like_sdpa(family: str) -> None:
 def test_half_precision_and_autocast() -> None:
     exact = build("sdpa")(IDS).logits
     for dtype in (torch.bfloat16, torch.float16):
-        cast = [build(name).to(dtype)(IDS).logits for name in (hf.NAME, "emulation")]
+        cast = [build(name).to(dtype)(IDS).logits for name in (NAME, "emulation")]
         assert cast[0].dtype == dtype and error(cast[0], exact) <= RATIO * error(cast[1], exact)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = [build(name)(IDS).logits for name in (hf.NAME, "emulation")]
+        mixed = [build(name)(IDS).logits for name in (NAME, "emulation")]
     assert error(mixed[0], exact) <= RATIO * error(mixed[1], exact)
 
 
@@ -100,9 +103,9 @@ def test_switched_saved_copied_and_evaluated_models_are_the_same(tmp_path) -> No
     model = build()
     wanted = model(IDS).logits
     switched = build("sdpa")
-    switched.set_attn_implementation(hf.NAME)
+    switched.set_attn_implementation(NAME)
     model.save_pretrained(tmp_path)
-    loaded = hub.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=hf.NAME)
+    loaded = hub.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=NAME)
     for other in (switched, loaded, copy.deepcopy(model), model.eval()):
         with torch.no_grad():
             assert torch.equal(other(IDS).logits, wanted)
@@ -145,7 +148,7 @@ def test_packing(how: str) -> None:
     varlen = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 14, "max_length_k": 14}
 
     def run(model: hub.PreTrainedModel) -> list[Tensor]:
-        ours = model.config._attn_implementation == hf.NAME
+        ours = model.config._attn_implementation == NAME
         options = packed | (varlen if how != "position_ids" and ours else {})
         # transformers looks at position_ids only without a cache; cu_seq_lens need no such care
         return list(model(IDS[:1], use_cache=ours and how == "cu_seq_lens", **options).logits[0].split(lengths))
@@ -164,7 +167,7 @@ def test_packing_of_several_rows_by_position_ids() -> None:
     check_same_as_alone(rows, run)
 
 
-CONFIG = hub.LlamaConfig(attn_implementation=hf.NAME)
+CONFIG = hub.LlamaConfig(attn_implementation=NAME)
 
 
 def plan_of(positions: Tensor | None = None, mask: Tensor | None = None, tokens: int = 24) -> Tensor | None:
@@ -195,14 +198,14 @@ def test_attention_of_a_padded_batch_is_each_row_alone_to_the_bit() -> None:
     inputs = [x.requires_grad_() for x in (q, k, v)]
     ends = [(0, 40), (3, 40), (0, 17), (39, 40), (40, 40)]  # (first, last) real token; the last row has none
     mask = torch.stack([(torch.arange(40) >= a) & (torch.arange(40) < b) for a, b in ends])
-    output, _ = hf.sage_attention(nn.Module(), *inputs, plan_of(mask=mask, tokens=40))
+    output, _ = ATTEND(nn.Module(), *inputs, plan_of(mask=mask, tokens=40))
     weight = d.transpose(1, 2) * mask[:, :, None, None]
     got = torch.autograd.grad(output, inputs, weight)
     assert output.isfinite().all() and all(g.isfinite().all() for g in got)
     for b, (first, last) in enumerate(ends):
         row = [x[b : b + 1, :, first:last] for x in inputs]
         if first < last:
-            one, _ = hf.sage_attention(nn.Module(), *row)
+            one, _ = ATTEND(nn.Module(), *row)
             assert torch.equal(one[0], output[b, first:last])
             for g, wanted in zip(got, torch.autograd.grad(one, row, weight[b : b + 1, first:last]), strict=True):
                 assert torch.equal(g[b : b + 1, :, first:last], wanted)
@@ -216,7 +219,7 @@ def test_decoding_with_a_cache(static: bool) -> None:
     mask[0, :6], mask[1, :15], mask[2, 14:] = 0, 0, 0
     positions = (mask.cumsum(-1) - 1).clamp(0)
     steps, found = [0, 10, 20, 21, 22, 23, 24], []
-    for name in (hf.NAME, "sdpa"):
+    for name in (NAME, "sdpa"):
         model = build(name).eval()
         cache = hub.StaticCache(model.config, max_cache_len=32) if static else hub.DynamicCache(config=model.config)
         with torch.no_grad():
@@ -258,7 +261,7 @@ def test_encoder_with_padding() -> None:
     mask = torch.ones_like(IDS)
     mask[1, 9:], mask[2, :20] = 0, 0
     with torch.no_grad():
-        models = [encoder(name) for name in (hf.NAME, "sdpa")]
+        models = [encoder(name) for name in (NAME, "sdpa")]
         padded = [m(IDS, attention_mask=mask).last_hidden_state for m in models]  # pads see the real tokens, too
         plain = [m(IDS).last_hidden_state for m in models]
     assert 0 < error(*padded) <= RATIO * error(*plain)
@@ -269,8 +272,8 @@ def test_cross_attention_is_full() -> None:
     module.is_causal = False
     q, k, v = (torch.randn(2, 4, t, 32, generator=torch.Generator().manual_seed(t)) for t in (5, 9, 9))
     wanted = hf.attention(q, k, v, scale=0.3).transpose(1, 2)
-    assert torch.equal(hf.sage_attention(module, q, k, v, scaling=0.3)[0], wanted)
-    assert torch.equal(hf.sage_attention(nn.Module(), q, k, v, is_causal=False, scaling=0.3)[0], wanted)
+    assert torch.equal(ATTEND(module, q, k, v, scaling=0.3)[0], wanted)
+    assert torch.equal(ATTEND(nn.Module(), q, k, v, is_causal=False, scaling=0.3)[0], wanted)
 
 
 def compiled(model: Callable, backend: str) -> Callable:
@@ -316,7 +319,7 @@ def test_compiled_packing_by_position_ids_alone_stops_the_program() -> None:
         fast(IDS[:1], position_ids=positions, attention_mask=torch.ones(1, 24), use_cache=False)
 
     def layer(q: Tensor, positions: Tensor) -> Tensor:  # of a model that does not hand position_ids to its layers
-        return hf.sage_attention(nn.Module(), q, q, q, plan_of(positions))[0]
+        return ATTEND(nn.Module(), q, q, q, plan_of(positions))[0]
 
     q = torch.randn(1, 2, 24, 32)
     fast = compiled(layer, "eager")
@@ -375,7 +378,7 @@ def test_a_full_sliding_cache_is_refused() -> None:
 
 @pytest.mark.parametrize("create", [create_causal_mask, create_sliding_window_causal_mask])
 def test_custom_patterns_are_refused(create: Callable) -> None:
-    config = hub.MistralConfig(attn_implementation=hf.NAME, sliding_window=24)
+    config = hub.MistralConfig(attn_implementation=NAME, sliding_window=24)
     embeddings, positions = torch.empty(1, 24, 0), torch.arange(24)[None]
     with pytest.raises(NotImplementedError, match="custom mask patterns"):
         create(config, embeddings, None, None, positions, and_mask_function=lambda b, h, q, k: k != 3)
@@ -396,4 +399,4 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
     q = torch.randn(2, 4, 24, 32)
     for wrong in (plan_of(mask=PADDING), plan_of(HALF[:, :20], tokens=20)):
         with pytest.raises(NotImplementedError, match="mask"):
-            hf.sage_attention(nn.Module(), q, q, q, wrong)
+            ATTEND(nn.Module(), q, q, q, wrong)

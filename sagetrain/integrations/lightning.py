@@ -1,4 +1,4 @@
-"""Lightning strategies that train with SageTrain's attention: `sage_ddp`, `sage_fsdp2`, `sage_deepspeed`.
+"""Lightning plug: strategies that train with SageTrain's attention, `sage_ddp`, `sage_fsdp2`, `sage_deepspeed`.
 
 Method: each class is Lightning's own strategy plus one mixin. In `setup` the mixin puts the chosen attention on every
 Hugging Face model inside the LightningModule, lets the ranks compare which kernel they are about to run, and logs it
@@ -26,14 +26,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-import sagetrain
+from sagetrain.ops import schemes
 
 __all__ = ["SageDDPStrategy", "SageDeepSpeedStrategy", "SageFSDP2Strategy", "shard"]
-
-ATTENTION = "sage_int8"
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
@@ -44,6 +40,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
     Returns `model`; one that is sharded already is returned as it is, since Lightning may call `configure_model` twice.
     Raises ValueError when there is no decoder layer to shard.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     if isinstance(model, FSDPModule):
         return model
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -67,7 +65,9 @@ class SageStrategy:
     Raises ValueError for an unknown name (and lists the choices).
     """
 
-    def __init__(self, *, attention: str | None = ATTENTION, **options: Any) -> None:
+    def __init__(self, *, attention: str | None = schemes.DEFAULT, **options: Any) -> None:
+        from transformers import AttentionInterface
+
         choices = sorted({"eager", *AttentionInterface().valid_keys()})
         if attention is not None and attention not in choices:
             raise ValueError(
@@ -83,12 +83,14 @@ class SageStrategy:
         Raises on every rank: ValueError when there is no Hugging Face model, or one whose attention cannot be chosen;
         RuntimeError when no kernel serves the device of some rank, or the ranks would run different ones.
         """
+        from transformers import PreTrainedModel
+
         models = [module for module in self.lightning_module.modules() if isinstance(module, PreTrainedModel)]
         self._set_attention(models)
         self._agree(models)
         super().setup(trainer)
 
-    def _set_attention(self, models: list[PreTrainedModel]) -> None:
+    def _set_attention(self, models: list[Any]) -> None:
         if self.attention is None:
             return
         if not models:
@@ -109,12 +111,13 @@ class SageStrategy:
                     "attention=None."
                 )
 
-    def _agree(self, models: list[PreTrainedModel]) -> None:
+    def _agree(self, models: list[Any]) -> None:
         """All ranks compare what they are about to run; rank 0 logs it."""
         runs, missing = ", ".join(sorted({model.config._attn_implementation for model in models})), False
-        if not models or ATTENTION in runs:  # an own module may call sagetrain.attention: compare the kernel as well
+        ours = list(schemes.named_in(runs)) or ([] if models else [schemes.get()])
+        if ours:  # an own module may call sagetrain.attention: compare the kernel as well
             try:
-                kernel = sagetrain.kernel_name(self.root_device)
+                kernel = ", ".join(scheme.kernel_name(self.root_device) for scheme in ours)
             except RuntimeError as error:  # raised below on all ranks together, so that none waits for the others
                 kernel, missing = f"none: {error}", bool(models)
             runs = f"{runs or 'own model'}, kernel {kernel}"
@@ -125,7 +128,8 @@ class SageStrategy:
             ranks[theirs].append(str(rank))
         listed = "; ".join(f"rank {', '.join(which)}: {theirs}" for theirs, which in ranks.items())
         if any(absent for _, absent in everywhere):
-            raise RuntimeError(f"no INT8 attention kernel serves this device ({listed}). Choose attention='sdpa'.")
+            label = ", ".join(scheme.label for scheme in ours)
+            raise RuntimeError(f"no {label} attention kernel serves this device ({listed}). Choose attention='sdpa'.")
         if len(ranks) > 1:
             raise RuntimeError(
                 f"the ranks would run different attention ({listed}). Use machines of one kind, or choose "
@@ -165,7 +169,7 @@ class SageFSDP2Strategy(SageStrategy, ModelParallelStrategy):
             raise ValueError(
                 f"sage_fsdp2: {len(apart)} parameters of {type(self.lightning_module).__name__} are not sharded "
                 f"({apart[0]}, ...), so each rank would train its own. Override configure_model and call "
-                "sagetrain.training.strategies.shard(self.model, self.device_mesh) in it."
+                "sagetrain.integrations.lightning.shard(self.model, self.device_mesh) in it."
             )
         super().setup(trainer)
 
@@ -178,7 +182,7 @@ class SageDeepSpeedStrategy(SageStrategy, DeepSpeedStrategy):
     Lightning does under its other strategies.
     """
 
-    def __init__(self, *, attention: str | None = ATTENTION, **options: Any) -> None:
+    def __init__(self, *, attention: str | None = schemes.DEFAULT, **options: Any) -> None:
         if find_spec("deepspeed") is None:
             raise ModuleNotFoundError(
                 "sage_deepspeed needs DeepSpeed: DS_BUILD_OPS=0 pip install 'sagetrain[deepspeed]'"
@@ -230,4 +234,4 @@ class SageDeepSpeedStrategy(SageStrategy, DeepSpeedStrategy):
 
 STRATEGIES = {"sage_ddp": SageDDPStrategy, "sage_fsdp2": SageFSDP2Strategy, "sage_deepspeed": SageDeepSpeedStrategy}
 for _name, _class in STRATEGIES.items():
-    StrategyRegistry.register(_name, _class, description=f"{_class.__name__}: INT8 attention", override=True)
+    StrategyRegistry.register(_name, _class, description=f"{_class.__name__}: low-bit attention", override=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sagetrain
-from sagetrain.attention import reference
+from sagetrain.ops import reference
 from tests.kernelkit import (
     GRADIENT_KINDS,
     NAMES,

@@ -15,8 +15,8 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 
 import sagetrain
-from sagetrain.training import strategies
-from sagetrain.training.strategies import SageDDPStrategy, SageDeepSpeedStrategy, SageFSDP2Strategy, shard
+from sagetrain.integrations import lightning as strategies
+from sagetrain.integrations.lightning import SageDDPStrategy, SageDeepSpeedStrategy, SageFSDP2Strategy, shard
 
 HERE = Path(__file__).parent
 CLASSES = {"ddp": SageDDPStrategy, "fsdp2": SageFSDP2Strategy, "deepspeed": SageDeepSpeedStrategy}

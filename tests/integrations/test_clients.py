@@ -1,8 +1,8 @@
 """transformers' Trainer, TRL and peft with INT8 attention: what they send along is honoured or refused.
 
-Two measures, as in test_hf.py. *Masks*: the gradient of the client's first step against that of every document run by
-itself through the same attention (`SAME`). *Numbers*: its error against `sdpa` is at most `RATIO` times the error that
-INT8 makes on the documents by themselves.
+Two measures, as in test_huggingface.py. *Masks*: the gradient of the client's first step against that of every document
+run by itself through the same attention (`SAME`). *Numbers*: its error against `sdpa` is at most `RATIO` times the
+error that INT8 makes on the documents by themselves.
 """
 
 import copy
@@ -19,9 +19,11 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
-from sagetrain.attention import hf
+from sagetrain.ops import schemes
 from tests.kernelkit import RATIO, error
 
+NAME = schemes.DEFAULT
+ATTEND = hub.AttentionInterface()[NAME]
 SAME = 0.05  # of the error that INT8 makes here
 LENGTHS = (11, 30, 5, 17, 9, 24)
 DOCUMENTS = [torch.randint(3, 61, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
@@ -82,7 +84,7 @@ def first_gradient(trainer: type, model: nn.Module, arguments: hub.TrainingArgum
 
 def check(lora: bool, client: Callable[[nn.Module], Tensor]) -> None:
     """`client(model)` gives the gradient of a step over all documents."""
-    found = [(alone(build(name, lora)), client(build(name, lora))) for name in (hf.NAME, "sdpa")]
+    found = [(alone(build(name, lora)), client(build(name, lora))) for name in (NAME, "sdpa")]
     (int8, client_int8), (exact, client_exact) = found
     cost = error(int8, exact)
     assert error(client_exact, exact) <= SAME * cost, "the client trains on something else"
@@ -129,7 +131,7 @@ IDS = torch.tensor(DOCUMENTS[5])[None]
 
 @pytest.mark.parametrize("backend", [None, "eager"])
 def test_seq_idx_has_to_agree(backend: str | None) -> None:
-    model = build(hf.NAME, False)
+    model = build(NAME, False)
     run = torch.compile(model, backend=backend, fullgraph=True) if backend else model
     torch._dynamo.reset()
     by_position = {"position_ids": torch.cat([torch.arange(n) for n in (7, 2, 15)])[None], "use_cache": False}
@@ -151,7 +153,7 @@ def test_seq_idx_has_to_agree(backend: str | None) -> None:
 
 
 def test_arguments_of_the_loss_are_not_the_attentions() -> None:
-    model = build(hf.NAME, False)
+    model = build(NAME, False)
     labels = IDS.roll(-1, 1)
     wanted = nn.functional.cross_entropy(model(IDS).logits[0], labels[0], ignore_index=7, reduction="sum") / 24
     loss = model(IDS, labels=IDS, shift_labels=labels, ignore_index=7, num_items_in_batch=24).loss
@@ -177,17 +179,17 @@ def test_the_advice_on_dropout_names_the_setting_of_the_model(setting: str) -> N
     q = torch.randn(1, 2, 8, 32)
     advice = rf"dropout \(0.1\).*set config\.{setting}=0.0.*model.config.{setting}=0.0"
     with pytest.raises(NotImplementedError, match=advice):
-        hf.sage_attention(module, q, q, q, dropout=0.1)
+        ATTEND(module, q, q, q, dropout=0.1)
     with pytest.raises(NotImplementedError, match="set the attention dropout of its config to 0.0"):
-        hf.sage_attention(nn.Module(), q, q, q, dropout=0.1)
+        ATTEND(nn.Module(), q, q, q, dropout=0.1)
 
 
 def test_gpt2_trains_once_the_advice_is_followed() -> None:
     config = copy.deepcopy(DROPPING["attn_pdrop"])
     with pytest.raises(NotImplementedError) as refusal:
-        hub.AutoModelForCausalLM.from_config(config, attn_implementation=hf.NAME).train()(IDS)
+        hub.AutoModelForCausalLM.from_config(config, attn_implementation=NAME).train()(IDS)
     setattr(config, re.search(r"set config\.(\w+)=0.0", str(refusal.value)).group(1), 0.0)
-    model = hub.AutoModelForCausalLM.from_config(config, attn_implementation=hf.NAME).train()
+    model = hub.AutoModelForCausalLM.from_config(config, attn_implementation=NAME).train()
     model(IDS, labels=IDS).loss.backward()
 
 
@@ -195,7 +197,7 @@ def test_latent_attention_trains() -> None:
     """Values are narrower than keys: as `sdpa`, but for what INT8 costs a model whose heads have one width."""
     found = {}
     for width in (16, 24):
-        for name in (hf.NAME, "sdpa"):
+        for name in (NAME, "sdpa"):
             torch.manual_seed(0)
             config = hub.DeepseekV3Config(
                 **SMALL, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=1,
@@ -206,5 +208,5 @@ def test_latent_attention_trains() -> None:
             model = hub.AutoModelForCausalLM.from_config(config, attn_implementation=name).train()
             model(IDS, labels=IDS).loss.backward()
             found[width, name] = gradient(model)
-    cost = error(found[24, hf.NAME], found[24, "sdpa"])
-    assert 0 < error(found[16, hf.NAME], found[16, "sdpa"]) <= RATIO * cost
+    cost = error(found[24, NAME], found[24, "sdpa"])
+    assert 0 < error(found[16, NAME], found[16, "sdpa"]) <= RATIO * cost

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import accuracy
-from sagetrain.attention import reference
+from sagetrain.ops import reference
 from tests.kernelkit import COHERENT_KINDS, GRADIENT_KINDS, NAMES, RATIO, Case, error, exact, given, plain, run
 
 

@@ -1,0 +1,71 @@
+"""Plugs into other libraries, each registered when its library is imported, be it before or after sagetrain.
+
+Method: `after_import` puts a finder in front of `sys.meta_path` that lets the import system load the library as usual
+and then imports our plug. The plugs add entries to the libraries' registries and change nothing else there.
+Choice: neither transformers nor Lightning has an entry point for this, and importing them ourselves would make `import
+sagetrain` cost seconds and need them.
+Cost: one string comparison per import, until the library has come.
+"""
+
+import importlib
+import importlib.util
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Module of a library, loaded before anybody can use the registry -> our plug.
+PLUGS = {
+    "transformers.modeling_utils": "sagetrain.integrations.huggingface",
+    "lightning.pytorch": "sagetrain.integrations.lightning",
+}
+
+
+class _Then(Loader):
+    """A loader that imports `plug` behind its module; for whatever else is asked of it, the module's own answers."""
+
+    def __init__(self, loader: Any, plug: str) -> None:
+        self.loader, self.plug = loader, plug
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        importlib.import_module(self.plug)
+
+
+class _After(MetaPathFinder):
+    def __init__(self, name: str, plug: str) -> None:
+        self.name, self.plug, self.looking = name, plug, False
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != self.name or self.looking:
+            return None
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.looking = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader, self.plug)
+        return spec
+
+
+def after_import(name: str, plug: str) -> None:
+    """Imports module `plug` as soon as module `name` has been imported: now, if it has."""
+    if name in sys.modules:
+        importlib.import_module(plug)
+    else:
+        sys.meta_path.insert(0, _After(name, plug))
+
+
+def register() -> None:
+    """Has every plug registered when its library is there."""
+    for name, plug in PLUGS.items():
+        after_import(name, plug)
