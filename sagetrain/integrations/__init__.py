@@ -10,6 +10,7 @@ Cost: one string comparison per import, until the library has come.
 import importlib
 import importlib.util
 import sys
+import warnings
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -20,6 +21,14 @@ PLUGS = {
     "transformers.modeling_utils": "sagetrain.integrations.huggingface",
     "lightning.pytorch": "sagetrain.integrations.lightning",
 }
+
+
+def _plug_in(plug: str) -> None:
+    """Imports it. Where that fails, warns: an old library must still be there for a program that does not need us."""
+    try:
+        importlib.import_module(plug)
+    except Exception as error:  # whatever an old library lacks
+        warnings.warn(f"{plug} does not load, so its names are not registered: {error}", RuntimeWarning, stacklevel=2)
 
 
 class _Then(Loader):
@@ -37,7 +46,7 @@ class _Then(Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        importlib.import_module(self.plug)
+        _plug_in(self.plug)
 
 
 class _After(MetaPathFinder):
@@ -60,7 +69,7 @@ class _After(MetaPathFinder):
 def after_import(name: str, plug: str) -> None:
     """Imports module `plug` as soon as module `name` has been imported: now, if it has."""
     if name in sys.modules:
-        importlib.import_module(plug)
+        _plug_in(plug)
     else:
         sys.meta_path.insert(0, _After(name, plug))
 

@@ -1,10 +1,10 @@
 """A few small, awkward calls, forward and backward once each, for compute-sanitizer (pytest does not see it).
 
-    python tests/attention/sanitize.py                                     # seconds; also checks the numbers
-    compute-sanitizer --tool memcheck --padding 4096 python tests/attention/sanitize.py
-    compute-sanitizer --tool racecheck python tests/attention/sanitize.py packed
-    compute-sanitizer --tool initcheck python tests/attention/sanitize.py
-    compute-sanitizer --tool synccheck python tests/attention/sanitize.py
+    python tests/ops/sanitize.py                                     # seconds; also checks the numbers
+    compute-sanitizer --tool memcheck --padding 4096 python tests/ops/sanitize.py
+    compute-sanitizer --tool racecheck python tests/ops/sanitize.py packed
+    compute-sanitizer --tool initcheck python tests/ops/sanitize.py
+    compute-sanitizer --tool synccheck python tests/ops/sanitize.py
 
 A word selects the cases with it in their name; compute-sanitizer's own `--error-exitcode 1` makes findings count.
 `--device cpu` tries the script itself where there is no GPU.
