@@ -37,6 +37,7 @@ quickstart: $(VENV)/.built
 # One thread per worker: the workers share the cores among themselves.
 test: $(VENV)/.built $(VENV)/.test
 	@$(PY) -m ruff check .
+	@$(PY) -m benchmarks.tables --check
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not gpu and not multigpu" $(ARGS)
 
 test-gpu: $(VENV)/.built $(VENV)/.test
