@@ -146,9 +146,10 @@ def as_ratio(value: float) -> str:
 
 
 def markdown(head: list[str], lines: list[list[str]], note: str = "") -> str:
-    """A table as a block of its own, and a line below it."""
+    """A table as a block of its own, and a line below it; blank lines, for no comment may touch a table everywhere."""
     table = [head, ["---"] * len(head), *lines]
-    return "\n".join(["", *(f"| {' | '.join(cells)} |" for cells in table), *(["", note] if note else []), ""])
+    lines = [f"| {' | '.join(cells)} |" for cells in table] + (["", note] if note else [])
+    return "\n".join(["", "", *lines, "", ""])
 
 
 def label(row: Row) -> str:
@@ -336,16 +337,15 @@ def made(kind: str, options: str) -> str:
     return KINDS[kind](file, **dict(word.split("=", 1) for word in words))
 
 
-def differences(page: str) -> Iterator[tuple[str, str, str]]:
-    """The marks whose text is not what the rows say: (mark, text, what it should be).
-
-    A comment that is no mark is taken for one that was mistyped, and would never be checked.
-    """
+def faults(page: str) -> Iterator[str]:
+    """What is wrong with a page's marks: text that is not what the rows say, or that nobody would check or see."""
     if lost := re.search(r"<!--.*?(-->|$)", MARK.sub("", page), re.DOTALL):
-        yield lost[0], "", "no such mark: <!-- KIND: FILE column=value ... -->text<!-- end -->"
+        yield f"{lost[0]} is no mark: <!-- KIND: FILE column=value ... -->text<!-- end -->"
     for mark, kind, options, text, _ in MARK.findall(page):
         if text != (right := made(kind, options)):
-            yield mark, text, right
+            yield f"{mark} has {first_difference(text, right)}"
+        if "\n" not in right and re.search(rf"^ *{re.escape(mark)}", page, re.MULTILINE):
+            yield f"{mark} begins a line, and so ends the paragraph: put a word before it"
 
 
 def written(page: str) -> str:
@@ -370,19 +370,17 @@ def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--check"]):
         print(__doc__)
         return 2
-    wrong = 0
+    found = []
     for path in pages():
-        page = path.read_text()
+        page, name = path.read_text(), path.relative_to(ROOT)
         if arguments:
-            for mark, text, right in differences(page):
-                print(f"{path.relative_to(ROOT)}: {mark} has {first_difference(text, right)}")
-                wrong += 1
+            found += [f"{name}: {fault}" for fault in faults(page)]
         elif (new := written(page)) != page:
             path.write_text(new)
-            print(f"{path.relative_to(ROOT)}: written")
-    if wrong:
-        print(f"{wrong} differ from benchmarks/results; python -m benchmarks.tables writes them again")
-    return int(wrong > 0)
+            print(f"{name}: written")
+    if found:
+        print("\n".join([*found, "python -m benchmarks.tables writes them again from benchmarks/results"]))
+    return int(bool(found))
 
 
 if __name__ == "__main__":
