@@ -87,14 +87,14 @@ def fits(value: str, wanted: str) -> bool:
 
 
 def chosen(file: str, wanted: dict[str, str]) -> list[Row]:
-    """The newest rows of a file that fit, with the parts of their shape as columns, and part=both_ms's as `ms`."""
+    """The newest rows of a file that fit; the parts of their shape are columns, and for part=both both_ms is `ms`."""
     wanted, found = dict(wanted), []
     device, part = wanted.pop("device", ""), wanted.pop("part", None)
     for row in newest(read(RESULTS / f"{file}.csv"), file.split("-")[0]):
         sizes = re.findall(r"\d+", row.get("shape", ""))
         row = dict(zip(("b", "hq", "hkv", "t", "d"), sizes, strict=False)) | row if len(sizes) == 5 else row
         if part:
-            row["ms"] = row[f"{part}_ms"]
+            row["ms"] = row.get(f"{part}_ms") or row.get(f"{part}_bytes", "")
         if device in row["device"] and all(fits(row[column], value) for column, value in wanted.items()):
             found.append(row)
     if not found:
@@ -212,6 +212,11 @@ def value(file: str, column: str, **wanted: str) -> str:
     return span([float(row[column]) for row in chosen(file, wanted) if row[column]], digits)
 
 
+def over(file: str, column: str, of: str, **wanted: str) -> str:
+    """Phrase: a column by another of the same row, `0.19x to 0.40x`."""
+    return span([float(row[column]) / float(row[of]) for row in chosen(file, wanted)], as_ratio)
+
+
 def passes(file: str, **wanted: str) -> str:
     """Table: microseconds of every kernel of a call, and what the main one reaches of its bound."""
     rows = chosen(file, wanted)
@@ -322,7 +327,7 @@ def loss(folder: str) -> str:
 
 
 KINDS: dict[str, Callable[..., str]] = {
-    f.__name__: f for f in (speed, ratios, ratio, value, passes, steps, errors, accuracy, overlap, loss)
+    f.__name__: f for f in (speed, ratios, ratio, value, over, passes, steps, errors, accuracy, overlap, loss)
 }
 
 
