@@ -153,10 +153,10 @@ def markdown(head: list[str], lines: list[list[str]], note: str = "") -> str:
 
 
 def label(row: Row) -> str:
-    """`32/8 heads of 64, 8,192 tokens`; what is not causal and more than one row says so."""
+    """`H32/8 D64 T8192`: query and key heads, head dimension, tokens; more than one row and no causal mask are said."""
     heads = row["hq"] if row["hq"] == row["hkv"] else f"{row['hq']}/{row['hkv']}"
-    batch = "" if row["b"] == "1" else f"{row['b']} x "
-    return f"{heads} heads of {row['d']}, {batch}{int(row['t']):,} tokens" + (", full" if row["mask"] == "full" else "")
+    batch = "" if row["b"] == "1" else f"B{row['b']} "
+    return f"{batch}H{heads} D{row['d']} T{row['t']}" + (", full" if row["mask"] == "full" else "")
 
 
 def origin(rows: list[Row], peers: list[str]) -> str:

@@ -82,8 +82,18 @@ def test_clients_train_with_int8(tmp_path: Path) -> None:
     assert run(code, tmp_path).split().count("True") == 3
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(CHECKOUT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
-    lost = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    links = re.findall(r"""(?:\]\(|src=")([^)#\s"]*)(?:#([^)]*))?""", page.read_text())
+    lost = []
+    for where, heading in links:
+        target = page.parent / where if where else page
+        if "://" not in where and not (target.exists() and (not heading or heading in anchors(target))):
+            lost.append(f"{where}#{heading}")
     assert not lost
