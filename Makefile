@@ -2,7 +2,7 @@
 # Needs Python >= 3.11 (with headers and venv) and a C++20 compiler; nvcc is used where it is found.
 #
 #   PYTHON=python3.12    the interpreter .venv is made from
-#   TORCH="torch==2.13.0 OPTIONS"    another build of torch, e.g. the CPU-only one (see README, Install)
+#   TORCH="torch==2.13.0 OPTIONS"    another build of torch, e.g. the CPU-only one (docs/install.md)
 #   ARGS="..."           more arguments for the program that a target runs, e.g. make test ARGS="-k causal"
 
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
@@ -37,6 +37,7 @@ quickstart: $(VENV)/.built
 # One thread per worker: the workers share the cores among themselves.
 test: $(VENV)/.built $(VENV)/.test
 	@$(PY) -m ruff check .
+	@$(PY) -m benchmarks.tables --check
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not gpu and not multigpu" $(ARGS)
 
 test-gpu: $(VENV)/.built $(VENV)/.test

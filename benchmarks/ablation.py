@@ -32,16 +32,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
-    rows = []
+    start, rows = conditions("cpu"), []
     for kind in ("normal", "outlier", "heavy", "uniform"):
         case = Case(hq=2, hkv=2, tq=args.tokens, tk=args.tokens, kind=kind, dtype=torch.float32)
         truth = exact(case)
         for name, preset in VARIANTS.items():
             got = run(lambda *x, p=preset, **o: reference.attention(*x, preset=p, **o), case)
             errors = {part: round(error(got[part], truth[part]), 5) for part in NAMES}
-            rows.append(
-                conditions("cpu") | {"case": kind, "d": case.d, "tokens": args.tokens, "variant": name} | errors
-            )
+            rows.append(start | {"case": kind, "d": case.d, "tokens": args.tokens, "variant": name} | errors)
             print(
                 f"{kind:8} {name:29} " + "  ".join(f"{part} {value:.4f}" for part, value in errors.items()), flush=True
             )

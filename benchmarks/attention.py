@@ -1,6 +1,6 @@
 """Speed of attention, forward and backward, and what it keeps between them, against the best attention on the device.
 
-    python -m benchmarks.attention                      # the CPU grid of the README
+    python -m benchmarks.attention                      # the grid of docs/cpu.md
     python -m benchmarks.attention --device cuda        # under three minutes on an H100
     python -m benchmarks.attention --device cuda --shapes 1x32x8x8192x64 --masks causal --backends sage_int8 sdpa_cudnn
 

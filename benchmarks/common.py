@@ -6,6 +6,8 @@ import csv
 import datetime
 import os
 import platform
+import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,8 +18,9 @@ from typing import Any
 import torch
 
 import sagetrain
+from benchmarks.tables import RESULTS, newest
 
-RESULTS = Path(__file__).parent / "results"
+__all__ = ["RESULTS", "conditions", "device_name", "kernel_file", "laps", "write"]
 
 
 def device_name(device: str) -> str:
@@ -29,6 +32,31 @@ def device_name(device: str) -> str:
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     name = next(names, platform.processor() or platform.machine())
     return f"{name} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def nvcc_version() -> str:
+    """Of the nvcc that compiled the extension's kernels, as they say themselves; else of the one on PATH, else ""."""
+    found = re.search(rb"release [\d.]+, V([\d.]+)", Path(sagetrain._C.__file__).read_bytes())
+    if found:
+        return found[1].decode()
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout if shutil.which("nvcc") else ""
+    return next(iter(re.findall(r"release [\d.]+, V([\d.]+)", said)), "")
+
+
+def gpu_state(device: str) -> dict[str, str]:
+    """The driver, and the clocks in MHz while the GPU is busy: those of an idle one say nothing. Empty on a CPU.
+
+    The kernel that keeps it busy only waits, so these are the clocks that it may have, not those under full power.
+    """
+    columns = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem"}
+    if device != "cuda" or not shutil.which("nvidia-smi"):
+        return dict.fromkeys(columns, "")
+    query = ["nvidia-smi", f"--id=GPU-{torch.cuda.get_device_properties().uuid}", "--format=csv,noheader,nounits"]
+    torch.cuda._sleep(2_000_000_000)  # cycles: about a second, longer than nvidia-smi takes
+    said = subprocess.run([*query, f"--query-gpu={','.join(columns.values())}"], capture_output=True, text=True)
+    torch.cuda.synchronize()
+    values = said.stdout.strip().split(", ")
+    return dict(zip(columns, values, strict=True)) if len(values) == len(columns) else dict.fromkeys(columns, "")
 
 
 def conditions(device: str) -> dict[str, str]:
@@ -45,7 +73,8 @@ def conditions(device: str) -> dict[str, str]:
         "commit": os.environ.get("SAGETRAIN_COMMIT") or (commit or "none") + ("+" if dirty else ""),
         "torch": torch.__version__,
         "sagetrain": sagetrain.__version__,
-    }
+        "nvcc": nvcc_version(),
+    } | gpu_state(device)
 
 
 def kernel_file(name: str, device: str) -> Path:
@@ -82,15 +111,19 @@ def laps(work: Iterator[str], device: str) -> dict[str, float]:
 
 
 def write(rows: list[dict], path: Path) -> None:
-    """Adds rows to a CSV. Columns that a row does not have stay empty, in the rows that were there before too."""
+    """Adds rows to a CSV, in place of older ones of the same cases and device (tables.CASES).
+
+    Columns that a row does not have stay empty, in the rows that were there before too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     old: list[dict] = []
     if path.exists():
         with path.open(newline="") as file:
             old = list(csv.DictReader(file))
     columns = dict.fromkeys(column for row in old + rows for column in row)
+    kept = newest(old + rows, path.stem.split("-")[0])
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(columns), restval="")
         writer.writeheader()
-        writer.writerows(old + rows)
-    print(f"{len(rows)} rows -> {path}")
+        writer.writerows(kept)
+    print(f"{len(rows)} rows -> {path}, {len(old) + len(rows) - len(kept)} older ones out")

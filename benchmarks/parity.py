@@ -271,7 +271,8 @@ def main() -> None:
     for batch, part, measured in measures(found):
         cells = {arm: f"{found[arm, batch, part][measured]:.2e}" for arm in ARMS}
         print(f"| {batch} | {part} | {measured} | {' | '.join(cells.values())} |")
-        saved.append(start | {"batch": batch, "part": part, "measure": measured} | cells)
+        errors = {f"{arm}_error": cell for arm, cell in cells.items()}
+        saved.append(start | {"batch": batch, "part": part, "measure": measured} | errors)
     print("\n" + ("\n".join(failures(found)) or "the kernel is within every bar"))
     if not args.no_save:
         write(saved, kernel_file("parity", args.device))

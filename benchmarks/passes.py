@@ -1,6 +1,6 @@
 """Device time of every kernel of an attention call: what quantisation takes beside the main loops.
 
-    python -m benchmarks.passes                          # the shapes of the README, a few seconds
+    python -m benchmarks.passes                          # the shapes of docs/sm90-*.md, a few seconds
     python -m benchmarks.passes --shapes 1x32x8x8192x64
 
 Method: torch's profiler, median over the calls, forward and backward apart; causal, BF16, memory as in attention.py.
@@ -75,10 +75,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxHqxHkvxTxD")
     args = parser.parse_args()
-    rows = []
+    start, rows = conditions("cuda"), []
     for shape in args.shapes:
         for row in measure(tuple(map(int, shape.split("x")))):
-            rows.append(conditions("cuda") | {"shape": shape} | row)
+            rows.append(start | {"shape": shape} | row)
             share = f"{row['share_of_bound']} of its bound" if "share_of_bound" in row else ""
             print(f"{shape:20} {row['direction']:9} {row['pass']:16} {row['us']:8.1f} us  {share}", flush=True)
     write(rows, kernel_file("passes", "cuda"))

@@ -1,9 +1,13 @@
-"""Pictures of benchmarks/results, drawn from the CSV rows and nothing else: python -m benchmarks.plot FILE.csv"""
+"""Pictures of benchmarks/results, drawn from the rows and nothing else.
+
+python -m benchmarks.plot benchmarks/results/attention-sm90.csv             # beside it, as .png
+python -m benchmarks.plot benchmarks/results/quickstart-50m-sm90            # loss.png in the folder
+"""
 
 from __future__ import annotations
 
-import csv
-import sys
+import argparse
+import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,84 +16,138 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.tables import PEERS, TAIL, newest, read
+
 COLOURS = {
     "sage_int8": "#e07a1f", "sage_int8_deterministic": "#f6d0ab", "sage_int8_fp32": "#f0b27a",
     "sdpa_fp32": "#8fa3b8", "sdpa_bf16": "#4a6785",
     "sdpa_flash": "#b7c4d1", "sdpa_cudnn": "#7f95ab", "fa4": "#3f5b78", "cudnn_fp8": "#76a08a",
 }  # fmt: skip
+NAMES = PEERS | {
+    "sage_int8": "SageTrain INT8", "sage_int8_fp32": "SageTrain INT8, FP32 tensors",
+    "sage_int8_deterministic": "SageTrain INT8, deterministic",
+    "sdpa_flash": "FlashAttention-2", "sdpa_cudnn": "cuDNN BF16", "fa4": "FlashAttention-4",
+}  # fmt: skip
 
 
-def attention(path: Path) -> Path:
-    """Rate by length, a panel per heads, D and mask: forward above, forward + backward below. Higher is better.
-
-    Takes the newest row of each case among those of the last row's device and commit. A backend that refused a case
-    stands there by that word.
-    """
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    last = {
-        (r["shape"], r["mask"], r["backend"]): r
-        for r in rows
-        if (r["device"], r["commit"]) == (rows[-1]["device"], rows[-1]["commit"])
-    }
-    names = list(dict.fromkeys(backend for *_, backend in last))
-    panels: dict[tuple[str, ...], list[int]] = defaultdict(list)  # (B, Hq, Hkv, D, mask) -> lengths
-    for shape, mask, _ in last:
-        b, hq, hkv, t, d = shape.split("x")
-        if int(t) not in panels[b, hq, hkv, d, mask]:
-            panels[b, hq, hkv, d, mask].append(int(t))
-    on_gpu = max(float(r["forward_gflops"] or 0) for r in last.values()) > 1e4
-    unit, name_of_unit = (1e3, "TFLOP/s") if on_gpu else (1.0, "GFLOP/s")
-
-    widths = [len(lengths) + 0.3 for lengths in panels.values()]
-    figure, axes = plt.subplots(
-        2, len(panels), squeeze=False, sharey="row", sharex="col", layout="constrained",
-        figsize=(max(8.0, 1.0 + 0.24 * len(names) * sum(widths)), 6.4), gridspec_kw={"width_ratios": widths},
-    )  # fmt: skip
-    bar = 0.86 / len(names)
-    text = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 7}
-    for column, ((b, hq, hkv, d, mask), lengths) in enumerate(panels.items()):
-        lengths.sort()
-        for line, (key, title) in enumerate((("forward", "forward"), ("both", "forward + backward"))):
-            axis = axes[line, column]
-            for j, name in enumerate(names):
-                for i, t in enumerate(lengths):
-                    row = last.get((f"{b}x{hq}x{hkv}x{t}x{d}", mask, name))
-                    place = i + (j - (len(names) - 1) / 2) * bar
-                    if row is None or not row[f"{key}_gflops"]:
-                        if row is not None:
-                            axis.text(place, 0, " refused", color="#999999", **text)
-                        continue
-                    rate = float(row[f"{key}_gflops"]) / unit
-                    axis.bar(place, rate, 0.92 * bar, color=COLOURS.get(name, "#cccccc"))
-                    axis.text(place, rate, f" {rate:.0f}", color="#333333", **text)
-            axis.set_xticks(range(len(lengths)), [f"T = {t}" if len(lengths) == 1 else str(t) for t in lengths])
-            axis.set_xlim(-0.6, len(lengths) - 0.4)
-            axis.margins(y=0.16)
-            axis.tick_params(axis="x", length=0)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(axis="y", color="#e6e6e6", lw=0.7)
-            axis.set_axisbelow(True)
-            if line == 0:
-                heads = hq if hq == hkv else f"{hq}/{hkv}"
-                axis.set_title(f"{'' if b == '1' else f'B {b}, '}{heads} heads, D {d}\n{mask}", fontsize=9)
-            elif len(lengths) > 1:
-                axis.set_xlabel("tokens")
-            if column == 0:
-                axis.set_ylabel(f"{title}\n{name_of_unit}")
-            else:
-                axis.spines["left"].set_visible(False)
-                axis.tick_params(axis="y", length=0)
-    legend = [plt.Rectangle((0, 0), 1, 1, color=COLOURS.get(name, "#cccccc")) for name in names]
-    figure.legend(legend, names, loc="outside lower center", ncols=len(names), frameon=False)
-    figure.suptitle(f"Attention on {rows[-1]['device']} (median, higher is better)", fontsize=11)
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=130)
+def save(figure: plt.Figure, target: Path) -> Path:
+    figure.savefig(target, dpi=150)
     plt.close(figure)
     print(target)
     return target
 
 
+def attention(path: Path, device: str | None = None) -> Path:
+    """Rate by length, a column per heads and D: forward above, forward + backward below. Higher is better.
+
+    The newest row of each case of one device: the one whose name has `device` in it, else that of the last row. Of a
+    GPU one causal sequence by its length (the tables have the rest), of a CPU all. A backend that refuses stands there
+    by that word. On sm90 `deterministic` runs the same kernel, and is left out.
+    """
+    rows = newest(read(path), "attention")
+    device = next(row["device"] for row in reversed(rows) if (device or "") in row["device"])
+    rows = [row for row in rows if row["device"] == device]
+    on_gpu = rows[0]["kernel"].startswith("sm")
+    if rows[0]["kernel"] == "sm90":
+        rows = [row for row in rows if row["backend"] != "sage_int8_deterministic"]
+    panels: dict[tuple[str, ...], dict[tuple[int, str], dict[str, dict]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        b, hq, hkv, t, d = row["shape"].split("x")
+        if not on_gpu or (b == "1" and row["mask"] == "causal"):
+            panels[hq, hkv, d][int(t), row["mask"]][row["backend"]] = row
+    there = {row["backend"] for row in rows}
+    names = [name for name in COLOURS if name in there]
+    unit, name_of_unit = (1e3, "TFLOP/s") if on_gpu else (1.0, "GFLOP/s")
+
+    figure, axes = plt.subplots(
+        2, len(panels), squeeze=False, sharey="row", sharex="col", layout="constrained", figsize=(10, 5.6)
+    )
+    bar = 0.86 / len(names)
+    text = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 7}
+    for column, ((hq, hkv, d), cases) in enumerate(panels.items()):
+        for line, (key, title) in enumerate((("forward", "forward"), ("both", "forward + backward"))):
+            axis = axes[line, column]
+            for i, case in enumerate(sorted(cases)):
+                for j, name in enumerate(names):
+                    row, place = cases[case].get(name), i + (j - (len(names) - 1) / 2) * bar
+                    if row is None:
+                        continue
+                    if not row[f"{key}_gflops"]:
+                        axis.text(place, 0, " refused", color="#999999", **text)
+                        continue
+                    rate = float(row[f"{key}_gflops"]) / unit
+                    axis.bar(place, rate, 0.92 * bar, color=COLOURS[name])
+                    ink = {"color": "#b35c0c", "fontweight": "bold"} if name == "sage_int8" else {"color": "#333333"}
+                    axis.text(place, rate, f" {rate:.0f}", **text, **ink)
+            ticks = [f"{t:,}" if on_gpu else f"{t:,} {mask}" for t, mask in sorted(cases)]
+            axis.set_xticks(range(len(ticks)), ticks)
+            axis.margins(y=0.16)
+            axis.tick_params(axis="both", length=0, labelsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="y", color="#e6e6e6", lw=0.7)
+            axis.set_axisbelow(True)
+            if line == 0:
+                heads = hq if hq == hkv else f"{hq}/{hkv}"
+                axis.set_title(f"{heads} heads, D = {d}{', causal' if on_gpu else ''}", fontsize=9.5)
+            else:
+                axis.set_xlabel("tokens", fontsize=8.5)
+            if column == 0:
+                axis.set_ylabel(f"{title}, {name_of_unit}", fontsize=8.5)
+    legend = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
+    labels = [NAMES[name] for name in names]
+    figure.legend(legend, labels, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8.5)
+    figure.suptitle(f"Attention on {device}: median, all passes included, higher is better", fontsize=10.5)
+    return save(figure, path.with_suffix(".png"))
+
+
+def loss(folder: Path) -> Path:
+    """Loss of a folder's runs (metrics.csv), a thin line per seed and the mean of an arm, over a tenth of the steps.
+
+    Below, the difference of the arms with the same seed, beside what another seed does to BF16.
+    """
+    runs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read(folder / "metrics.csv"):
+        runs[row["arm"]][row["seed"]].append(float(row["loss"]))
+    width = max(5, len(next(iter(runs["bf16"].values()))) // TAIL)
+    smooth = {
+        arm: {s: [statistics.mean(x[max(0, i - width + 1) : i + 1]) for i in range(len(x))] for s, x in seeds.items()}
+        for arm, seeds in runs.items()
+    }
+    base, steps = smooth["bf16"], range(1, len(next(iter(smooth["bf16"].values()))) + 1)
+    figure, (above, below) = plt.subplots(
+        2, 1, sharex=True, layout="constrained", figsize=(6.4, 4.6), gridspec_kw={"height_ratios": (2, 1)}
+    )
+    for arm, colour, style in (("bf16", COLOURS["fa4"], "-"), ("sage_int8", COLOURS["sage_int8"], "--")):
+        for seed in smooth[arm].values():
+            above.plot(steps, seed, color=colour, lw=0.8, alpha=0.5)
+        mean = [statistics.mean(values) for values in zip(*smooth[arm].values(), strict=True)]
+        above.plot(steps, mean, style, color=colour, lw=2, label={"bf16": "BF16"}.get(arm, NAMES.get(arm)))
+    band = [max(values) - min(values) for values in zip(*base.values(), strict=True)]
+    below.fill_between(steps, [-x for x in band], band, color="#c9d3df", lw=0, label="BF16, seed to seed")
+    for number, (seed, values) in enumerate(smooth["sage_int8"].items()):
+        gap = [ours - other for ours, other in zip(values, base[seed], strict=True)]
+        below.plot(steps, gap, color=COLOURS["sage_int8"], lw=1.2, label=None if number else "INT8 − BF16, same seed")
+    settled = max(band[len(band) // TAIL :])
+    below.set_ylim(-1.2 * settled, 2 * settled)  # room for the legend above
+    above.set_ylabel("loss, nats per token", fontsize=8.5)
+    below.set_ylabel("difference", fontsize=8.5)
+    below.set_xlabel("step", fontsize=8.5)
+    for axis in (above, below):
+        axis.tick_params(length=0, labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#e6e6e6", lw=0.7)
+        axis.legend(frameon=False, fontsize=8.5, loc="upper right", ncols=2)
+        axis.margins(x=0.01)
+    return save(figure, folder / "loss.png")
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        attention(Path(name))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--device", help="a part of its name; default: that of the last row")
+    arguments = parser.parse_args()
+    for where in arguments.paths:
+        if where.is_dir():
+            loss(where)
+        else:
+            attention(where, arguments.device)

@@ -1,0 +1,392 @@
+"""README's and docs' tables and ratios, made of the rows in benchmarks/results: no number stands in two versions.
+
+    python -m benchmarks.tables            # write them again, after a benchmark has added rows
+    python -m benchmarks.tables --check    # name what differs from the rows; a part of `make test`
+
+Method: a page says where a number goes and what it is, and this program writes it between the two comments:
+
+    <!-- speed: attention-sm90 device=H100 part=both mask=causal t=8192+ -->
+    ... a table ...
+    <!-- end -->
+    reaches <!-- ratio: attention-sm90 device=H100 part=both d=64 mask=causal t=8192 peer=fa4 -->0.90x<!-- end -->
+
+The first word is a function of KINDS, the second a file of benchmarks/results, the rest chooses rows: `column=value`,
+`column=one,other`, `column=8192+` (at least); of a device a part of its name does. Shapes give b, hq, hkv, t, d.
+
+Choice: of every case the newest row of a device (the last in the file) is what is shown, and all that a file keeps:
+`newest` is what common.write leaves in it. Older rows are in git's history. A ratio is how many times as fast as the
+peer we are, of the milliseconds in the two rows; a peer that was measured at another commit is named below its table.
+
+Cost: nothing but the standard library, so that it runs wherever Python does.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from statistics import mean, median
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+Row = dict[str, str]
+
+# Benchmark -> the columns that name a case, and those that name a row of it. A case is measured as a whole.
+CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "attention": (("shape", "mask", "backend"), ()),
+    "passes": (("shape", "direction"), ("pass",)),
+    "train_step": (("model", "layers", "shape", "attention"), ()),
+    "accuracy": (("case", "d", "tokens", "dtype"), ("result",)),
+    "ablation": (("case", "d", "tokens"), ("variant",)),
+    "parity": (("size", "tokens", "steps", "every", "text", "batch"), ("part", "measure")),
+    "mma_overlap": (("mix per group, a scheduler",), ("warps_per_scheduler",)),
+}
+OURS = "sage_int8"
+PEERS = {
+    "sdpa_flash": "FA2", "sdpa_cudnn": "cuDNN", "fa4": "FA4", "cudnn_fp8": "cuDNN FP8",
+    "sdpa_fp32": "SDPA FP32", "sdpa_bf16": "SDPA BF16", "sage_int8_deterministic": "`deterministic`",
+}  # fmt: skip
+OUTPUTS = {"o": "O", "d_q": "dQ", "d_k": "dK", "d_v": "dV"}
+TAIL = 10  # a run's final loss is over the last tenth of its steps, as in sagetrain.compare
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+def newest(rows: list[Row], benchmark: str) -> list[Row]:
+    """Of every case of every device, the rows of the commit that was measured last; of equal rows the last."""
+    case, item = (("device", *columns) for columns in CASES[benchmark])
+
+    def name(row: Row, columns: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(row.get(column, "")) for column in columns)
+
+    last = {name(row, case): row.get("commit") for row in rows}
+    kept: dict[tuple, Row] = {}
+    for row in rows:
+        if row.get("commit") == last[name(row, case)]:
+            key = name(row, case) + name(row, item)
+            kept.pop(key, None)
+            kept[key] = row
+    return list(kept.values())
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fits(value: str, wanted: str) -> bool:
+    """Whether a cell is what the page asks for: `a`, `a,b`, or `8192+`."""
+    if wanted.endswith("+"):
+        return float(value) >= float(wanted[:-1])
+    return value in wanted.split(",")
+
+
+def chosen(file: str, wanted: dict[str, str]) -> list[Row]:
+    """The newest rows of a file that fit; the parts of their shape are columns, and for part=both both_ms is `ms`."""
+    wanted, found = dict(wanted), []
+    device, part = wanted.pop("device", ""), wanted.pop("part", None)
+    for row in newest(read(RESULTS / f"{file}.csv"), file.split("-")[0]):
+        sizes = re.findall(r"\d+", row.get("shape", ""))
+        row = dict(zip(("b", "hq", "hkv", "t", "d"), sizes, strict=False)) | row if len(sizes) == 5 else row
+        if part:
+            row["ms"] = row.get(f"{part}_ms") or row.get(f"{part}_bytes", "")
+        if device in row["device"] and all(fits(row[column], value) for column, value in wanted.items()):
+            found.append(row)
+    if not found:
+        raise ValueError(f"no row of {file}.csv has device={device or 'any'} {wanted}")
+    if len(devices := {row["device"] for row in found}) > 1:
+        raise ValueError(f"{file}.csv has rows of {len(devices)} devices: say device=, one of {sorted(devices)}")
+    return found
+
+
+def by_case(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """Case without the backend -> backend -> row."""
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = tuple(row.get(column, "") for column in ("layers", "shape", "mask"))
+        cases.setdefault(key, {})[row.get("backend") or row["attention"]] = row
+    return cases
+
+
+def peers_of(rows: list[Row], wanted: str | None) -> list[str]:
+    """The peers that a page asks for; by default all that were measured, in the order of PEERS."""
+    if wanted:
+        return wanted.split(",")
+    there = {row.get("backend") or row["attention"] for row in rows}
+    return [peer for peer in PEERS if peer in there and not peer.startswith(OURS)]
+
+
+def times(ours: Row, peer: Row | None) -> float | None:
+    """How many times as fast as the peer we are."""
+    return float(peer["ms"]) / float(ours["ms"]) if peer and peer["ms"] else None
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+def digits(value: float) -> str:
+    """Three significant digits, as 0.0356, 1.66, 12.2, 159, 1,983."""
+    places = max(0, 2 - int(f"{value:e}".split("e")[1]))
+    return f"{value:,.{places}f}"
+
+
+def span(values: list[float], form: Callable[[float], str]) -> str:
+    """`0.90x`, or `0.88x to 0.94x` where they differ as written."""
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def as_ratio(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def markdown(head: list[str], lines: list[list[str]], note: str = "") -> str:
+    """A table as a block of its own, and a line below it; blank lines, for no comment may touch a table everywhere."""
+    table = [head, ["---"] * len(head), *lines]
+    lines = [f"| {' | '.join(cells)} |" for cells in table] + (["", note] if note else [])
+    return "\n".join(["", "", *lines, "", ""])
+
+
+def label(row: Row) -> str:
+    """`H32/8 D64 T8192`: query and key heads, head dimension, tokens; more than one row and no causal mask are said."""
+    heads = row["hq"] if row["hq"] == row["hkv"] else f"{row['hq']}/{row['hkv']}"
+    batch = "" if row["b"] == "1" else f"B{row['b']} "
+    return f"{batch}H{heads} D{row['d']} T{row['t']}" + (", full" if row["mask"] == "full" else "")
+
+
+def origin(rows: list[Row], peers: list[str]) -> str:
+    """The commit of our rows, and of the peers that were measured at another."""
+    commits: dict[str, list[str]] = {}
+    for row in rows:
+        name = row.get("backend") or row["attention"]
+        if name in (OURS, *peers) and PEERS.get(name, "") not in commits.setdefault(row["commit"], []):
+            commits[row["commit"]].append(PEERS.get(name, ""))
+    ours = next(commit for commit, names in commits.items() if "" in names)
+    others = [f"{', '.join(names)} at {commit}" for commit, names in commits.items() if commit != ours]
+    return f"Measured at commit {'; '.join([ours, *others])}."
+
+
+# ------------------------------------------------------------------------------------------------- kinds of numbers
+
+
+def speed(file: str, peer: str | None = None, **wanted: str) -> str:
+    """Table: our milliseconds by case, and of each peer how many times its speed that is (its milliseconds)."""
+    rows = chosen(file, wanted)
+    peers = peers_of(rows, peer)
+    found = [case for case in by_case(rows).values() if OURS in case]
+    found.sort(key=lambda c: [int(c[OURS][k]) for k in ("b", "d")] + [c[OURS]["mask"], int(c[OURS]["t"])])
+    lines = []
+    for case in found:
+        cells = [label(case[OURS]), digits(float(case[OURS]["ms"]))]
+        for name in peers:
+            ratio = times(case[OURS], case.get(name))
+            cells.append(f"{as_ratio(ratio)} ({digits(float(case[name]['ms']))})" if ratio else "–")
+        lines.append(cells)
+    return markdown(["", "INT8, ms", *(PEERS[name] for name in peers)], lines, origin(rows, peers))
+
+
+def ratios(file: str, peer: str | None = None, named: bool = True, **wanted: str) -> str:
+    """Phrase: `1.81x to 2.07x FA2, 1.11x cuDNN`, over all cases that fit."""
+    rows, said = chosen(file, wanted), []
+    for name in peers_of(rows, peer):
+        found = [times(case[OURS], case.get(name)) for case in by_case(rows).values() if OURS in case]
+        if found := [ratio for ratio in found if ratio]:
+            said.append(span(found, as_ratio) + (f" {PEERS[name]}" if named else ""))
+    if not said:
+        raise ValueError(f"nothing to compare in {file}.csv with {wanted}")
+    return ", ".join(said)
+
+
+def ratio(file: str, peer: str, **wanted: str) -> str:
+    """Phrase: `0.88x to 0.94x` the speed of one peer."""
+    return ratios(file, peer, named=False, **wanted)
+
+
+def value(file: str, column: str, **wanted: str) -> str:
+    """Phrase: what a column holds, `0.48` or `0.38 to 0.50`."""
+    return span([float(row[column]) for row in chosen(file, wanted) if row[column]], digits)
+
+
+def over(file: str, column: str, of: str, **wanted: str) -> str:
+    """Phrase: a column by another of the same row, `0.19x to 0.40x`."""
+    return span([float(row[column]) / float(row[of]) for row in chosen(file, wanted)], as_ratio)
+
+
+def passes(file: str, **wanted: str) -> str:
+    """Table: microseconds of every kernel of a call, and what the main one reaches of its bound."""
+    rows = chosen(file, wanted)
+    names, lines = list(dict.fromkeys(row["pass"] for row in rows)), []
+    bound = any(row["share_of_bound"] for row in rows)
+    for _, group in groupby(rows, lambda row: row["shape"]):
+        us = {row["pass"]: row for row in group}
+        cells = [digits(float(us[name]["us"])) for name in names]
+        shares = [digits(float(row["share_of_bound"])) for row in us.values() if row["share_of_bound"]]
+        total = digits(sum(float(row["us"]) for row in us.values()))
+        lines.append([label(us[names[0]] | {"mask": "causal"}), *cells, total, *shares])
+    head = ["us", *(f"`{name}`" for name in names), "all", *(["of the bound"] if bound else [])]
+    return markdown(head, lines, f"Measured at commit {rows[-1]['commit']}.")
+
+
+def steps(file: str, **wanted: str) -> str:
+    """Table: a training step, our milliseconds and tokens/s and of each peer how many times its speed that is."""
+    rows, lines = chosen(file, wanted), []
+    peers = peers_of(rows, None)
+    for (layers, shape, _), case in by_case(rows).items():
+        ours, other = case[OURS], max(int(case[name]["peak_mib"]) for name in peers)
+        cells = [f"{layers} layers, {shape.replace('x', ' x ')} tokens", digits(float(ours["ms"]))]
+        cells.append(f"{int(ours['tokens_per_s']):,}")
+        cells += [f"{as_ratio(times(ours, case[name]))} ({digits(float(case[name]['ms']))})" for name in peers]
+        lines.append([*cells, f"{int(ours['peak_mib']) / 1024:.1f} ({other / 1024:.1f})"])
+    head = ["", "INT8, ms", "tokens/s", *(PEERS[name] for name in peers), "memory, GiB (the others)"]
+    return markdown(head, lines, origin(rows, peers))
+
+
+def group_of(row: Row) -> str:
+    """What a case of benchmarks.accuracy is about; channels that move together have the bar of sigma 3."""
+    if row["case"].startswith("activations"):
+        return "a real model's activations"
+    if row["case"].startswith("sigma"):
+        return row["case"].split(",")[0]
+    return "channels that move together" if row["bar"] == "0.8" else "other kinds and shapes"
+
+
+def errors(file: str, **wanted: str) -> str:
+    """Table: the kernel's error over that of the published scheme (and over that of its plain reference)."""
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for row in chosen(file, wanted):
+        groups.setdefault(group_of(row), {}).setdefault(row["result"], []).append(row)
+    lines = []
+    for name, by_result in groups.items():
+        cells = []
+        for result in OUTPUTS:
+            paper = [float(row["kernel_error"]) / float(row["paper_error"]) for row in by_result[result]]
+            plain = [float(row["kernel_x_sage"]) for row in by_result[result]]
+            middle = f", median {as_ratio(median(paper))}" if name.startswith("a real") else ""
+            cells.append(f"{span(paper, as_ratio)}{middle} ({span(plain, as_ratio)})")
+        lines.append([name, *cells])
+    return markdown(["error, of the published scheme's (of the reference's)", *OUTPUTS.values()], lines)
+
+
+def accuracy(file: str, **wanted: str) -> str:
+    """Table: errors of the published scheme, the preset and the kernel by case (`over`: above the aim)."""
+    lines = []
+    for (case, d), group in groupby(chosen(file, wanted), lambda row: (row["case"], row["d"])):
+        cells = []
+        for row in group:
+            three = " / ".join(f"{float(row[f'{who}_error']):.4f}" for who in ("paper", "sage", "kernel"))
+            over = " over" if float(row["sage_x_paper"]) > float(row["bar"]) else ""
+            cells.append(f"{three} ({as_ratio(float(row['sage_x_paper']))}{over})")
+        lines.append([case, d, *cells])
+    return markdown(["case", "D", "O: paper / sage / kernel", "dQ", "dK", "dV"], lines)
+
+
+def overlap(file: str, **wanted: str) -> str:
+    """Table: cycles of a scheduler for a mix of instructions, two mixes a line."""
+    cells = [[row["mix per group, a scheduler"], row["cycles_per_group"]] for row in chosen(file, wanted)]
+    cells += [["", ""]] * (len(cells) % 2)
+    half = len(cells) // 2
+    return markdown(["mix", "cycles"] * 2, [a + b for a, b in zip(cells[:half], cells[half:], strict=True)])
+
+
+def trained(folder: str) -> dict[str, dict[int, dict[str, float]]]:
+    """Arm -> seed -> final loss, median tokens/s and number of steps of the runs in a folder's metrics.csv."""
+    runs: dict[str, dict[int, list[Row]]] = {}
+    for row in read(RESULTS / folder / "metrics.csv"):
+        runs.setdefault(row["arm"], {}).setdefault(int(row["seed"]), []).append(row)
+
+    def summary(rows: list[Row]) -> dict[str, float]:
+        last = int(rows[-1]["step"])
+        final = mean(float(row["loss"]) for row in rows if int(row["step"]) > last - last / TAIL)
+        return {"loss": final, "steps": last, "tokens": int(rows[-1]["tokens"])}
+
+    found = {arm: {seed: summary(rows) for seed, rows in seeds.items()} for arm, seeds in runs.items()}
+    for arm, seeds in runs.items():
+        speeds = [float(row["tokens_per_s"]) for rows in seeds.values() for row in rows if row["tokens_per_s"]]
+        for seed in seeds:
+            found[arm][seed]["speed"] = median(speeds)
+    return found
+
+
+def loss(folder: str) -> str:
+    """Table: final loss of the arms, the gap by seeds, how far BF16 is from itself with another seed, tokens/s."""
+    arms, lines = trained(folder), []
+    base = arms["bf16"]
+    band = max(run["loss"] for run in base.values()) - min(run["loss"] for run in base.values())
+    for arm, runs in arms.items():
+        gap = mean(run["loss"] - base[seed]["loss"] for seed, run in runs.items())
+        first = next(iter(runs.values()))
+        cells = [PEERS.get(arm, {"bf16": "BF16", OURS: "INT8"}.get(arm, arm)), str(len(runs)), f"{first['steps']:.0f}"]
+        cells += [f"{mean(run['loss'] for run in runs.values()):.4f}", "" if arm == "bf16" else f"{gap:+.4f}"]
+        lines.append([*cells, f"{band:.4f}" if arm == "bf16" else "", f"{first['speed']:,.0f}"])
+    return markdown(["", "seeds", "steps", "final loss", "gap", "seed to seed", "tokens/s"], lines)
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    f.__name__: f for f in (speed, ratios, ratio, value, over, passes, steps, errors, accuracy, overlap, loss)
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- pages
+
+MARK = re.compile(rf"(<!-- ({'|'.join(KINDS)}): ([^>]*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def made(kind: str, options: str) -> str:
+    """The text for one mark."""
+    file, *words = options.split()
+    return KINDS[kind](file, **dict(word.split("=", 1) for word in words))
+
+
+def faults(page: str) -> Iterator[str]:
+    """What is wrong with a page's marks: text that is not what the rows say, or that nobody would check or see."""
+    if lost := re.search(r"<!--.*?(-->|$)", MARK.sub("", page), re.DOTALL):
+        yield f"{lost[0]} is no mark: <!-- KIND: FILE column=value ... -->text<!-- end -->"
+    for mark, kind, options, text, _ in MARK.findall(page):
+        if text != (right := made(kind, options)):
+            yield f"{mark} has {first_difference(text, right)}"
+        if "\n" not in right and re.search(rf"^ *{re.escape(mark)}", page, re.MULTILINE):
+            yield f"{mark} begins a line, and so ends the paragraph: put a word before it"
+
+
+def written(page: str) -> str:
+    """The page with every mark's text made again."""
+    return MARK.sub(lambda found: found[1] + made(found[2], found[3]) + found[5], page)
+
+
+def first_difference(text: str, right: str) -> str:
+    """`1.10x (1.84)` where the rows say ...: the first line that differs."""
+    lines, rights = text.strip().split("\n"), right.strip().split("\n")
+    for line, other in zip(lines + [""] * len(rights), rights, strict=False):
+        if line != other:
+            return f"{line!r}, the rows say {other!r}"
+    return f"{len(lines)} lines, the rows give {len(rights)}"
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--check"]):
+        print(__doc__)
+        return 2
+    found = []
+    for path in pages():
+        page, name = path.read_text(), path.relative_to(ROOT)
+        if arguments:
+            found += [f"{name}: {fault}" for fault in faults(page)]
+        elif (new := written(page)) != page:
+            path.write_text(new)
+            print(f"{name}: written")
+    if found:
+        print("\n".join([*found, "python -m benchmarks.tables writes them again from benchmarks/results"]))
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,132 @@
+"""README's and docs' numbers are those of benchmarks/results, and the check says so when one is not."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import common, tables
+
+FILES = sorted(tables.RESULTS.glob("*.csv"))
+
+
+def test_pages_say_what_the_rows_say() -> None:
+    assert not [f"{path.name}: {fault}" for path in tables.pages() for fault in tables.faults(path.read_text())]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A page with a table and a phrase of the newest rows."""
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("nothing to check\n")
+    page = tmp_path / "docs" / "kernel.md"
+    page.write_text(
+        "<!-- speed: attention-sm90 device=H100 part=both -->\n<!-- end -->\nReaches "
+        "<!-- ratio: attention-sm90 device=H100 part=both d=64 mask=causal b=1 t=8192 peer=fa4 --><!-- end -->.\n"
+    )
+    assert tables.main([]) == 0
+    return page
+
+
+def test_a_number_that_is_not_in_the_rows_is_named(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = checkout.read_text()
+    assert tables.main(["--check"]) == 0
+    in_table, in_prose = re.search(r"\d\.\d\dx \(", page)[0], re.search(r"Reaches .*?-->(\d\.\d\dx)<", page)[1]
+    for number, wrong, mark in (
+        (in_table, "9.99x (", "speed: attention-sm90 device=H100 part=both"),
+        (f">{in_prose}<", ">9.99x<", "ratio: attention-sm90"),
+    ):
+        checkout.write_text(page.replace(number, wrong, 1))
+        capsys.readouterr()
+        assert tables.main(["--check"]) == 1
+        said = capsys.readouterr().out
+        assert "docs/kernel.md" in said and mark in said and "9.99x" in said
+        assert "9.99x" in checkout.read_text(), "a check writes nothing"
+        assert tables.main([]) == 0 and checkout.read_text() == page
+
+
+@pytest.mark.parametrize("broken", [("ratio:", "ration:"), ("<!-- end -->.", ".")])
+def test_a_mark_that_would_never_be_checked_is_named(
+    checkout: Path, broken: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkout.write_text(checkout.read_text().replace(*broken))
+    capsys.readouterr()
+    assert tables.main(["--check"]) == 1
+    assert "docs/kernel.md: <!-- rati" in capsys.readouterr().out
+
+
+def test_a_comment_that_would_cut_a_paragraph_is_named(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkout.write_text(checkout.read_text().replace("Reaches <!--", "Reaches\n<!--"))
+    assert tables.main(["--check"]) == 1
+    assert "begins a line" in capsys.readouterr().out
+
+
+def test_a_new_row_changes_the_page(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tables.read(tables.RESULTS / "attention-sm90.csv")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    new = next(
+        r for r in rows if r["backend"] == tables.OURS and r["shape"] == "1x32x8x8192x64" and "H100" in r["device"]
+    )
+    common.write(rows, tmp_path / "attention-sm90.csv")
+    assert tables.main(["--check"]) == 0
+    common.write([new | {"commit": "later", "both_ms": "1.2345"}], tmp_path / "attention-sm90.csv")
+    assert tables.main(["--check"]) == 1
+    tables.main([])
+    assert "1.23" in checkout.read_text() and "later" in checkout.read_text()
+    assert len(tables.read(tmp_path / "attention-sm90.csv")) == len(rows)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_keep_the_newest_rows_only(path: Path) -> None:
+    rows = tables.read(path)
+    assert rows and tables.newest(rows, path.stem.split("-")[0]) == rows
+
+
+def test_the_newest_of_a_case_is_the_last_that_was_measured() -> None:
+    def row(device: str, commit: str, shape: str, name: str) -> dict[str, str]:
+        return {"device": device, "commit": commit, "shape": shape, "direction": "forward", "pass": name}
+
+    old = [row("A", "1", "s", "sum"), row("A", "1", "s", "gone"), row("A", "1", "t", "sum"), row("B", "1", "s", "sum")]
+    new = [row("A", "2", "s", "sum") | {"us": "5"}, row("A", "2", "s", "sum") | {"us": "6"}]
+    kept = tables.newest(old + new, "passes")
+    assert kept == [old[2], old[3], new[1]]  # a kernel that is no more goes with its case, other devices stay
+
+
+def test_ratios_are_those_of_the_run() -> None:
+    """They are made of the milliseconds; where both were measured together the row has the ratio too."""
+    rows = tables.chosen("attention-sm90", {"device": "H100", "part": "both"})
+    seen = 0
+    for case in tables.by_case(rows).values():
+        for peer in tables.peers_of(rows, None):
+            if given := case[tables.OURS].get(f"both_x_{peer}"):
+                assert tables.times(case[tables.OURS], case[peer]) == pytest.approx(float(given), abs=2e-3)
+                seen += 1
+    assert seen > 30
+
+
+def test_what_cannot_be_chosen_is_said() -> None:
+    with pytest.raises(ValueError, match="2 devices: say device="):
+        tables.made("speed", "attention-sm90 part=both")
+    with pytest.raises(ValueError, match="no row of attention-sm90.csv"):
+        tables.made("ratio", "attention-sm90 device=H100 part=both t=7 peer=fa4")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0356, "0.0356"), (1.6649, "1.66"), (12.25, "12.2"), (159.51, "160"), (1954.3, "1,954")]
+)
+def test_three_digits(value: float, text: str) -> None:
+    assert tables.digits(value) == text
+
+
+def test_rows_say_what_compiled_the_kernels_and_how_fast_the_gpu_may_go(tmp_path: Path) -> None:
+    start = common.conditions("cpu")
+    assert {"nvcc", "driver", "sm_mhz", "memory_mhz"} <= start.keys()
+    assert start["driver"] == start["sm_mhz"] == ""
+    path = tmp_path / "ablation-cpu.csv"
+    path.write_text("device,commit,case,d,tokens,variant\nold,1,normal,64,2048,sage\n")
+    common.write([start | {"case": "normal", "d": 64, "tokens": 2048, "variant": "sage"}], path)
+    with path.open(newline="") as file:
+        old, new = csv.DictReader(file)
+    assert old["nvcc"] == "" and new["nvcc"] == start["nvcc"] and old["device"] == "old"
