@@ -239,7 +239,7 @@ def test_autocast_casts_as_sdpa_does(dtype):
 def test_llama_trains_as_in_16_bits(how, padded):
     """Two layers in Hugging Face, logits and gradients against FP32. The bar is RATIO times what 16 bits (sdpa on the
     GPU) and what INT8 (the CPU kernel, in FP32) cost: independent errors, which add in squares."""
-    from tests.attention.test_hf import IDS, build, results
+    from tests.integrations.test_huggingface import IDS, build, results
 
     mask = torch.ones_like(IDS)
     if padded:
