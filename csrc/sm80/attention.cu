@@ -1,7 +1,7 @@
 // The two calls of the C boundary: carve the workspace, launch the passes in order.
 #include <algorithm>
 
-#include "call.cuh"
+#include "layout.cuh"
 
 namespace sagetrain::sm80 {
 namespace {
@@ -66,8 +66,8 @@ const char* backward(const BackwardParams& p) {
   const BackwardArgs a = arguments(p, p.workspace, bytes);
   const auto stream = static_cast<cudaStream_t>(p.stream);
   prepare(a, stream);
-  key_gradients(a, stream);
-  if (!a.fused) query_gradients(a, stream);
+  gradients(a, stream);
+  a.fused ? finish(a, stream) : query_gradients(a, stream);
   return status();
 }
 

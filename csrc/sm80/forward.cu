@@ -2,6 +2,7 @@
 //
 // One block owns 16 queries a warp of one head, one warp 16 of them, and walks the key tiles with two copies in flight
 // (the next tile is copied while this one is computed). Everything between the two matmuls stays in registers.
+#include "layout.cuh"
 #include "matmul.cuh"
 
 namespace sagetrain::sm80 {
@@ -13,6 +14,12 @@ template <int Dp>
 constexpr int BLOCKS = Dp == 64 ? 3 : 2;
 constexpr int GROUP = 8;        // 8-column tiles whose products are under way at a time
 constexpr float GROWTH = 10.f;  // a row's maximum may outgrow its reference by 2^10 before O and l are rescaled
+
+// Largest over the four lanes that share a row of an accumulator.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
 
 template <typename T, int Dp>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS<Dp>) forward_kernel(const __grid_constant__ ForwardArgs a) {

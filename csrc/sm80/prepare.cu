@@ -1,6 +1,11 @@
 // Before the backward, once per token: the records of keys and queries, and the constants of each row (layout.cuh); sums
 // start as zeros. Bound by memory: every tensor is read once, and a tile stays in registers from its load to its last use.
-#include "rows.cuh"
+#include <cfloat>
+
+#include "../common/launch.cuh"
+#include "../common/outside.cuh"
+#include "../common/transpose.cuh"
+#include "layout.cuh"
 
 namespace sagetrain::sm80 {
 namespace {

@@ -1,5 +1,6 @@
 // The passes before the forward, for the records of sm80.
-#include "quantise.cuh"
+#include "../common/quantise.cuh"
+#include "layout.cuh"
 
 namespace sagetrain::sm80 {
 

@@ -1,10 +1,13 @@
 // Hopper's own instructions, one inline function each: barriers in shared memory, bulk copies, warpgroup matrix products.
 #pragma once
-#include "../common/cuda.cuh"
+#include <cuda_bf16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../common/copy.cuh"
 
 namespace sagetrain::sm90 {
-
-using sagetrain::shared_address;
 
 // ---------------------------------------------------------------------------------------------------- barriers, copies
 

@@ -1,9 +1,40 @@
-// What the kernels of the sm90 backward hand to each other. Letters, tiles, permutation of tokens: sm80/layout.cuh.
-//
-// Records lie as in shared memory: matrices swizzled for wgmma (hopper.cuh), rows and columns past the end of the sequence zeros.
-//
+// What the sm90 kernels hand to each other: records, scratch and the constants in them. Letters as in attention.h; tiles, and the order of
+// tokens in what is transposed: common/tiles.cuh. Records lie as in shared memory: matrices swizzled for wgmma (hopper.cuh), rows and
+// columns past the end of the sequence zeros.
+#pragma once
+#include "../common/call.cuh"
+
+namespace sagetrain::sm90 {
+
+// ---------------------------------------------------------------------------------------------------- forward
+
+// The base-2 score of query i and key j is s_ij = n q_i k_g:  n = sum_c q8 k8, an integer, |n| <= 127 * 127 * 128;  q_i = q_scale_i scale
+// log2(e) Dp;  k_g the scale of j's group. A group is the 16 keys of half a tile that one lane has in the accumulators of S, those of the
+// same key / 2 % 4: so a lane needs two scales for its 32 scores of a row.
+
+constexpr int GROUPS = 8;  // of keys in a tile: 4 in each half
+
+template <int Dp>
+struct __align__(128) ForwardKeys {  // TILE keys
+  static constexpr bool shared_scales = true;  // by a group
+  int8_t k8[TILE * Dp];              // [key][channel]
+  int8_t v8t[Dp * TILE];             // [channel][key], permuted: v - v_mean, one scale per channel
+  float2 v_scale[Dp / 2];            // channels 2i and 2i + 1
+  float k_scale[GROUPS];             // of the first half, of the second
+
+  // [TILE], by a whole block; zero of keys that do not exist. A group without any has the first one's: its hidden scores must be low.
+  __device__ __forceinline__ void write_key_scales(const float* scale) {
+    const int i = threadIdx.x;
+    const float own = i < GROUPS ? scale[i / 4 * 64 + i % 4 * 2] : 0.f;
+    if (i < GROUPS) k_scale[i] = own == 0.f ? scale[0] : own;
+  }
+  __device__ __forceinline__ void write_value_scale(int channel, float scale) { reinterpret_cast<float*>(v_scale)[channel] = scale; }
+};
+
+// ---------------------------------------------------------------------------------------------------- backward
+
 // The main kernel's rows are the keys of a block, 64 to a warpgroup and 16 to a warp, in an order that gives a warp keys of one scale: of 64
-// keys, warp w of the warpgroup has those with key / 2 % 4 = w, which is a group of the forward (sm90/fwd/layout.cuh). `key_of_row` says which.
+// keys, warp w of the warpgroup has those with key / 2 % 4 = w, which is a group of the forward (above). `key_of_row` says which.
 //
 // For key i and query j of a record, s the base-2 score and lse2 = lse_smooth * log2(e):
 //   P''  = exp2(s - L_j) = 2^15 P rho_j,      L_j = lse2_j - log2(rho_j) - 15; +inf past the end and for rows that see no key
@@ -18,12 +49,6 @@
 // The sums of dQ are integers: multiples of 1 / fine_j, a power of two so large that no sum can leave 32 bits: |P'' u| <= 2^15 P 2^reach_j with
 // 2^reach_j = the row's share of W, after lifting, and the P of a row sum to one. So what is added in no order has the same bits every time.
 // Every block adds MAGIC besides, which is for free; finish.cu knows how many blocks there are.
-#pragma once
-#include "../../sm80/layout.cuh"
-
-namespace sagetrain::sm90 {
-
-using sm80::LOG2E, sm80::TILE, sm80::Tokens;
 
 constexpr int QUERIES = 64;  // of a record
 constexpr int KEYS = 64;     // of a record: those of a warpgroup
@@ -71,6 +96,11 @@ struct BackwardArgs {
   int heads;   // of keys that are worked on at a time: a divisor of Hkv
   BackwardScratch w;
 };
+
+// ---------------------------------------------------------------------------------------------------- passes
+
+void quantise(const ForwardArgs&, cudaStream_t);  // quantise.cu: k8, k_scale, q8, q_scale, means, scratch; lse becomes scale * q . k_mean
+void attend(const ForwardArgs&, cudaStream_t);    // forward.cu: o, lse_smooth, lse
 
 void prepare(const BackwardArgs&, cudaStream_t);    // prepare.cu: records, constants, zeros for the sums of dQ
 void gradients(const BackwardArgs&, cudaStream_t);  // backward.cu: sums of dQ; dK and dV, or their parts

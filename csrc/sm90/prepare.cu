@@ -1,13 +1,15 @@
 // Before the backward, once per token: the records of keys and queries, and the constants of each row (layout.cuh); sums start as zeros.
 // Bound by memory: every tensor is read once, and a tile stays in registers from its load to its last use.
-#include "../../sm80/rows.cuh"
+#include <cfloat>
+
+#include "../common/launch.cuh"
+#include "../common/outside.cuh"
+#include "../common/round.cuh"
+#include "../common/transpose.cuh"
 #include "layout.cuh"
 
 namespace sagetrain::sm90 {
 namespace {
-
-using namespace sm80;
-using sm90::BackwardArgs, sm90::KEYS, sm90::QUERIES;
 
 constexpr int FINE = 25;                // log2 of what the sums of dQ may reach: rounding is to 2^-25 of that, and most products of a block are below 2^22
 constexpr int LEAST_WEIGHT = -2;        // log2 of what small queries are lifted to, of the largest in their record
@@ -289,7 +291,7 @@ void launch(const BackwardArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void prepare(const BackwardArgs& a, cudaStream_t stream) {
-  sm80::dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
+  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
 }
 
 }  // namespace sagetrain::sm90

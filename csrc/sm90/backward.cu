@@ -9,15 +9,13 @@
 // what dS of this step was made of.
 #include <cstddef>
 
-#include "../../sm80/backward.cuh"
-#include "../hopper.cuh"
+#include "../common/mma.cuh"
+#include "../common/rotate.cuh"
+#include "hopper.cuh"
 #include "layout.cuh"
 
 namespace sagetrain::sm90 {
 namespace {
-
-using namespace sm80;
-using sm90::BackwardArgs, sm90::KEYS, sm90::QUERIES;
 
 constexpr int GROUPS = TILE / KEYS;  // warpgroups of keys
 constexpr int BLOCK_THREADS = 128 * (1 + GROUPS);
@@ -515,7 +513,7 @@ void launch(const BackwardArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void gradients(const BackwardArgs& a, cudaStream_t stream) {
-  sm80::dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
+  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
 }
 
 }  // namespace sagetrain::sm90

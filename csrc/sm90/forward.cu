@@ -3,14 +3,12 @@
 // One block per multiprocessor, for good. Of a first warpgroup, a thread copies key records into a ring of stages, and three warps fetch the
 // next piece of work with its queries. Three warpgroups of consumers own 64 queries of a piece each and walk over the keys. They take turns
 // with the exponentials, so that one uses the special function unit while the others multiply, scale and wait for the tensor cores.
-#include "../../sm80/matmul.cuh"
-#include "../hopper.cuh"
+#include "../common/mma.cuh"
+#include "hopper.cuh"
 #include "layout.cuh"
 
 namespace sagetrain::sm90 {
 namespace {
-
-using sm80::QueryRows, sm80::all_tiles, sm80::store_row;
 
 constexpr int CONSUMERS = 3;  // warpgroups
 constexpr int ROWS = 64 * CONSUMERS, THREADS = 128 * (1 + CONSUMERS);
@@ -413,7 +411,7 @@ void launch(const ForwardArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void attend(const ForwardArgs& a, cudaStream_t stream) {
-  sm80::dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
+  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
 }
 
 }  // namespace sagetrain::sm90

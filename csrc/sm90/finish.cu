@@ -1,12 +1,10 @@
 // dQ from its sums: as floats, rotated back, scaled, with what d_lse brings; dK and dV from the parts of several blocks, always in the same order.
-#include "../../sm80/backward.cuh"
+#include "../common/mma.cuh"
+#include "../common/rotate.cuh"
 #include "layout.cuh"
 
 namespace sagetrain::sm90 {
 namespace {
-
-using namespace sm80;
-using sm90::BackwardArgs, sm90::KEYS, sm90::QUERIES;
 
 constexpr int FINISH_THREADS = TILE / 16 * 32;  // a warp has 16 rows
 
@@ -92,7 +90,7 @@ void launch(const BackwardArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void finish(const BackwardArgs& a, cudaStream_t stream) {
-  sm80::dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
+  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
 }
 
 }  // namespace sagetrain::sm90

@@ -19,91 +19,6 @@
 namespace sagetrain::sm80 {
 namespace {
 
-// Which keys a block of dkv_kernel owns and its part of the steps: the queries that see them, by their records in order.
-template <int Dp, int row_tiles>
-struct KeyRows {
-  Span keys;
-  int head, k0, warp_row, group, t;
-  int left;                 // keys from the warp's first to the sequence's end
-  int steps;                // of this split
-  // of the step:
-  int record;
-  int diagonal;             // of its queries, the first that sees the warp's first key; negative where all do
-  int blocks, until;        // records of a query head that see any key of the block, and of these those to come
-
-  __device__ KeyRows(const BackwardArgs& a, int number) {
-    const int heads_kv = a.p.shape.heads_kv, group_heads = a.p.shape.heads_q / heads_kv;
-    head = number % heads_kv;
-    const int split = number / heads_kv % a.splits, tile = number / heads_kv / a.splits;  // causal: the first keys have the most queries
-    keys = span_of_tile(a.keys, tile);
-    k0 = (tile - keys.first_tile) * TILE;
-    const Span queries = span_of(a.queries, keys.sequence);
-    const int offset = keys.length - queries.length, first_block = a.p.shape.is_causal ? max(0, k0 - offset) / QUERIES : 0;
-    blocks = max(0, (queries.length + QUERIES - 1) / QUERIES - first_block);
-    const int all = blocks * group_heads, first = static_cast<int>(static_cast<int64_t>(all) * split / a.splits);
-    steps = static_cast<int>(static_cast<int64_t>(all) * (split + 1) / a.splits) - first;
-    const int lane = threadIdx.x % 32;
-    group = lane / 4, t = lane % 4;
-    warp_row = k0 + threadIdx.x / 32 * (16 * row_tiles);
-    left = keys.length - warp_row;
-    const int done = blocks ? first % blocks : 0, block = first_block + done;
-    until = blocks - done;
-    diagonal = a.p.shape.is_causal ? warp_row - offset - block * QUERIES : -TILE;
-    record = (head * group_heads + (blocks ? first / blocks : 0)) * head_stride(a) + queries.first_tile * (TILE / QUERIES) + block;
-  }
-  __device__ __forceinline__ bool exists() const { return k0 >= 0 && k0 < keys.length; }
-  __device__ __forceinline__ int key(int i, int r) const { return warp_row + 16 * i + group + 8 * r; }
-  static __device__ __forceinline__ int head_stride(const BackwardArgs& a) { return a.queries.tiles * (TILE / QUERIES); }
-  __device__ __forceinline__ int following(const BackwardArgs& a) const { return record + 1 + (until == 1 ? head_stride(a) - blocks : 0); }
-  __device__ __forceinline__ void advance(const BackwardArgs& a) {
-    const int queries = a.p.shape.is_causal ? QUERIES : 0;
-    record = following(a), diagonal -= queries;
-    if (--until == 0) until = blocks, diagonal += blocks * queries;
-  }
-
-  __device__ __forceinline__ void load_k8(uint32_t (&operand)[row_tiles][Dp / 32][4], float (&scale)[row_tiles][2], const BackwardArgs& a) const {
-    const int64_t row = row_index(keys.batch, a.p.shape.heads_kv, head, a.keys.tokens, keys.begin);
-#pragma unroll
-    for (int i = 0; i < row_tiles; ++i) {
-      const bool valid[2] = {key(i, 0) < keys.length, key(i, 1) < keys.length};
-      const void* rows[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        rows[r] = a.p.k8 + (row + key(i, r)) * Dp;
-        scale[i][r] = valid[r] ? a.p.k_scale[row + key(i, r)] : 0.f;
-      }
-      load_operand(operand[i], rows, valid, t, Dp);
-    }
-  }
-  // Writes this warp's rows of dK or dV.
-  template <typename T>
-  __device__ __forceinline__ void store(void* to, const Strides& s, const float (&x)[row_tiles][Dp / 8][4], float factor, int head_dim) const {
-#pragma unroll
-    for (int i = 0; i < row_tiles; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        T* row = static_cast<T*>(to) + keys.batch * s.batch + head * s.head + (keys.begin + key(i, r)) * s.token;
-        store_row<Dp / 8>(row, key(i, r) < keys.length, head_dim,
-                          [&](int n) { return pack16<T>(factor * x[i][n][2 * r], factor * x[i][n][2 * r + 1]); });
-      }
-  }
-  template <typename T>
-  __device__ __forceinline__ void store_dk(const BackwardArgs& a, float (&dk)[row_tiles][Dp / 8][4]) const {
-#pragma unroll
-    for (int i = 0; i < row_tiles; ++i) unrotate(dk[i], t);
-    store<T>(a.p.d_k, a.p.d_k_strides, dk, a.p.shape.scale, a.p.shape.head_dim);
-  }
-  template <typename T>
-  __device__ __forceinline__ void store_dv(const BackwardArgs& a, const float (&dv)[row_tiles][Dp / 8][4]) const {
-    store<T>(a.p.d_v, a.p.d_v_strides, dv, 0x1p-15f, a.p.shape.head_dim);
-  }
-  // This lane's part of the sums of dK (which = 0) or dV (1) of the block's tile.
-  __device__ __forceinline__ float4* sums(const BackwardArgs& a, int which) const {
-    const int64_t tile = static_cast<int64_t>(head) * a.keys.tiles + keys.first_tile + k0 / TILE;
-    return reinterpret_cast<float4*>(a.w.d_kv) + ((tile * 2 + which) * TILE + (warp_row - k0)) * (Dp / 4) + threadIdx.x % 32;
-  }
-};
-
 // ---------------------------------------------------------------------------------------------------- dQ beside dK and dV
 
 // Where dkv_kernel keeps what in shared memory, in bytes.
@@ -410,65 +325,25 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
     }
 }
 
-// ---------------------------------------------------------------------------------------------------- sums
-
-constexpr int FINISH_THREADS = TILE / 16 * 32;  // a warp has 16 rows
-
-template <int n>
-__device__ __forceinline__ void load_sums(float (&x)[n][4], const float4* sums) {
-#pragma unroll
-  for (int j = 0; j < n; ++j) {
-    const float4 y = sums[j * 32];
-    x[j][0] = y.x, x[j][1] = y.y, x[j][2] = y.z, x[j][3] = y.w;
-  }
-}
-
-// Blocks 2i and 2i + 1 of the first `key_blocks`: dK and dV of a tile. The others: dQ of a tile.
-template <typename T, int Dp>
-__global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_constant__ BackwardArgs a, int key_blocks) {
-  after_previous();
-  const int number = block_number();
-  float x[1][Dp / 8][4];
-  if (number < key_blocks) {
-    const int heads = a.p.shape.heads_kv, tile = number / 2 / heads, which = number % 2;
-    const KeyRows<Dp, 1> rows(a, tile * a.splits * heads + number / 2 % heads);
-    if (!rows.exists()) return;
-    load_sums(x[0], rows.sums(a, which));
-    which ? rows.template store_dv<T>(a, x) : rows.template store_dk<T>(a, x);
-  } else {
-    const QueryRows<TILE> rows(a.p.shape, a.queries, a.keys, number - key_blocks);
-    if (!rows.exist()) return;
-    const int first = rows.first + threadIdx.x / 32 * 16;
-    load_sums(x[0], reinterpret_cast<const float4*>(a.w.d_q) + (rows.padded(a.queries) + first) * (Dp / 4) + threadIdx.x % 32);
-    store_dq<T, Dp>(x, a, rows, first);
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------- launches
 
 template <typename T, int Dp, bool fused>
-void launch_keys(const BackwardArgs& a, cudaStream_t stream) {
+void launch(const BackwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = DkvMemory<Dp, fused>::bytes;
   cudaFuncSetAttribute(dkv_kernel<T, Dp, fused>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const unsigned blocks = a.keys.tiles * a.p.shape.heads_kv * a.splits;
   if (blocks) launch_kernel(dkv_kernel<T, Dp, fused>, blocks, 32 * DkvShape<Dp>::warps, bytes, stream, a);
 }
 
-template <typename T, int Dp>
-void launch(const BackwardArgs& a, cudaStream_t stream) {
-  if (!a.fused) return launch_keys<T, Dp, false>(a, stream);
-  const size_t query_blocks = a.queries.tiles * a.p.shape.heads_q, key_tiles = a.splits == 1 ? 0 : a.keys.tiles * a.p.shape.heads_kv;
-  launch_keys<T, Dp, true>(a, stream);
-  const unsigned blocks = query_blocks + 2 * key_tiles;
-  if (blocks) launch_kernel(finish_kernel<T, Dp>, blocks, FINISH_THREADS, 0, stream, a, 2 * key_tiles);
-}
-
 }  // namespace
 
 int fused_bytes(const Shape& s) { return s.head_dim_padded == 64 ? DkvMemory<64, true>::bytes : DkvMemory<128, true>::bytes; }
 
-void key_gradients(const BackwardArgs& a, cudaStream_t stream) {
-  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
+void gradients(const BackwardArgs& a, cudaStream_t stream) {
+  dispatch(a.p.shape, [&](auto number, auto dim) {
+    constexpr int Dp = decltype(dim)::value;
+    a.fused ? launch<decltype(number), Dp, true>(a, stream) : launch<decltype(number), Dp, false>(a, stream);
+  });
 }
 
 }  // namespace sagetrain::sm80
