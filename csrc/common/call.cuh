@@ -41,7 +41,7 @@ inline Tokens tokens_of(const int32_t* cu_seqlens, int64_t tokens, const Shape& 
 inline Tokens queries_of(const Shape& s) { return tokens_of(s.cu_seqlens_q, s.tokens_q, s); }
 inline Tokens keys_of(const Shape& s) { return tokens_of(s.cu_seqlens_k, s.tokens_k, s); }
 
-// Hands out pieces of the workspace, each aligned to 256 bytes; with a null base it only counts.
+// Hands out parts of the workspace, each aligned to 256 bytes; with a null base it only counts.
 struct Carver {
   char* base;
   size_t used = 0;
@@ -51,9 +51,9 @@ struct Carver {
   }
   template <typename T>
   void take(T*& pointer, size_t count) {
-    void* piece;
-    take(piece, count, sizeof(T));
-    pointer = static_cast<T*>(piece);
+    void* part;
+    take(part, count, sizeof(T));
+    pointer = static_cast<T*>(part);
   }
 };
 

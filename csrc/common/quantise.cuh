@@ -1,6 +1,12 @@
 // Before the forward, once per token: means, rotation, rounding to INT8. Bound by memory: q, k and v are read once, and a
 // sample of k and v before, for their means; a tile stays in registers from its load to its last use.
 //
+//   barriers        __syncthreads between the steps of a block, no other
+//   shared memory   sums 2 KiB (D = 64), 4 (D = 128); keys and values 13, 21.5: V of the tile, transposed, and 5 of scales and maxima;
+//                   queries 5.5, 6
+//   tile size       TILE tokens of a head, all channels, 256 threads (rows.cuh). Registers limit the blocks of a multiprocessor: three with
+//                   80; sums, keys and values at D = 128: two with 128
+//
 // Every backend that includes this compiles the kernels for its own architectures. So they are local to its file: two of one name would
 // be one to the linker, and a device could be given the code of another.
 #pragma once
@@ -44,7 +50,7 @@ void launch_passes(const ForwardArgs& a, cudaStream_t stream) {
   if (query_blocks) launch_kernel(query_kernel<T, Dp>, query_blocks, THREADS, 0, stream, a);
 }
 
-// All passes. Keys<Dp> is the record that the main kernel reads: k8, v8t, and functions that write the scales.
+// All passes. Keys<Dp> is the KeyValueRecord of a folder: k8, v8t, scale_by_group, and functions that write the scales.
 template <template <int> typename Keys>
 void run_passes(const ForwardArgs& a, cudaStream_t stream) {
   dispatch(a.p.shape, [&](auto number, auto dim) {

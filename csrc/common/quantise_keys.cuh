@@ -63,7 +63,7 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
       }
       if (lane_chunk() == 0) scale[tile_row(j)] = valid ? s : 0.f;
     };
-    if constexpr (Keys::shared_scales) {  // by the rows that lanes with the same lane / 8 have in four warps: row / 64 and row / 2 % 4 are the same
+    if constexpr (Keys::scale_by_group) {  // by the rows that lanes with the same lane / 8 have in four warps: row / 64 and row / 2 % 4 are the same
       float y[ROWS][n][8], amax = 0.f;
       bool finite = true;
 #pragma unroll
@@ -73,11 +73,11 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
         const float row = row_amax(y[j]);  // by all lanes
         if (tile_row(j) < rows) amax = fmaxf(amax, row), finite = finite && is_finite(y[j][0][0]);
       }
-      const int group = t % 32 / 8;
-      if (lane_chunk() == 0) folded[t / 32 * 4 + group] = finite ? amax : infinity();
+      const int key_group = t % 32 / 8;
+      if (lane_chunk() == 0) folded[t / 32 * 4 + key_group] = finite ? amax : infinity();
       __syncthreads();
 #pragma unroll
-      for (int w = 0; w < 4; ++w) amax = fmaxf(amax, folded[(t / 128 * 4 + w) * 4 + group]);
+      for (int w = 0; w < 4; ++w) amax = fmaxf(amax, folded[(t / 128 * 4 + w) * 4 + key_group]);
       const Scale s = int8_scale(2.f * amax, is_finite(amax));
 #pragma unroll
       for (int j = 0; j < ROWS; ++j) {

@@ -7,7 +7,7 @@
 namespace sagetrain {
 namespace {  // see quantise.cuh
 
-// Also completes v_mean: what rounding V lost on average is added to it, by the first block of each sequence and group.
+// Also completes v_mean: what rounding V lost on average is added to it, by the first block of each sequence and q_per_kv.
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, 3) query_kernel(const __grid_constant__ ForwardArgs a) {
   after_previous();
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(THREADS, 3) query_kernel(const __grid_constant
   constexpr float down = 0x1p-64f;  // k_mean is clamped to AMAX_MAX and scaled by this: no product with q overflows
   __shared__ __align__(16) float slices[4 * THREADS], total[Dp], k_mean[Dp], scale[TILE], dot[TILE];
   const int heads = a.p.shape.heads_q, head = blockIdx.x % heads, slot = blockIdx.x / heads;
-  const int heads_kv = a.p.shape.heads_kv, group = heads / heads_kv, head_kv = head / group;
+  const int heads_kv = a.p.shape.heads_kv, q_per_kv = heads / heads_kv, head_kv = head / q_per_kv;
   const Span queries = span_of_tile(a.queries, slot);
   const int tile = slot - queries.first_tile, begin = tile * TILE, rows = min(queries.length - begin, TILE);
   if (tile < 0) return;
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(THREADS, 3) query_kernel(const __grid_constant
   uint4 x[ROWS][n];
   load_rows(x, at<T>(a.p.q, a.p.q_strides, queries.batch, head, queries.begin + begin), a.p.q_strides.token, rows, dim);
   const int64_t means = (static_cast<int64_t>(queries.sequence) * heads_kv + head_kv) * dim;
-  if (tile == 0 && head % group == 0) {
+  if (tile == 0 && head % q_per_kv == 0) {
     const Span keys = span_of(a.keys, queries.sequence);
     sum_rows<Dp>(total, slices, a.w.v_residual + (static_cast<int64_t>(head_kv) * a.keys.tiles + keys.first_tile) * Dp,
                  (keys.length + TILE - 1) / TILE, keys.length ? 1.f / static_cast<float>(keys.length) : 0.f);

@@ -65,7 +65,7 @@ __device__ __forceinline__ int row_exponent(uint32_t amax) {
 __device__ __forceinline__ bool is_number(int exponent) { return exponent != NONE && exponent != UNBOUNDED; }
 
 // log2 of what a row's dP and delta are in units of: its dO, or where that is zero its d_lse.
-__device__ __forceinline__ int unit_exponent(int exponent, float d_lse) {
+__device__ __forceinline__ int dp_exponent(int exponent, float d_lse) {
   if (exponent == NONE) exponent = row_exponent(magnitude(d_lse));
   return is_number(exponent) ? exponent : 0;
 }

@@ -6,9 +6,9 @@
 //
 // Letters as in attention.h. [Hq][tiles] means: head-major, then all tiles of all sequences of the call.
 //
-// Token-contiguous ("transposed") int8 tiles are [Dp][TILE], and within each group of 32 tokens they are permuted, so
+// Token-contiguous ("transposed") int8 tiles are [Dp][TILE], and within each run of 32 tokens they are permuted, so
 // that an accumulator of one matmul is, without a shuffle, the A operand of the next. Position p = 16 h + 4 t + 2 a + b
-// of a group (h, a, b in 0..1, t in 0..3) holds its token
+// of a run (h, a, b in 0..1, t in 0..3) holds its token
 //
 //       token(p) = 16 h + 8 a + 2 t + b        p: 0 1 2 3 | 4 5  6  7 |  8  9 10 11 | 12 13 14 15 | 16 ..
 //                                          token: 0 1 8 9 | 2 3 10 11 |  4  5 12 13 |  6  7 14 15 | 16 ..
@@ -101,7 +101,7 @@ struct QueryRows {
   // Within the keys: the last that exists, and the last that `query` sees if nothing but causality hides any.
   __device__ __forceinline__ int last_key() const { return keys.length - 1; }
   __device__ __forceinline__ int diagonal(const Shape& s, int query) const { return s.is_causal ? query + offset : 1 << 30; }
-  __device__ __forceinline__ bool exist() const { return first >= 0 && first < queries.length; }
+  __device__ __forceinline__ bool exists() const { return first >= 0 && first < queries.length; }
   // Row of an output [B, Hq, Tq, D].
   template <typename T>
   __device__ __forceinline__ T* row(void* to, const Strides& s, int query) const {

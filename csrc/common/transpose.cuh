@@ -55,7 +55,7 @@ __device__ __forceinline__ void transpose_bytes(uint32_t (&x)[4]) {
   x[2] = __byte_perm(ab_high, cd_high, 0x5410), x[3] = __byte_perm(ab_high, cd_high, 0x7632);
 }
 
-// This thread's rows of int8 to a transposed tile. paired: bytes 1 and 2 of every word change places, the order of BlockKeys.
+// This thread's rows of int8 to a transposed tile. paired: bytes 1 and 2 of every word change places, the order of paired_token_at (sm80/layout.cuh).
 template <int n>
 __device__ __forceinline__ void transpose_rows(int8_t* tile, const uint2 (&x)[ROWS][n], bool paired = false) {
 #pragma unroll

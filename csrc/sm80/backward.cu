@@ -1,5 +1,5 @@
 // dK and dV, and dQ along with them: five matmuls in INT8 and dP = dO V^T in 16 bits, on mma.sync. Rows are keys, columns
-// the queries of all heads of the group:
+// the queries of all heads that share them:
 //
 //   S^T -> P^T -> dV += P^T dO,    dP^T -> dS^T -> dK += dS^T Q,    dS^T -> shared memory -> dQ += dS K
 //
@@ -7,17 +7,43 @@
 // dQ needs dS the other way round, and another scale: one per query and block of keys. So the warps agree on the largest
 // of each column, round dS a second time into shared memory, and multiply that by K; the result is added to the query's
 // sum in device memory. Where there are few tiles of keys, several blocks share one (`splits`), each with its part of the
-// queries, and add up dK and dV in device memory too. `finish_kernel` turns sums into gradients.
+// queries, and add up dK and dV in device memory too. finish.cu turns sums into gradients.
 //
 // Such sums have no fixed order. `deterministic` calls do without (`fused` false, one split): dq.cu computes their dQ.
-//
 // Schedule, bound, variants: docs/sm80.md; constants: layout.cuh.
+//
+//   barrier             who waits, before what                          who arrives, after what
+//   wait_for_copies     every thread, once a step: reading it           the thread's own copies of this record (at first: of the keys, too)
+//   __syncthreads       all, at first: reading the block's keys         all: their own copies are there
+//                       all, once a step: reading this record,          all: their own copies are there, and they have left the record
+//                       copying the next to the other stage             before and dS of that step
+//                       fused, all: reading `top`, rounding dS          all: they have written their warp's `top`
+//                       fused, all: dQ                                  all: they have written their part of dS and its scales
+//
+//   shared memory, KiB  D = 64      D = 128
+//   two stages          2 x 21.8    2 x 42.3    QueryRecord
+//   v                   16          (0)         of the KeyRecord; D = 128: on its way to registers, in the second stage
+//   k8t, key_scales     9           17          of the KeyRecord; fused, like all below
+//   ds8                 8           8           dS, rounded
+//   top, query_scales   0.8         1.3         largest |dS| of a warp and query; scales of dS
+//   all                 77          111         without `fused` 59.5, 84.5; DkvMemory has the places
+//
+//   tile size           what limits it: DkvShape
 #include <cstddef>
 
 #include "backward.cuh"
 
 namespace sagetrain::sm80 {
 namespace {
+
+// TILE keys a block. What limits each number is registers (sm_90: 255, D = 128: 253 a thread): dK and dV of 32 x 64 or 16 x 128 take 128.
+template <int Dp>
+struct DkvShape {
+  static constexpr int row_tiles = Dp == 64 ? 2 : 1;   // 16-row tiles of a warp
+  static constexpr int warps = 8 / row_tiles;          // of a block
+  static constexpr int blocks = Dp == 64 ? 2 : 1;      // that a multiprocessor is to hold
+  static constexpr int in_flight = 4 / row_tiles;      // 8-column tiles of a product under way at a time
+};
 
 // ---------------------------------------------------------------------------------------------------- dQ beside dK and dV
 
@@ -26,16 +52,16 @@ template <int Dp, bool fused>
 struct DkvMemory {
   static constexpr int warps = DkvShape<Dp>::warps;
   static constexpr bool v_in_shared = Dp == 64;  // its registers are needed for dK and dV
-  static constexpr int v = v_in_shared ? 2 * sizeof(BackwardQueries<Dp>) : sizeof(BackwardQueries<Dp>);  // BlockKeys::v; else on its way to registers
-  static constexpr int k8t = 2 * sizeof(BackwardQueries<Dp>) + (v_in_shared ? TILE * 2 * Dp : 0);        // BlockKeys from k8t on
-  static constexpr int unit = k8t + Dp * TILE;
-  static constexpr int k_bound = unit + TILE * sizeof(KeyUnit);
-  static constexpr int ds8 = k_bound + 16;                         // [query][key], in the order of k8t
-  static constexpr int top = ds8 + QUERIES * TILE;                 // [warp][query / 2] largest |dS|
-  static constexpr int scale = top + warps * (QUERIES / 2) * 4;    // [query]
-  static constexpr int bytes = fused ? scale + QUERIES * 4 : k8t;
+  static constexpr int v = v_in_shared ? 2 * sizeof(QueryRecord<Dp>) : sizeof(QueryRecord<Dp>);    // KeyRecord::v; else on its way to registers
+  static constexpr int k8t = 2 * sizeof(QueryRecord<Dp>) + (v_in_shared ? TILE * 2 * Dp : 0);      // KeyRecord from k8t on
+  static constexpr int key_scales = k8t + Dp * TILE;
+  static constexpr int k_bound = key_scales + TILE * sizeof(KeyScale);
+  static constexpr int ds8 = k_bound + 16;                              // [query][key], in the order of k8t
+  static constexpr int top = ds8 + QUERIES * TILE;                      // [warp][query / 2] largest |dS|
+  static constexpr int query_scales = top + warps * (QUERIES / 2) * 4;  // [query]
+  static constexpr int bytes = fused ? query_scales + QUERIES * 4 : k8t;
 };
-static_assert(sizeof(BackwardQueries<128>) >= TILE * 2 * 128);
+static_assert(sizeof(QueryRecord<128>) >= TILE * 2 * 128);
 
 // The warp's largest |dS| of each query: columns 2 lane and 2 lane + 1 in this lane. Halves the columns with every fold.
 template <int m>
@@ -72,7 +98,7 @@ __device__ __forceinline__ void store_ds(unsigned char* shared, const __half2 (&
   const __half2 mine = {inverse_scale(__low2float(top), 127.f), inverse_scale(__high2float(top), 127.f)};
   const float k_bound = *reinterpret_cast<const float*>(shared + Memory::k_bound);
   if (warp == 0)
-    reinterpret_cast<float2*>(shared + Memory::scale)[lane] = {k_bound * scale_of(__low2float(top), 127.f), k_bound * scale_of(__high2float(top), 127.f)};
+    reinterpret_cast<float2*>(shared + Memory::query_scales)[lane] = {k_bound * scale_of(__low2float(top), 127.f), k_bound * scale_of(__high2float(top), 127.f)};
   const __half2 magic = __float2half2_rn(MAGIC_HALF);
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
@@ -103,22 +129,22 @@ __device__ __forceinline__ void add4(float4* to, float a, float b, float c, floa
 template <int Dp>
 __device__ __forceinline__ void add_dq(unsigned char* shared, float* sums) {
   using Memory = DkvMemory<Dp, true>;
-  constexpr int group_tiles = 4;
+  constexpr int in_flight = 4;
   const int thread = thread_number(), lane = thread % 32, row_tile = thread / 32 % 4, first_tile = thread / 128 * 8;
   uint32_t ds8[1][TILE / 32][4];
   const InShared<TILE> rows{shared_address(shared) + Memory::ds8 + row_tile * 16 * TILE};
 #pragma unroll
   for (int k = 0; k < TILE / 32; ++k) rows.get(ds8[0][k], 0, k);
-  const float* scales = reinterpret_cast<const float*>(shared + Memory::scale) + row_tile * 16 + lane / 4;
+  const float* scales = reinterpret_cast<const float*>(shared + Memory::query_scales) + row_tile * 16 + lane / 4;
   const float scale[2] = {scales[0], scales[8]};
   float4* to = reinterpret_cast<float4*>(sums) + (row_tile * (Dp / 8) + first_tile) * 32 + lane;
   const uint32_t columns = shared_address(shared) + Memory::k8t + first_tile * 8 * TILE;
 #pragma unroll
-  for (int first = 0; first < 8; first += group_tiles) {
-    int y[group_tiles][1][4];
+  for (int first = 0; first < 8; first += in_flight) {
+    int y[in_flight][1][4];
     product_int8<false, TILE>(y, ds8, columns + first * 8 * TILE);
 #pragma unroll
-    for (int n = 0; n < group_tiles; ++n) {
+    for (int n = 0; n < in_flight; ++n) {
       float x[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) x[c] = (__int_as_float(y[n][0][c]) - MAGIC_FLOAT) * scale[c / 2];
@@ -132,9 +158,9 @@ __device__ __forceinline__ void add_dq(unsigned char* shared, float* sums) {
 template <typename T, int Dp, bool fused>
 __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks) dkv_kernel(const __grid_constant__ BackwardArgs a) {
   after_previous();
-  using Record = BackwardQueries<Dp>;
+  using Record = QueryRecord<Dp>;
   using Memory = DkvMemory<Dp, fused>;
-  constexpr int m = DkvShape<Dp>::row_tiles, group = DkvShape<Dp>::group, threads = 32 * DkvShape<Dp>::warps;
+  constexpr int m = DkvShape<Dp>::row_tiles, in_flight = DkvShape<Dp>::in_flight, threads = 32 * DkvShape<Dp>::warps;
   constexpr int tiles = COLUMNS / 8, channel_tiles = Dp / 8;
   constexpr bool v_in_shared = Memory::v_in_shared;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -143,9 +169,9 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
   if (!rows.exists()) return;
   const Record* records = static_cast<const Record*>(a.w.queries);
   const int64_t key_tile = static_cast<int64_t>(rows.head) * a.keys.tiles + rows.keys.first_tile + rows.k0 / TILE;
-  const BlockKeys<Dp>& keys = static_cast<const BlockKeys<Dp>*>(a.w.blocks)[key_tile];
+  const KeyRecord<Dp>& keys = static_cast<const KeyRecord<Dp>*>(a.w.blocks)[key_tile];
   copy_run<sizeof(keys.v), threads>(stages + Memory::v, keys.v);
-  if constexpr (fused) copy_run<sizeof(keys) - offsetof(BlockKeys<Dp>, k8t), threads>(stages + Memory::k8t, keys.k8t);
+  if constexpr (fused) copy_run<sizeof(keys) - offsetof(KeyRecord<Dp>, k8t), threads>(stages + Memory::k8t, keys.k8t);
   if (rows.steps) copy_run<sizeof(Record), threads>(stages, records + rows.record);
   commit_copies();
 
@@ -174,22 +200,22 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
     if (left > 1) copy_run<sizeof(Record), threads>(stages + stage, records + rows.following(a));
     commit_copies();
 
-    const KeyUnit* units = reinterpret_cast<const KeyUnit*>(shared + Memory::unit) + threadIdx.x / 32 * 16 * m + rows.group;
+    const KeyScale* key_scales = reinterpret_cast<const KeyScale*>(shared + Memory::key_scales) + threadIdx.x / 32 * 16 * m + rows.group;
     if constexpr (fused) {  // rather than in registers all the time
 #pragma unroll
       for (int i = 0; i < m; ++i)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) k_scale[i][r] = units[16 * i + 8 * r].k_scale;
+        for (int r = 0; r < 2; ++r) k_scale[i][r] = key_scales[16 * i + 8 * r].k_scale;
     }
 
     // S^T, and P'' of it
     __half2 p[m][tiles][2];
 #pragma unroll
-    for (int first = 0; first < tiles; first += group) {
-      int s[group][m][4];
+    for (int first = 0; first < tiles; first += in_flight) {
+      int s[in_flight][m][4];
       product_int8<false, Dp>(s, k8, shared_address(record.q8) + first * 8 * Dp);
 #pragma unroll
-      for (int j = 0; j < group; ++j) {
+      for (int j = 0; j < in_flight; ++j) {
         const int n = first + j;
         const float2 scale = record.q_scale[n * 4 + t], bias = record.q_bias[n * 4 + t], l = record.l[n * 4 + t];
 #pragma unroll
@@ -206,9 +232,9 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
       for (int i = 0; i < m; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const __half2 unit = units[16 * i + 8 * r].unit;
+          const __half2 relative = key_scales[16 * i + 8 * r].relative;
 #pragma unroll
-          for (int n = 0; n < tiles; ++n) p[i][n][r] = __hmul2(p[i][n][r], unit);
+          for (int n = 0; n < tiles; ++n) p[i][n][r] = __hmul2(p[i][n][r], relative);
         }
     }
     // Not every query sees the warp's last key; and keys past the end must not reach dQ.
@@ -234,11 +260,11 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
       to_operand(operand[i][0], &p[i][0], inverse), to_operand(operand[i][1], &p[i][4], inverse);
     }
 #pragma unroll
-    for (int first = 0; first < channel_tiles; first += group) {
-      int y[group][m][4];
+    for (int first = 0; first < channel_tiles; first += in_flight) {
+      int y[in_flight][m][4];
       product_int8<true, COLUMNS>(y, operand, shared_address(record.do8t) + first * 8 * COLUMNS);
 #pragma unroll
-      for (int j = 0; j < group; ++j) {
+      for (int j = 0; j < in_flight; ++j) {
         const int n = first + j;
         const float2 do_scale = record.do_scale[n * 4 + t], do_bias = record.do_bias[n * 4 + t];
 #pragma unroll
@@ -251,15 +277,15 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
 
     // dP^T, and dS'' = P'' u in the place of P''
 #pragma unroll
-    for (int first = 0; first < tiles; first += group) {
-      float dp[group][m][4];
+    for (int first = 0; first < tiles; first += in_flight) {
+      float dp[in_flight][m][4];
       const uint32_t columns = shared_address(record.do16) + first * 16 * Dp;
       if constexpr (v_in_shared)
         product_16bit<T, 2 * Dp, Dp / 16>(dp, v_rows, columns, start);
       else
         product_16bit<T, 2 * Dp, Dp / 16>(dp, InRegisters<m, Dp / 16>{v}, columns, start);
 #pragma unroll
-      for (int j = 0; j < group; ++j) {
+      for (int j = 0; j < in_flight; ++j) {
         const int n = first + j;
         const float2 c = record.c[n * 4 + t], d = record.d[n * 4 + t];
 #pragma unroll
@@ -272,11 +298,11 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
     if constexpr (fused) reinterpret_cast<__half2*>(shared + Memory::top)[thread_number()] = column_tops(p);
 
     // dK += dS^T Q
-    const float unit = record.dk_unit[0];
+    const float dk_scale = record.dk_scale[0];
 #pragma unroll
     for (int i = 0; i < m; ++i) {
       row_scales(p[i], 127.f, true, inverse, scale[i]);
-      scale[i][0] *= unit, scale[i][1] *= unit;
+      scale[i][0] *= dk_scale, scale[i][1] *= dk_scale;
       to_operand(operand[i][0], &p[i][0], inverse), to_operand(operand[i][1], &p[i][4], inverse);
     }
     constexpr bool early = m == 2;  // round dS for dQ before the product for dK or after: whichever spills no register
@@ -284,7 +310,7 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
       __syncthreads();
       store_ds<Dp, m>(shared, p);
     }
-    accumulate<group>(dk, operand, scale, shared_address(record.q8t));
+    accumulate<in_flight>(dk, operand, scale, shared_address(record.q8t));
 
     if constexpr (fused) {
       if constexpr (!early) {
@@ -299,12 +325,12 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
 
   const KeyRows<Dp, m> again(a, block_number());
   if constexpr (fused) {
-    const KeyUnit* units = reinterpret_cast<const KeyUnit*>(shared + Memory::unit) + threadIdx.x / 32 * 16 * m + again.group;
+    const KeyScale* key_scales = reinterpret_cast<const KeyScale*>(shared + Memory::key_scales) + threadIdx.x / 32 * 16 * m + again.group;
 #pragma unroll
     for (int i = 0; i < m; ++i)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float out = __fdividef(1.f, __low2float(units[16 * i + 8 * r].unit));
+        const float out = __fdividef(1.f, __low2float(key_scales[16 * i + 8 * r].relative));
 #pragma unroll
         for (int n = 0; n < channel_tiles; ++n)
 #pragma unroll

@@ -1,5 +1,5 @@
-// What the kernels of the backward share: scales and rounding of P and dS in registers, undoing the rotation, and who owns
-// which rows. Schedules, bound, variants: docs/sm80.md; the constants L, c, d, L', out: layout.cuh.
+// What the kernels of the backward share: scales and rounding of P and dS in registers, who owns which rows, and how results
+// are written. Schedules, bound, variants: docs/sm80.md; the constants L, c, d, L', out: layout.cuh.
 #pragma once
 #include "../common/rotate.cuh"
 #include "layout.cuh"
@@ -35,29 +35,20 @@ __device__ __forceinline__ void row_scales(const __half2 (&x)[n][2], float level
   }
 }
 
-
-
 // ---------------------------------------------------------------------------------------------------- matmuls of a step
 
-// 16-row tiles of a warp, warps of a block (TILE rows), blocks that a multiprocessor is to hold, and 8-column tiles whose
-// products are under way at a time: what the registers allow.
-template <int Dp>
-struct DkvShape { static constexpr int row_tiles = Dp == 64 ? 2 : 1, warps = 8 / row_tiles, blocks = Dp == 64 ? 2 : 1, group = 4 / row_tiles; };
-template <int Dp>
-struct DqShape { static constexpr int row_tiles = Dp == 64 ? 2 : 1, warps = 4, blocks = 2, group = 4, rows = 16 * row_tiles * warps; };
-
 constexpr int COLUMNS = 64;  // of a step
-static_assert(COLUMNS == KEYS && COLUMNS == QUERIES);
+static_assert(COLUMNS == DQ_KEYS && COLUMNS == QUERIES);
 
 // sum += scale * (x times a matrix [channel][COLUMNS] of bytes in shared memory), x the rounded operand of dS.
-template <int group, int m, int channel_tiles>
+template <int in_flight, int m, int channel_tiles>
 __device__ __forceinline__ void accumulate(float (&sum)[m][channel_tiles][4], const uint32_t (&x)[m][2][4], const float (&scale)[m][2], uint32_t matrix) {
 #pragma unroll
-  for (int first = 0; first < channel_tiles; first += group) {
-    int y[group][m][4];
+  for (int first = 0; first < channel_tiles; first += in_flight) {
+    int y[in_flight][m][4];
     product_int8<false, COLUMNS>(y, x, matrix + first * 8 * COLUMNS);
 #pragma unroll
-    for (int n = 0; n < group; ++n)
+    for (int n = 0; n < in_flight; ++n)
 #pragma unroll
       for (int i = 0; i < m; ++i)
 #pragma unroll
@@ -81,7 +72,7 @@ struct KeyRows {
   int blocks, until;        // records of a query head that see any key of the block, and of these those to come
 
   __device__ KeyRows(const BackwardArgs& a, int number) {
-    const int heads_kv = a.p.shape.heads_kv, group_heads = a.p.shape.heads_q / heads_kv;
+    const int heads_kv = a.p.shape.heads_kv, q_per_kv = a.p.shape.heads_q / heads_kv;
     head = number % heads_kv;
     const int split = number / heads_kv % a.splits, tile = number / heads_kv / a.splits;  // causal: the first keys have the most queries
     keys = span_of_tile(a.keys, tile);
@@ -89,7 +80,7 @@ struct KeyRows {
     const Span queries = span_of(a.queries, keys.sequence);
     const int offset = keys.length - queries.length, first_block = a.p.shape.is_causal ? max(0, k0 - offset) / QUERIES : 0;
     blocks = max(0, (queries.length + QUERIES - 1) / QUERIES - first_block);
-    const int all = blocks * group_heads, first = static_cast<int>(static_cast<int64_t>(all) * split / a.splits);
+    const int all = blocks * q_per_kv, first = static_cast<int>(static_cast<int64_t>(all) * split / a.splits);
     steps = static_cast<int>(static_cast<int64_t>(all) * (split + 1) / a.splits) - first;
     const int lane = threadIdx.x % 32;
     group = lane / 4, t = lane % 4;
@@ -98,7 +89,7 @@ struct KeyRows {
     const int done = blocks ? first % blocks : 0, block = first_block + done;
     until = blocks - done;
     diagonal = a.p.shape.is_causal ? warp_row - offset - block * QUERIES : -TILE;
-    record = (head * group_heads + (blocks ? first / blocks : 0)) * head_stride(a) + queries.first_tile * (TILE / QUERIES) + block;
+    record = (head * q_per_kv + (blocks ? first / blocks : 0)) * head_stride(a) + queries.first_tile * (TILE / QUERIES) + block;
   }
   __device__ __forceinline__ bool exists() const { return k0 >= 0 && k0 < keys.length; }
   __device__ __forceinline__ int key(int i, int r) const { return warp_row + 16 * i + group + 8 * r; }

@@ -1,4 +1,5 @@
-// After the fused backward: dQ from its sums, and where several blocks share a tile of keys dK and dV from theirs.
+// After the fused backward: dQ from its sums, and where several blocks share a tile of keys dK and dV from theirs. Bound by memory. No barriers,
+// no shared memory; a warp has 16 of a tile's TILE rows, as many as an accumulator, and all their channels.
 #include "backward.cuh"
 
 namespace sagetrain::sm80 {
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_con
     which ? rows.template store_dv<T>(a, x) : rows.template store_dk<T>(a, x);
   } else {
     const QueryRows<TILE> rows(a.p.shape, a.queries, a.keys, number - key_blocks);
-    if (!rows.exist()) return;
+    if (!rows.exists()) return;
     const int first = rows.first + threadIdx.x / 32 * 16;
     load_sums(x[0], reinterpret_cast<const float4*>(a.w.d_q) + (rows.padded(a.queries) + first) * (Dp / 4) + threadIdx.x % 32);
     store_dq<T, Dp>(x, a, rows, first);

@@ -5,8 +5,8 @@
 // -MAGIC_FLOAT * scale: one fused multiply-add takes an accumulator that started at MAGIC to scale * n. Scales have 22
 // bits (`scale22`), so the bias is exact.
 //
-// A "record" is all that a main kernel needs of one tile, as it lies in shared memory: copying it is one run of 16-byte
-// pieces. Matrices in it are swizzled (`swizzle<row bytes>`); rows and columns past the end of the sequence are zeros.
+// A record is all that a main kernel needs of one tile, as it lies in shared memory: copying it is one run of 16-byte
+// chunks. Matrices in it are swizzled (`swizzle<row bytes>`); rows and columns past the end of the sequence are zeros.
 #pragma once
 #include "../common/call.cuh"
 #include "../common/round.cuh"
@@ -19,8 +19,8 @@ __device__ __forceinline__ void write_scale(float2* scales, float2* biases, int 
 }
 
 template <int Dp>
-struct __align__(16) ForwardKeys {  // TILE keys
-  static constexpr bool shared_scales = false;     // every key has its own
+struct __align__(16) KeyValueRecord {  // TILE keys
+  static constexpr bool scale_by_group = false;    // every key has its own
   int8_t k8[TILE * Dp];                            // [key][channel]
   int8_t v8t[Dp * TILE];                           // [channel][key], permuted: v - v_mean, one scale per channel
   float2 k_scale[TILE / 2], k_bias[TILE / 2];      // columns of S
@@ -32,33 +32,33 @@ struct __align__(16) ForwardKeys {  // TILE keys
   __device__ __forceinline__ void write_value_scale(int channel, float scale) { write_scale(v_scale, v_bias, channel, scale); }
 };
 
-constexpr int KEYS = 64;  // of a step of the dQ kernel
+constexpr int DQ_KEYS = 64;  // of a DqKeyRecord, which is a step of dq.cu
 template <int Dp>
-struct __align__(16) BackwardKeys {  // KEYS keys
-  int8_t k8[KEYS * Dp];                            // [key][channel]
-  int8_t k8t[Dp * KEYS];                           // [channel][key], permuted
-  int16_t v[KEYS * Dp];                            // [key][channel] v - v_mean, rounded to 16 bits
-  float2 k_scale[KEYS / 2], k_bias[KEYS / 2];      // columns of S
+struct __align__(16) DqKeyRecord {  // DQ_KEYS keys
+  int8_t k8[DQ_KEYS * Dp];                         // [key][channel]
+  int8_t k8t[Dp * DQ_KEYS];                        // [channel][key], permuted
+  int16_t v[DQ_KEYS * Dp];                         // [key][channel] v - v_mean, rounded to 16 bits
+  float2 k_scale[DQ_KEYS / 2], k_bias[DQ_KEYS / 2];  // columns of S
 };
 
-// The keys of a block of the dK and dV kernel. In its k8t, position 2 g + r of 16 keys holds key 8 r + g: the two keys
+// The keys of a block of backward.cu. In its k8t, position 2 g + r of 16 keys holds key 8 r + g: the two keys
 // that a lane's accumulator has are neighbours.
 __host__ __device__ __forceinline__ constexpr int paired_token_at(int p) { return (p & ~15) | (p & 1) << 3 | (p & 14) >> 1; }
-struct __align__(8) KeyUnit {
-  __half2 unit;  // twice the same half
+struct __align__(8) KeyScale {
+  __half2 relative;  // k_scale / k_bound, twice the same half
   float k_scale;
 };
 template <int Dp>
-struct __align__(16) BlockKeys {  // TILE keys
+struct __align__(16) KeyRecord {  // TILE keys
   int16_t v[TILE * Dp];                            // [key][channel] v - v_mean, rounded to 16 bits
   int8_t k8t[Dp * TILE];                           // [channel][key]; only for `fused`, like all below
-  KeyUnit unit[TILE];
+  KeyScale scale[TILE];
   float k_bound[4];                                // the first; three of padding
 };
 
-constexpr int QUERIES = 64;  // of a step of the dK and dV kernel; they share one scale per channel of dO
+constexpr int QUERIES = 64;  // of a QueryRecord, which is a step of backward.cu; they share one scale per channel of dO
 template <int Dp>
-struct __align__(16) BackwardQueries {  // QUERIES queries; the formulas are below
+struct __align__(16) QueryRecord {  // QUERIES queries; the formulas are below
   // for dV
   int8_t do8t[Dp * QUERIES];                       // [channel][query], permuted: dO / rho, one scale per channel
   float2 do_scale[Dp / 2], do_bias[Dp / 2];        // columns of dV
@@ -68,18 +68,18 @@ struct __align__(16) BackwardQueries {  // QUERIES queries; the formulas are bel
   float2 l[QUERIES / 2];
   // for dK
   float2 c[QUERIES / 2], d[QUERIES / 2];
-  float dk_unit[4];                                // the first; three of padding
+  float dk_scale[4];                               // the first; three of padding
   int8_t q8t[Dp * QUERIES];                        // [channel][query], permuted
   // for dP^T, and the rows of the dQ kernel
   int16_t do16[QUERIES * Dp];                      // [query][channel] dO / 2^e, e = floor(log2(its row's largest magnitude)): exact
 };
 
 struct BackwardScratch {
-  void* blocks;       // [Hkv][tiles_k] BlockKeys<Dp>
-  void* keys;         // not fused: [Hkv][tiles_k][TILE / KEYS] BackwardKeys<Dp>
+  void* blocks;       // [Hkv][tiles_k] KeyRecord<Dp>
+  void* keys;         // not fused: [Hkv][tiles_k][TILE / DQ_KEYS] DqKeyRecord<Dp>
   float* v_norm;      // [Hkv][tiles_k] largest ||v_j - v_mean|| of the tile (0 where empty)
   float* k_bound;     // [Hkv][tiles_k] largest k_scale of the tile (0 where empty)
-  void* queries;      // [Hq][tiles_q][TILE / QUERIES] BackwardQueries<Dp>
+  void* queries;      // [Hq][tiles_q][TILE / QUERIES] QueryRecord<Dp>
   float4* q_rows;     // [Hq][tiles_q][TILE] {q_scale * scale * log2(e) * Dp, L', delta16, out}; out differs where fused
   float* d_q;         // fused: [Hq][tiles_q][TILE / 16][Dp / 8][lane][4] sums of dQ, 16-row tiles as accumulators lie in registers
   float* d_kv;        // splits > 1: [Hkv][tiles_k][dK, dV][TILE / 16][Dp / 8][lane][4] likewise
@@ -92,10 +92,10 @@ struct BackwardScratch {
 //          W = 2^ceil(log2(max over the block of (q_scale_j 2^e_j / rho_j) * bound_j)), a power of two
 //          bound_j = ||do16_j|| * max ||v|| + |delta16_j|
 //          lift_j >= 1, a power of two: brings small rows to 1/4 of the largest; q8t_j = q8_j / lift_j, rounded
-//   dK_i = scale sum_j P''_ij u_ij * dk_unit * q8t_j,     dk_unit = 2^-15 W      (dS_ij q_scale_j = P'' u * dk_unit / lift_j)
-// Fused, P'' is multiplied by unit_i = k_scale_i / k_bound as a half, at least 2^-5; dV_i and dK_i are divided by it at the end.
-//   dQ_j = out_j sum_i P''_ij unit_i u_ij * k_bound * k8t_i,   out_j = scale * dk_unit / (q_scale_j lift_j)
-//          k8t_i = k8_i, where unit_i was raised times k_scale_i / k_bound / unit_i and rounded
+//   dK_i = scale sum_j P''_ij u_ij * dk_scale * q8t_j,     dk_scale = 2^-15 W      (dS_ij q_scale_j = P'' u * dk_scale / lift_j)
+// Fused, P'' is multiplied by relative_i = k_scale_i / k_bound as a half, at least 2^-5; dV_i and dK_i are divided by it at the end.
+//   dQ_j = out_j sum_i P''_ij relative_i u_ij * k_bound * k8t_i,   out_j = scale * dk_scale / (q_scale_j lift_j)
+//          k8t_i = k8_i, where relative_i was raised times k_scale_i / k_bound / relative_i and rounded
 // For query row i and key j in the dQ kernel (not fused):
 //   P'   = exp2(s - L'_i) = 2^k_i P,          k_i = 15 - ceil(log2(bound_i * max k_scale)), clamped to +-100;  L'_i = lse2_i - k_i
 //         (+inf past the end and for rows that see no key)

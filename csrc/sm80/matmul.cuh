@@ -2,7 +2,7 @@
 //
 // An mma result is ready about 33 cycles after its issue and the tensor core takes a new one every 6: a chain that
 // accumulates over k would wait most of the time. So k is the outer loop, and between two links of a chain lie the
-// other accumulators of the group: tiles of columns x 16-row tiles of the warp, as many as the registers allow.
+// others `in flight`: tiles of columns x 16-row tiles of the warp, as many as the registers allow.
 #pragma once
 #include "../common/mma.cuh"
 

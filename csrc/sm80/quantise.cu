@@ -4,6 +4,6 @@
 
 namespace sagetrain::sm80 {
 
-void quantise(const ForwardArgs& a, cudaStream_t stream) { run_passes<ForwardKeys>(a, stream); }
+void quantise(const ForwardArgs& a, cudaStream_t stream) { run_passes<KeyValueRecord>(a, stream); }
 
 }  // namespace sagetrain::sm80

@@ -35,12 +35,12 @@ std::pair<BackwardArgs, size_t> backward_arguments(const BackwardParams& p, void
 
 }  // namespace
 
-size_t forward_workspace_bytes(const ForwardParams& p) { return forward_arguments<ForwardKeys>(p, nullptr).second; }
+size_t forward_workspace_bytes(const ForwardParams& p) { return forward_arguments<KeyValueRecord>(p, nullptr).second; }
 size_t backward_workspace_bytes(const BackwardParams& p) { return backward_arguments(p, nullptr).second; }
 
 const char* forward(const ForwardParams& p) {
   if (const char* refusal = too_large(p.shape)) return refusal;
-  const ForwardArgs a = forward_arguments<ForwardKeys>(p, p.workspace).first;
+  const ForwardArgs a = forward_arguments<KeyValueRecord>(p, p.workspace).first;
   const auto stream = static_cast<cudaStream_t>(p.stream);
   quantise(a, stream);
   attend(a, stream);

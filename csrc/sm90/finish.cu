@@ -1,4 +1,5 @@
 // dQ from its sums: as floats, rotated back, scaled, with what d_lse brings; dK and dV from the parts of several blocks, always in the same order.
+// Bound by memory. No barriers, no shared memory; a warp has 16 of a tile's TILE rows, as many as an accumulator, and all their channels.
 #include "../common/mma.cuh"
 #include "../common/rotate.cuh"
 #include "layout.cuh"
@@ -11,7 +12,7 @@ constexpr int FINISH_THREADS = TILE / 16 * 32;  // a warp has 16 rows
 template <typename T, int Dp>
 __device__ __forceinline__ void finish_queries(const BackwardArgs& a, int number) {
   const QueryRows<TILE> rows(a.p.shape, a.queries, a.keys, number);
-  if (!rows.exist()) return;
+  if (!rows.exists()) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = lane % 4, head_dim = a.p.shape.head_dim;
   const int64_t first = rows.padded(a.queries) + rows.first;
   const int4* sums = reinterpret_cast<const int4*>(a.w.d_q) + first * (Dp / 4) + warp / 4 * (QUERIES * Dp / 4) + warp % 4 * (8 * 32) + lane;

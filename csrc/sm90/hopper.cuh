@@ -59,9 +59,9 @@ __device__ __forceinline__ float max_or_nan(float x, float y) {
   return z;
 }
 
-// Named barriers of `threads` threads: synchronise waits for all of them, arrive counts as one and goes on.
-__device__ __forceinline__ void synchronise(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
-__device__ __forceinline__ void arrive(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+// Named barriers of `threads` threads: sync_named waits for all of them, arrive_named counts as one and goes on.
+__device__ __forceinline__ void sync_named(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+__device__ __forceinline__ void arrive_named(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
 template <int registers>
 __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }

@@ -4,6 +4,6 @@
 
 namespace sagetrain::sm90 {
 
-void quantise(const ForwardArgs& a, cudaStream_t stream) { run_passes<ForwardKeys>(a, stream); }
+void quantise(const ForwardArgs& a, cudaStream_t stream) { run_passes<KeyValueRecord>(a, stream); }
 
 }  // namespace sagetrain::sm90
