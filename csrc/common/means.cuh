@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) sum_kernel(const __
   const float weight = exp2_int(-mean_shift(samples));
   const int dim = a.p.shape.head_dim;
   const Strides& strides = is_value ? a.p.v_strides : a.p.k_strides;
-  const T* from = at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin);
+  const T* from = row_at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin);
   const int64_t stride = strides.token * mean_step(keys.length);
   uint4 x[ROWS][n], first[n];
   load_rows(x, from + begin * stride, stride, samples - begin, dim);

@@ -27,14 +27,14 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
   const int dim = a.p.shape.head_dim, t = threadIdx.x;
   const Strides& strides = is_value ? a.p.v_strides : a.p.k_strides;
   uint4 x[ROWS][n];
-  load_rows(x, at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin + begin), strides.token, rows, dim);
+  load_rows(x, row_at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin + begin), strides.token, rows, dim);
 
   const int64_t first = static_cast<int64_t>(head) * a.keys.tiles + keys.first_tile;
   Keys& record = static_cast<Keys*>(a.w.keys)[first + tile];
   const int samples = mean_samples(keys.length);
   sum_rows<Dp>(mean, folded, (is_value ? a.w.v_partial : a.w.k_partial) + first * Dp, (samples + TILE - 1) / TILE, down * mean_factor(samples));
   if (t < dim && keys.length)
-    mean[t] = fmaf(to_float(at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin)[t]), down, mean[t]);
+    mean[t] = fmaf(to_float(row_at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin)[t]), down, mean[t]);
   if (tile == 0 && t < dim)
     (is_value ? a.p.v_mean : a.p.k_mean)[(static_cast<int64_t>(keys.sequence) * heads + head) * dim + t] = mean[t] * (1.f / down);
   if (!is_value && t < dim) mean[t] = change_sign(mean[t], t);

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(THREADS, 3) query_kernel(const __grid_constant
 
   const int dim = a.p.shape.head_dim, t = threadIdx.x;
   uint4 x[ROWS][n];
-  load_rows(x, at<T>(a.p.q, a.p.q_strides, queries.batch, head, queries.begin + begin), a.p.q_strides.token, rows, dim);
+  load_rows(x, row_at<T>(a.p.q, a.p.q_strides, queries.batch, head, queries.begin + begin), a.p.q_strides.token, rows, dim);
   const int64_t means = (static_cast<int64_t>(queries.sequence) * heads_kv + head_kv) * dim;
   if (tile == 0 && head % q_per_kv == 0) {
     const Span keys = span_of(a.keys, queries.sequence);

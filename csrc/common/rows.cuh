@@ -26,7 +26,7 @@ __device__ __forceinline__ int tile_row(int j) {
 __device__ __forceinline__ int channel_of(int i) { return 64 * i + 8 * lane_chunk(); }
 
 template <typename T>
-__device__ __forceinline__ const T* at(const void* x, const Strides& s, int batch, int head, int token) {
+__device__ __forceinline__ const T* row_at(const void* x, const Strides& s, int batch, int head, int token) {
   return static_cast<const T*>(x) + batch * s.batch + head * s.head + token * s.token;
 }
 

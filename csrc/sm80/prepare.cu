@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
   uint4 v[ROWS][n];
   load_rows(k8, a.p.k8 + row * Dp, rows);
   const int dim = a.p.shape.head_dim;
-  load_rows(v, at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + begin), a.p.v_strides.token, rows, dim);
+  load_rows(v, row_at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + begin), a.p.v_strides.token, rows, dim);
   const float* v_mean = a.p.v_mean + (static_cast<int64_t>(keys.sequence) * heads + head) * dim;
 #pragma unroll
   for (int j = 0; j < ROWS; ++j)
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   {
     uint2 q8[ROWS][n];
     load_rows(q8, a.p.q8 + first_row * Dp, rows);
-    load_rows(d_o, at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin), a.p.d_o_strides.token, rows, dim);
+    load_rows(d_o, row_at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin), a.p.d_o_strides.token, rows, dim);
     uint32_t norm = 0, bound = 0;
     const int64_t first_tile = static_cast<int64_t>(head_kv) * a.keys.tiles + keys.first_tile;
     for (int i = t; i < (keys.length + TILE - 1) / TILE; i += THREADS) {
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   }
   {
     const float* v_mean = a.p.v_mean + (static_cast<int64_t>(queries.sequence) * static_cast<int>(a.p.shape.heads_kv) + head_kv) * dim;
-    const T* o_tile = at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
+    const T* o_tile = row_at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
 #pragma unroll
     for (int j = 0; j < ROWS; ++j) {
       uint32_t amax = 0;

@@ -205,7 +205,7 @@ struct KeyWarpgroup {
   template <bool is_unsigned>
   __device__ __forceinline__ static void multiply(int (&y)[width / 2], const uint32_t (&x)[steps32][4], uint32_t matrix) {
     begin_products();
-    const uint32_t b = where(matrix);
+    const uint32_t b = matrix_at(matrix);
     if constexpr (is_unsigned) multiply_u8s8<QUERIES, false>(y, x[0], b); else multiply_s8s8<QUERIES, false>(y, x[0], b);
 #pragma unroll
     for (int k = 1; k < steps32; ++k)
@@ -222,7 +222,7 @@ struct KeyWarpgroup {
   }
   __device__ __forceinline__ static void scores(int (&s)[32], uint32_t k8, uint32_t at) {
     begin_products();
-    const uint32_t q8 = where(at + offsetof(Record, q8));
+    const uint32_t q8 = matrix_at(at + offsetof(Record, q8));
     multiply_s8s8<Dp, false>(s, k8, q8);
 #pragma unroll
     for (int k = 1; k < Dp / 32; ++k) multiply_s8s8<Dp, true>(s, k8 + 2 * k, q8 + 2 * k);
@@ -230,7 +230,7 @@ struct KeyWarpgroup {
   }
   __device__ __forceinline__ void products_with_v(float (&dp)[32], uint32_t v, uint32_t at) const {
     begin_products();
-    const uint32_t do16 = where(at + offsetof(Record, do16));
+    const uint32_t do16 = matrix_at(at + offsetof(Record, do16));
 #pragma unroll
     for (int k = 0; k < Dp / 16; ++k) {
       const uint32_t next = k / 4 * 512 + k % 4 * 2;
@@ -248,7 +248,7 @@ struct KeyWarpgroup {
     wait(shared_address(&shared.keys_full), 0);
     const KeyRecord<Dp>& keys = shared.keys[number].record;
     const float k_scale = keys.scale[warp % 4];
-    const uint32_t k8 = uniform(where(shared_address(keys.k8))), v = uniform(where(shared_address(keys.v)));
+    const uint32_t k8 = uniform(matrix_at(shared_address(keys.k8))), v = uniform(matrix_at(shared_address(keys.v)));
     if constexpr (holds_v)
 #pragma unroll
       for (int k = 0; k < Dp / 16; ++k) load_matrices(held_v[k], shared_address(keys.v) + swizzle<128>(warp % 4 * 16 + lane % 16, 2 * k + lane / 16));
@@ -443,7 +443,7 @@ __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared
   if (threadIdx.x < steps16)
     shared.relative[threadIdx.x] = __float2half2_rn(__fdividef(shared.keys[threadIdx.x / 4].record.scale[threadIdx.x % 4], k_bound));
   sync_named(DQ_BARRIER, 128);
-  const uint32_t k8t = where(shared_address(shared.keys[0].record.k8t)), rows = shared_address(shared.ds) + swizzle<2 * KEYS>(warp * 16 + lane % 16, lane / 16);
+  const uint32_t k8t = matrix_at(shared_address(shared.keys[0].record.k8t)), rows = shared_address(shared.ds) + swizzle<2 * KEYS>(warp * 16 + lane % 16, lane / 16);
   for (int step = 0; step < steps; ++step, walk.advance(blocks, stride)) {
     const int stage = step % STAGES<Dp>;
     const int64_t record = walk.record;

@@ -134,7 +134,7 @@ __device__ __forceinline__ void fence(float x) {
 
 template <typename T, int Dp>
 struct Consumer {
-  static constexpr int key_tiles = TILE / 8, channel_tiles = Dp / 8, steps = TILE / 32;
+  static constexpr int key_tiles = TILE / 8, channel_tiles = Dp / 8, k_steps = TILE / 32;
 
   const ForwardArgs& a;
   Shared<Dp>& shared;
@@ -149,7 +149,7 @@ struct Consumer {
 
   // P = 255 exp2(n scale - top), rounded to bytes, and the sums of its rows. Gives the turn to the next warpgroup on the way.
   template <bool masked>
-  __device__ __forceinline__ void exponentials(uint32_t (&p8)[steps][4], float (&sum)[2], const int (&n)[4 * key_tiles], const float (&scale)[2][2],
+  __device__ __forceinline__ void exponentials(uint32_t (&p8)[k_steps][4], float (&sum)[2], const int (&n)[4 * key_tiles], const float (&scale)[2][2],
                                                const float (&top)[2]) {
     constexpr int pairs = 2 * key_tiles, ahead = 8;  // pair i: row i / 2 % 2, columns of 8-column tile i / 4 * 2 + i % 2
     float y[pairs][2];
@@ -187,7 +187,7 @@ struct Consumer {
     wait(shared_address(&work.full), number / 2 % 2);
     if (work.rows == 0) return false;
     const int group = lane / 4, t = lane % 4;
-    const uint32_t q8 = once(where(shared_address(work.q8[warpgroup])));
+    const uint32_t q8 = once(matrix_at(shared_address(work.q8[warpgroup])));
     const float q_scale[2] = {work.q_scale[warp_row() + group], work.q_scale[warp_row() + group + 8]};
 
     float o[channel_tiles][4] = {};
@@ -203,9 +203,9 @@ struct Consumer {
       wait(position.full(), position.parity);
       int n[4 * key_tiles];
       begin_products();
-      multiply_s8s8<Dp, false>(n, q8, where(at));
+      multiply_s8s8<Dp, false>(n, q8, matrix_at(at));
 #pragma unroll
-      for (int k = 1; k < Dp / 32; ++k) multiply_s8s8<Dp, true>(n, q8 + 2 * k, where(at) + 2 * k);
+      for (int k = 1; k < Dp / 32; ++k) multiply_s8s8<Dp, true>(n, q8 + 2 * k, matrix_at(at) + 2 * k);
       commit_products();
       wait_for_products<0>();
 
@@ -255,7 +255,7 @@ struct Consumer {
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) factor[r] = exp2_fast(top[r] - reference[r]);
-      uint32_t p8[steps][4];
+      uint32_t p8[k_steps][4];
       float total[2] = {};
       sync_named(turn + (__float_as_int(top[0]) & __float_as_int(top[1]) & (a.queries.tokens >> 31)), 64);  // + 0, but not before top
       fence(top[0]);
@@ -266,9 +266,9 @@ struct Consumer {
       int d[4 * channel_tiles];
       begin_products();
       constexpr uint32_t v8 = offsetof(KeyValueRecord<Dp>, v8t) / 16;
-      multiply_u8s8<TILE, false>(d, p8[0], where(at) + v8);
+      multiply_u8s8<TILE, false>(d, p8[0], matrix_at(at) + v8);
 #pragma unroll
-      for (int k = 1; k < steps; ++k) multiply_u8s8<TILE, true>(d, p8[k], where(at) + v8 + 2 * k);
+      for (int k = 1; k < k_steps; ++k) multiply_u8s8<TILE, true>(d, p8[k], matrix_at(at) + v8 + 2 * k);
       commit_products();
       wait_for_products<0>();
 #pragma unroll

@@ -71,15 +71,15 @@ __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.
 // ---------------------------------------------------------------------------------------------------- matrix products
 
 // Matrices in shared memory are K-major, of bytes, rows of 64 or 128 bytes swizzled as swizzle<row_bytes> does, and start at a multiple
-// of 8 rows. Their descriptor is {where, layout<row_bytes>()}; the next 32 bytes of k are at `where + 2`.
+// of 8 rows. Their descriptor is {matrix_at(address), descriptor_high<row_bytes>()}; the next 32 bytes of k are at `matrix_at(address) + 2`.
 template <int row_bytes>
-__device__ __forceinline__ constexpr uint32_t layout() {
+__device__ __forceinline__ constexpr uint32_t descriptor_high() {
   static_assert(row_bytes == 64 || row_bytes == 128);
   return (row_bytes == 128 ? 1u : 2u) << 30 | row_bytes * 8 / 16;
 }
 template <int row_bytes>
-__device__ __forceinline__ uint64_t descriptor(uint32_t where) { return static_cast<uint64_t>(layout<row_bytes>()) << 32 | where; }
-__device__ __forceinline__ uint32_t where(uint32_t address) { return 1u << 16 | address >> 4; }
+__device__ __forceinline__ uint64_t descriptor(uint32_t matrix) { return static_cast<uint64_t>(descriptor_high<row_bytes>()) << 32 | matrix; }
+__device__ __forceinline__ uint32_t matrix_at(uint32_t address) { return 1u << 16 | address >> 4; }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

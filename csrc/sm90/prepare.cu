@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_keys_kernel
   KeyRecord<Dp>* records = static_cast<KeyRecord<Dp>*>(a.w.keys) + padded * (TILE / KEYS);
   uint2 k8[ROWS][n];
   uint4 v[ROWS][n];
-  const T* v_tile = at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + begin);
+  const T* v_tile = row_at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + begin);
   const float* v_mean = a.p.v_mean + (static_cast<int64_t>(keys.sequence) * heads + head) * dim;
 #pragma unroll
   for (int j = 0; j < ROWS; ++j) {
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const int64_t padded = static_cast<int64_t>(head) * a.queries.tiles + slot;
   QueryRecord<Dp>* records = static_cast<QueryRecord<Dp>*>(a.w.queries) + padded * records_of_tile;
   // Everything is loaded before anything that has to wait for it is stored: the compiler does not know that they are different places.
-  const T* o_tile = at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
-  const T* d_o_tile = at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin);
+  const T* o_tile = row_at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
+  const T* d_o_tile = row_at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin);
   uint4 d_o[ROWS][n], o[ROWS][n];
   load_rows(d_o, d_o_tile, a.p.d_o_strides.token, rows, dim), load_rows(o, o_tile, a.p.o_strides.token, rows, dim);
   uint4* sums = reinterpret_cast<uint4*>(a.w.d_q) + padded * (TILE * Dp / 4);
