@@ -12,7 +12,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -50,15 +49,19 @@ struct Kernel {
 const Kernel cpu_kernel{"cpu", cpu::forward_workspace_bytes, cpu::backward_workspace_bytes, cpu::forward, cpu::backward};
 
 // Device -1 is the CPU, others are CUDA ordinals. The newest kernel that the device can run, or the one that the environment variable
-// SAGETRAIN_GPU_KERNEL names; throws where there is none.
+// SAGETRAIN_GPU_KERNEL names; throws where there is none. The variable is read once in a process: a backward traps on what the forward of
+// another kernel saved.
 const Kernel& kernel_for(int64_t device) {
   if (device < 0) return cpu_kernel;
 #ifdef SAGETRAIN_CUDA
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, static_cast<int>(device));
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, static_cast<int>(device));
-  const char* wish = std::getenv("SAGETRAIN_GPU_KERNEL");
-  const auto wanted = [&](const char* name) { return wish == nullptr || *wish == 0 || std::strcmp(wish, name) == 0; };
+  static const std::string wish = [] {
+    const char* name = std::getenv("SAGETRAIN_GPU_KERNEL");
+    return std::string(name ? name : "");
+  }();
+  const auto wanted = [&](const char* name) { return wish.empty() || wish == name; };
 #ifdef SAGETRAIN_SM90
   static const Kernel sm90_kernel{"sm90", sm90::forward_workspace_bytes, sm90::backward_workspace_bytes, sm90::forward, sm90::backward};
   if (major == 9 && wanted(sm90_kernel.name)) return sm90_kernel;
@@ -67,7 +70,7 @@ const Kernel& kernel_for(int64_t device) {
   static const Kernel sm80_kernel{"sm80", sm80::forward_workspace_bytes, sm80::backward_workspace_bytes, sm80::forward, sm80::backward};
   if (major >= 8 && wanted(sm80_kernel.name)) return sm80_kernel;
 #endif
-  throw std::runtime_error("sagetrain: no INT8 attention kernel " + (wish && *wish ? "'" + std::string(wish) + "' (SAGETRAIN_GPU_KERNEL) " : std::string()) +
+  throw std::runtime_error("sagetrain: no INT8 attention kernel " + (wish.empty() ? "" : "'" + wish + "' (SAGETRAIN_GPU_KERNEL) ") +
                            "in this build for compute capability " + std::to_string(major) + "." + std::to_string(minor));
 #else
   throw std::runtime_error("sagetrain: this build has no CUDA kernels (nvcc was not there, or its sources were not, when it was built)");
@@ -102,7 +105,7 @@ Strides strides_of(const Tensor& t) {
   return {t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// CUDA kernels read rows in 16-byte pieces: a tensor whose rows do not start at multiples of that is copied once.
+// CUDA kernels read rows in 16-byte chunks: a tensor whose rows do not start at multiples of that is copied once.
 Tensor aligned(const Tensor& t, int64_t device) {
   if (device < 0 || t.numel() == 0) return t;
   bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;

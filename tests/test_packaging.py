@@ -276,6 +276,17 @@ def test_cuda_kernels_are_built_for_their_architectures_and_do_not_spill(cuda_bu
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_kernel_folder_includes_another() -> None:
+    """What two of them need is in csrc/common."""
+    csrc = CHECKOUT / "csrc"
+    reaches = []
+    for path in csrc.glob("*/*"):
+        included = [(path.parent / name).resolve() for name in re.findall(r'#include "(.+)"', path.read_text())]
+        allowed = {csrc, csrc / "common", path.parent}
+        reaches += [f"{path.relative_to(csrc)}: {other}" for other in included if other.parent not in allowed]
+    assert not reaches, "\n".join(reaches)
+
+
 def test_every_cuda_kernel_waits_for_the_one_before_it() -> None:
     """A kernel without after_previous() reads what its predecessor still writes: now and then, on newer GPUs only."""
     sources = {path: path.read_text() for path in (CHECKOUT / "csrc").glob("**/*.cu*")}

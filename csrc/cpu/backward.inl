@@ -1,5 +1,5 @@
 // Backward, fused: one work item = (sequence, key/value head, chunk of keys). It owns dK and dV of its keys and walks,
-// for every query head of the group, key tiles (64) outside and query tiles (64) inside; dQ of the head accumulates in
+// for every query head that shares the keys, key tiles (64) outside and query tiles (64) inside; dQ of the head accumulates in
 // fp32 scratch. Nothing is shared between threads, every sum has a fixed order: the same bits for the same call.
 //
 // Per tile pair, in strips of MR keys: S^T and dP^T by the micro-kernel -> P', dS; row (query) maxima of A = dS k_scale
@@ -205,7 +205,7 @@ static void backward_item(const BackwardParams& p, const BackwardScratch<kDim>& 
                           int64_t chunk, int64_t slot) {
   const Shape& s = p.shape;
   const Sequence q = sequence(s, n);
-  const int64_t query_tiles = ceil_div(q.tq, T), key_tiles = ceil_div(q.tk, kKeys), group = s.heads_q / s.heads_kv;
+  const int64_t query_tiles = ceil_div(q.tq, T), key_tiles = ceil_div(q.tk, kKeys), q_per_kv = s.heads_q / s.heads_kv;
   const int64_t first = key_tiles * chunk / w.chunks, last = key_tiles * (chunk + 1) / w.chunks;
   const int64_t tile_floats = kDim * T, all_tiles = w.query_tiles[s.num_sequences];
   const float* v_mean = p.v_mean + (n * s.heads_kv + head_kv) * s.head_dim;
@@ -213,7 +213,7 @@ static void backward_item(const BackwardParams& p, const BackwardScratch<kDim>& 
   QuerySide<kDim>* queries = w.queries + slot * w.max_query_tiles;
   KeySide<kDim>* keys = w.keys + slot * ceil_div(w.max_key_tiles, w.chunks);
   for (int64_t j = first; j < last; ++j) pack_key_side<kDim, kHalf>(p, q, head_kv, j * kKeys, v_mean, keys[j - first]);
-  for (int64_t head = head_kv * group; head < (head_kv + 1) * group; ++head) {
+  for (int64_t head = head_kv * q_per_kv; head < (head_kv + 1) * q_per_kv; ++head) {
     float* d_q = w.chunks > 1 ? w.partial + ((chunk * s.heads_q + head) * all_tiles + w.query_tiles[n]) * tile_floats
                               : w.d_q + slot * w.max_query_tiles * tile_floats;
     __builtin_memset(d_q, 0, query_tiles * tile_floats * 4);

@@ -169,7 +169,7 @@ static void outside(const int32_t* cu, int64_t sequences, int64_t tokens, F f) {
 }
 
 // ---- scratch and threads ---------------------------------------------------------------------------------------
-// Hands out pieces of the workspace; over a null base it only counts, which is how a size is computed.
+// Hands out parts of the workspace; over a null base it only counts, which is how a size is computed.
 struct Arena {
   char* base;
   size_t used = 0;

@@ -1,7 +1,7 @@
 // The two calls of the C boundary: carve the workspace, launch the passes in order.
 #include <algorithm>
 
-#include "call.cuh"
+#include "layout.cuh"
 
 namespace sagetrain::sm80 {
 namespace {
@@ -27,11 +27,11 @@ BackwardArgs arguments(const BackwardParams& p, void* workspace, size_t& bytes) 
   const bool small = dim == 64;
   BackwardScratch& w = a.w;
   Carver c{static_cast<char*>(workspace)};
-  c.take(w.blocks, tiles_k, small ? sizeof(BlockKeys<64>) : sizeof(BlockKeys<128>));
-  if (!a.fused) c.take(w.keys, tiles_k * (TILE / KEYS), small ? sizeof(BackwardKeys<64>) : sizeof(BackwardKeys<128>));
+  c.take(w.blocks, tiles_k, small ? sizeof(KeyRecord<64>) : sizeof(KeyRecord<128>));
+  if (!a.fused) c.take(w.keys, tiles_k * (TILE / DQ_KEYS), small ? sizeof(DqKeyRecord<64>) : sizeof(DqKeyRecord<128>));
   c.take(w.v_norm, tiles_k);
   c.take(w.k_bound, tiles_k);
-  c.take(w.queries, tiles_q * (TILE / QUERIES), small ? sizeof(BackwardQueries<64>) : sizeof(BackwardQueries<128>));
+  c.take(w.queries, tiles_q * (TILE / QUERIES), small ? sizeof(QueryRecord<64>) : sizeof(QueryRecord<128>));
   c.take(w.q_rows, tiles_q * TILE);
   if (a.fused) c.take(w.d_q, tiles_q * TILE * dim);
   if (a.splits > 1) c.take(w.d_kv, tiles_k * 2 * TILE * dim);
@@ -42,7 +42,7 @@ BackwardArgs arguments(const BackwardParams& p, void* workspace, size_t& bytes) 
 }  // namespace
 
 size_t forward_workspace_bytes(const ForwardParams& p) {
-  return forward_arguments<ForwardKeys>(p, nullptr).second;
+  return forward_arguments<KeyValueRecord>(p, nullptr).second;
 }
 
 size_t backward_workspace_bytes(const BackwardParams& p) {
@@ -53,7 +53,7 @@ size_t backward_workspace_bytes(const BackwardParams& p) {
 
 const char* forward(const ForwardParams& p) {
   if (const char* refusal = too_large(p.shape)) return refusal;
-  const ForwardArgs a = forward_arguments<ForwardKeys>(p, p.workspace).first;
+  const ForwardArgs a = forward_arguments<KeyValueRecord>(p, p.workspace).first;
   const auto stream = static_cast<cudaStream_t>(p.stream);
   quantise(a, stream);
   attend(a, stream);
@@ -66,8 +66,8 @@ const char* backward(const BackwardParams& p) {
   const BackwardArgs a = arguments(p, p.workspace, bytes);
   const auto stream = static_cast<cudaStream_t>(p.stream);
   prepare(a, stream);
-  key_gradients(a, stream);
-  if (!a.fused) query_gradients(a, stream);
+  gradients(a, stream);
+  a.fused ? finish(a, stream) : query_gradients(a, stream);
   return status();
 }
 

@@ -1,6 +1,8 @@
-// What the kernels of the backward share: scales and rounding of P and dS in registers, undoing the rotation, and who owns
-// which rows. Schedules, bound, variants: docs/sm80.md; the constants L, c, d, L', out: layout.cuh.
+// What the kernels of the backward share: scales and rounding of P and dS in registers, who owns which rows, and how results
+// are written. Schedules, bound, variants: docs/sm80.md; the constants L, c, d, L', out: layout.cuh.
 #pragma once
+#include "../common/rotate.cuh"
+#include "layout.cuh"
 #include "matmul.cuh"
 
 namespace sagetrain::sm80 {
@@ -20,21 +22,6 @@ __device__ __forceinline__ float scale_of(float top, float levels) {
   return scale < 1.f / LARGEST_INVERSE ? 1.f / LARGEST_INVERSE : scale;
 }
 
-// The largest of the rows r (low half) and r + 8 (high half) of a warp tile; x[i] has two columns of both. NaN stays NaN.
-template <int n>
-__device__ __forceinline__ __half2 row_tops(const __half2 (&x)[n][2], bool is_signed) {
-  __half2 top[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    top[r] = is_signed ? __habs2(x[0][r]) : x[0][r];
-#pragma unroll
-    for (int i = 1; i < n; ++i) top[r] = __hmax2_nan(top[r], is_signed ? __habs2(x[i][r]) : x[i][r]);
-  }
-  __half2 both = __hmax2_nan(__lows2half2(top[0], top[1]), __highs2half2(top[0], top[1]));
-  both = __hmax2_nan(both, __shfl_xor_sync(~0u, both, 1));
-  return __hmax2_nan(both, __shfl_xor_sync(~0u, both, 2));
-}
-
 // Scales of these rows: the largest of `x` (magnitudes) over its columns becomes `levels`.
 // inverse: what multiplies x; scale: what takes the rounded values back. NaN stays NaN.
 template <int n>
@@ -48,80 +35,20 @@ __device__ __forceinline__ void row_scales(const __half2 (&x)[n][2], float level
   }
 }
 
-// The two halves, or zeros in their place.
-__device__ __forceinline__ __half2 keep(__half2 x, bool low, bool high) {
-  const uint32_t bits = reinterpret_cast<uint32_t&>(x) & ((low ? 0xFFFFu : 0u) | (high ? 0xFFFF0000u : 0u));
-  return reinterpret_cast<const __half2&>(bits);
-}
-
-// Rounds 32 columns (four 8-column tiles) to 8 bits: an A operand.
-__device__ __forceinline__ void to_operand(uint32_t (&a)[4], const __half2 (*x)[2], const __half2 (&inverse)[2]) {
-  const __half2 magic = __float2half2_rn(MAGIC_HALF);
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      a[2 * half + r] = low_bytes(__hfma2(x[2 * half][r], inverse[r], magic), __hfma2(x[2 * half + 1][r], inverse[r], magic));
-}
-
-// x H over the channels of an accumulator (Sylvester's Hadamard matrix), and the signs: undoes the rotation of q and k.
-template <int tiles>
-__device__ __forceinline__ void unrotate(float (&x)[tiles][4], int t) {
-#pragma unroll
-  for (int n = 0; n < tiles; ++n)
-#pragma unroll
-    for (int r = 0; r < 4; r += 2) {  // channel bit 0
-      const float a = x[n][r], b = x[n][r + 1];
-      x[n][r] = a + b, x[n][r + 1] = a - b;
-    }
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2)  // channel bits 1 and 2: the lane within its quad
-#pragma unroll
-    for (int n = 0; n < tiles; ++n)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const float other = __shfl_xor_sync(~0u, x[n][c], bit);
-        x[n][c] = t & bit ? other - x[n][c] : x[n][c] + other;
-      }
-#pragma unroll
-  for (int bit = 1; bit < tiles; bit *= 2)  // the others: which 8-column tile
-#pragma unroll
-    for (int n = 0; n < tiles; ++n)
-      if (!(n & bit))
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float a = x[n][c], b = x[n | bit][c];
-          x[n][c] = a + b, x[n | bit][c] = a - b;
-        }
-#pragma unroll
-  for (int n = 0; n < tiles; ++n) {
-    const uint32_t bits = static_cast<uint32_t>((n < 8 ? kSignsLow : kSignsHigh) >> n % 8 * 8) >> 2 * t;  // of channel 8 n + 2 t and the next
-#pragma unroll
-    for (int c = 0; c < 4; ++c) x[n][c] = __uint_as_float(__float_as_uint(x[n][c]) ^ (bits << (31 - c % 2) & 0x80000000u));
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------- matmuls of a step
 
-// 16-row tiles of a warp, warps of a block (TILE rows), blocks that a multiprocessor is to hold, and 8-column tiles whose
-// products are under way at a time: what the registers allow.
-template <int Dp>
-struct DkvShape { static constexpr int row_tiles = Dp == 64 ? 2 : 1, warps = 8 / row_tiles, blocks = Dp == 64 ? 2 : 1, group = 4 / row_tiles; };
-template <int Dp>
-struct DqShape { static constexpr int row_tiles = Dp == 64 ? 2 : 1, warps = 4, blocks = 2, group = 4, rows = 16 * row_tiles * warps; };
-
 constexpr int COLUMNS = 64;  // of a step
-static_assert(COLUMNS == KEYS && COLUMNS == QUERIES);
+static_assert(COLUMNS == DQ_KEYS && COLUMNS == QUERIES);
 
 // sum += scale * (x times a matrix [channel][COLUMNS] of bytes in shared memory), x the rounded operand of dS.
-template <int group, int m, int channel_tiles>
+template <int in_flight, int m, int channel_tiles>
 __device__ __forceinline__ void accumulate(float (&sum)[m][channel_tiles][4], const uint32_t (&x)[m][2][4], const float (&scale)[m][2], uint32_t matrix) {
 #pragma unroll
-  for (int first = 0; first < channel_tiles; first += group) {
-    int y[group][m][4];
+  for (int first = 0; first < channel_tiles; first += in_flight) {
+    int y[in_flight][m][4];
     product_int8<false, COLUMNS>(y, x, matrix + first * 8 * COLUMNS);
 #pragma unroll
-    for (int n = 0; n < group; ++n)
+    for (int n = 0; n < in_flight; ++n)
 #pragma unroll
       for (int i = 0; i < m; ++i)
 #pragma unroll
@@ -129,6 +56,93 @@ __device__ __forceinline__ void accumulate(float (&sum)[m][channel_tiles][4], co
           sum[i][first + n][c] = fmaf(__int_as_float(y[n][i][c]) - MAGIC_FLOAT, scale[i][c / 2], sum[i][first + n][c]);
   }
 }
+
+// ---------------------------------------------------------------------------------------------------- rows of keys
+
+// Which keys a block of dkv_kernel owns and its part of the steps: the queries that see them, by their records in order.
+template <int Dp, int row_tiles>
+struct KeyRows {
+  Span keys;
+  int head, k0, warp_row, group, t;
+  int left;                 // keys from the warp's first to the sequence's end
+  int steps;                // of this split
+  // of the step:
+  int record;
+  int diagonal;             // of its queries, the first that sees the warp's first key; negative where all do
+  int blocks, until;        // records of a query head that see any key of the block, and of these those to come
+
+  __device__ KeyRows(const BackwardArgs& a, int number) {
+    const int heads_kv = a.p.shape.heads_kv, q_per_kv = a.p.shape.heads_q / heads_kv;
+    head = number % heads_kv;
+    const int split = number / heads_kv % a.splits, tile = number / heads_kv / a.splits;  // causal: the first keys have the most queries
+    keys = span_of_tile(a.keys, tile);
+    k0 = (tile - keys.first_tile) * TILE;
+    const Span queries = span_of(a.queries, keys.sequence);
+    const int offset = keys.length - queries.length, first_block = a.p.shape.is_causal ? max(0, k0 - offset) / QUERIES : 0;
+    blocks = max(0, (queries.length + QUERIES - 1) / QUERIES - first_block);
+    const int all = blocks * q_per_kv, first = static_cast<int>(static_cast<int64_t>(all) * split / a.splits);
+    steps = static_cast<int>(static_cast<int64_t>(all) * (split + 1) / a.splits) - first;
+    const int lane = threadIdx.x % 32;
+    group = lane / 4, t = lane % 4;
+    warp_row = k0 + threadIdx.x / 32 * (16 * row_tiles);
+    left = keys.length - warp_row;
+    const int done = blocks ? first % blocks : 0, block = first_block + done;
+    until = blocks - done;
+    diagonal = a.p.shape.is_causal ? warp_row - offset - block * QUERIES : -TILE;
+    record = (head * q_per_kv + (blocks ? first / blocks : 0)) * head_stride(a) + queries.first_tile * (TILE / QUERIES) + block;
+  }
+  __device__ __forceinline__ bool exists() const { return k0 >= 0 && k0 < keys.length; }
+  __device__ __forceinline__ int key(int i, int r) const { return warp_row + 16 * i + group + 8 * r; }
+  static __device__ __forceinline__ int head_stride(const BackwardArgs& a) { return a.queries.tiles * (TILE / QUERIES); }
+  __device__ __forceinline__ int following(const BackwardArgs& a) const { return record + 1 + (until == 1 ? head_stride(a) - blocks : 0); }
+  __device__ __forceinline__ void advance(const BackwardArgs& a) {
+    const int queries = a.p.shape.is_causal ? QUERIES : 0;
+    record = following(a), diagonal -= queries;
+    if (--until == 0) until = blocks, diagonal += blocks * queries;
+  }
+
+  __device__ __forceinline__ void load_k8(uint32_t (&operand)[row_tiles][Dp / 32][4], float (&scale)[row_tiles][2], const BackwardArgs& a) const {
+    const int64_t row = row_index(keys.batch, a.p.shape.heads_kv, head, a.keys.tokens, keys.begin);
+#pragma unroll
+    for (int i = 0; i < row_tiles; ++i) {
+      const bool valid[2] = {key(i, 0) < keys.length, key(i, 1) < keys.length};
+      const void* rows[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        rows[r] = a.p.k8 + (row + key(i, r)) * Dp;
+        scale[i][r] = valid[r] ? a.p.k_scale[row + key(i, r)] : 0.f;
+      }
+      load_operand(operand[i], rows, valid, t, Dp);
+    }
+  }
+  // Writes this warp's rows of dK or dV.
+  template <typename T>
+  __device__ __forceinline__ void store(void* to, const Strides& s, const float (&x)[row_tiles][Dp / 8][4], float factor, int head_dim) const {
+#pragma unroll
+    for (int i = 0; i < row_tiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        T* row = static_cast<T*>(to) + keys.batch * s.batch + head * s.head + (keys.begin + key(i, r)) * s.token;
+        store_row<Dp / 8>(row, key(i, r) < keys.length, head_dim,
+                          [&](int n) { return pack16<T>(factor * x[i][n][2 * r], factor * x[i][n][2 * r + 1]); });
+      }
+  }
+  template <typename T>
+  __device__ __forceinline__ void store_dk(const BackwardArgs& a, float (&dk)[row_tiles][Dp / 8][4]) const {
+#pragma unroll
+    for (int i = 0; i < row_tiles; ++i) unrotate(dk[i], t);
+    store<T>(a.p.d_k, a.p.d_k_strides, dk, a.p.shape.scale, a.p.shape.head_dim);
+  }
+  template <typename T>
+  __device__ __forceinline__ void store_dv(const BackwardArgs& a, const float (&dv)[row_tiles][Dp / 8][4]) const {
+    store<T>(a.p.d_v, a.p.d_v_strides, dv, 0x1p-15f, a.p.shape.head_dim);
+  }
+  // This lane's part of the sums of dK (which = 0) or dV (1) of the block's tile.
+  __device__ __forceinline__ float4* sums(const BackwardArgs& a, int which) const {
+    const int64_t tile = static_cast<int64_t>(head) * a.keys.tiles + keys.first_tile + k0 / TILE;
+    return reinterpret_cast<float4*>(a.w.d_kv) + ((tile * 2 + which) * TILE + (warp_row - k0)) * (Dp / 4) + threadIdx.x % 32;
+  }
+};
 
 // ---------------------------------------------------------------------------------------------------- results
 

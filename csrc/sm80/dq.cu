@@ -1,23 +1,42 @@
-// dQ by itself, for `deterministic` calls and where the shared memory of dkv.cu does not fit: rows are queries, columns
+// dQ by itself, for `deterministic` calls and where the shared memory of backward.cu does not fit: rows are queries, columns
 // keys; S, dP -> dS -> dQ += dS K. S and dP are computed here a second time, so that nothing is summed across blocks.
+//
+//   barrier               who waits, before what                    who arrives, after what
+//   wait_for_copies       every thread, once a step: reading it     the thread's own copies of this record
+//   __syncthreads         all, once a step: reading this record,    all: their own copies are there, and they have left the record before
+//                         copying the next to the other stage
+//
+//   shared memory, KiB    2 x 16.5, D = 128: 2 x 32.5    stages of a DqKeyRecord
+//
+//   tile size             what limits it: DqShape
 #include "backward.cuh"
 
 namespace sagetrain::sm80 {
 namespace {
 
+// What limits each number is registers (sm_90: 242, D = 128: 201 a thread): q8 and dO take 48 of them, dQ 64; dP and S
+// in flight 64, D = 128: 32.
+template <int Dp>
+struct DqShape {
+  static constexpr int row_tiles = Dp == 64 ? 2 : 1;    // 16-row tiles of a warp
+  static constexpr int warps = 4, blocks = 2;           // of a block; blocks that a multiprocessor is to hold
+  static constexpr int rows = 16 * row_tiles * warps;   // queries of a block
+  static constexpr int in_flight = 4;                   // 8-column tiles of a product under way at a time
+};
+
 template <typename T, int Dp>
 __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) dq_kernel(const __grid_constant__ BackwardArgs a) {
   after_previous();
-  using Record = BackwardKeys<Dp>;
-  constexpr int m = DqShape<Dp>::row_tiles, group_tiles = DqShape<Dp>::group, tiles = COLUMNS / 8, threads = 32 * DqShape<Dp>::warps;
+  using Record = DqKeyRecord<Dp>;
+  constexpr int m = DqShape<Dp>::row_tiles, in_flight = DqShape<Dp>::in_flight, tiles = COLUMNS / 8, threads = 32 * DqShape<Dp>::warps;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t stages = shared_address(shared);
 
   const QueryRows<DqShape<Dp>::rows> block(a.p.shape, a.queries, a.keys, block_number());
-  if (!block.exist()) return;
-  const int steps = (block.visible + KEYS - 1) / KEYS;
+  if (!block.exists()) return;
+  const int steps = (block.visible + DQ_KEYS - 1) / DQ_KEYS;
 
-  const Record* next = static_cast<const Record*>(a.w.keys) + (static_cast<int64_t>(block.head_kv) * a.keys.tiles + block.keys.first_tile) * (TILE / KEYS);
+  const Record* next = static_cast<const Record*>(a.w.keys) + (static_cast<int64_t>(block.head_kv) * a.keys.tiles + block.keys.first_tile) * (TILE / DQ_KEYS);
   if (steps) copy_run<sizeof(Record), threads>(stages, next);
   commit_copies();
 
@@ -39,7 +58,7 @@ __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) 
       const float4 constants = valid[r] ? a.w.q_rows[padded_row + query] : float4{0.f, INFINITY, 0.f, 0.f};
       q_scale[i][r] = constants.x, l[i][r] = constants.y, start[i][r] = -constants.z;
       // dO from its record, where 16-byte chunks are swizzled
-      const auto& record = static_cast<const BackwardQueries<Dp>*>(a.w.queries)[(padded_row + query) / QUERIES];
+      const auto& record = static_cast<const QueryRecord<Dp>*>(a.w.queries)[(padded_row + query) / QUERIES];
 #pragma unroll
       for (int k = 0; k < Dp / 16; ++k)
 #pragma unroll
@@ -63,13 +82,13 @@ __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) 
 
     __half2 ds[m][tiles][2];
 #pragma unroll
-    for (int first = 0; first < tiles; first += group_tiles) {
-      float dp[group_tiles][m][4];
+    for (int first = 0; first < tiles; first += in_flight) {
+      float dp[in_flight][m][4];
       product_16bit<T, 2 * Dp, Dp / 16>(dp, InRegisters<m, Dp / 16>{d_o}, shared_address(record.v) + first * 16 * Dp, start);
-      int s[group_tiles][m][4];
+      int s[in_flight][m][4];
       product_int8<false, Dp>(s, q8, shared_address(record.k8) + first * 8 * Dp);
 #pragma unroll
-      for (int j = 0; j < group_tiles; ++j) {
+      for (int j = 0; j < in_flight; ++j) {
         const int n = first + j;
         const float2 scale = record.k_scale[n * 4 + t], bias = record.k_bias[n * 4 + t];
 #pragma unroll
@@ -82,7 +101,7 @@ __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) 
           }
       }
     }
-    if (min(diagonal, last) < KEYS - 1) {
+    if (min(diagonal, last) < DQ_KEYS - 1) {
 #pragma unroll
       for (int i = 0; i < m; ++i)
 #pragma unroll
@@ -94,7 +113,7 @@ __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) 
           }
     }
 
-    last -= KEYS, diagonal -= KEYS;
+    last -= DQ_KEYS, diagonal -= DQ_KEYS;
 
     float scale[m][2];
     uint32_t ds8[m][2][4];
@@ -104,7 +123,7 @@ __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) 
       row_scales(ds[i], 127.f, true, inverse, scale[i]);
       to_operand(ds8[i][0], &ds[i][0], inverse), to_operand(ds8[i][1], &ds[i][4], inverse);
     }
-    accumulate<group_tiles>(dq, ds8, scale, shared_address(record.k8t));
+    accumulate<in_flight>(dq, ds8, scale, shared_address(record.k8t));
   }
 
   const QueryRows<DqShape<Dp>::rows> again(a.p.shape, a.queries, a.keys, block_number());
@@ -113,7 +132,7 @@ __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) 
 
 template <typename T, int Dp>
 void launch(const BackwardArgs& a, cudaStream_t stream) {
-  constexpr int bytes = 2 * sizeof(BackwardKeys<Dp>);
+  constexpr int bytes = 2 * sizeof(DqKeyRecord<Dp>);
   cudaFuncSetAttribute(dq_kernel<T, Dp>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const unsigned blocks = all_tiles<DqShape<Dp>::rows>(a.queries) * a.p.shape.heads_q;
   if (blocks) launch_kernel(dq_kernel<T, Dp>, blocks, 32 * DqShape<Dp>::warps, bytes, stream, a);

@@ -1,31 +1,49 @@
 // Forward: o = softmax(scale Q K^T) V, both matmuls in INT8, on mma.sync. Bound, schedule, variants: docs/sm80.md.
 //
-// One block owns 16 queries a warp of one head, one warp 16 of them, and walks the key tiles with two copies in flight
-// (the next tile is copied while this one is computed). Everything between the two matmuls stays in registers.
+// One block owns 64 queries of one head, one warp 16 of them, and walks the key tiles with two stages (the next tile is copied while this one
+// is computed). Everything between the two matmuls stays in registers.
+//
+//   barrier                 who waits, before what                      who arrives, after what
+//   wait_for_copies         every thread, once a step: reading it       the thread's own copies of this tile
+//   __syncthreads           all, once a step: reading this tile,        all: their own copies are there, and they have left the tile before
+//                           copying the next to the other stage
+//
+//   shared memory, KiB      2 x 17.5, D = 128: 2 x 34    stages of a KeyValueRecord
+//
+//   tile size               what limits it (sm_90)
+//   BLOCK_WARPS = 4 x 16    registers, 155 or 201 of a thread: three such blocks of a multiprocessor, D = 128: two (BLOCKS)
+//   TILE = 128 keys         registers: S of a warp is 64 a thread; and V's scales are made for as many (common/quantise_keys.cuh)
+//   IN_FLIGHT = 8           registers: 8-column tiles of a product under way at a time (matmul.cuh)
+#include "layout.cuh"
 #include "matmul.cuh"
 
 namespace sagetrain::sm80 {
 namespace {
 
-// Warps of a block, 16 queries each, and blocks of a multiprocessor: as many as the registers allow without spills.
-constexpr int WARPS = 4;
+constexpr int BLOCK_WARPS = 4;  // 16 queries each
 template <int Dp>
 constexpr int BLOCKS = Dp == 64 ? 3 : 2;
-constexpr int GROUP = 8;        // 8-column tiles whose products are under way at a time
+constexpr int IN_FLIGHT = 8;
 constexpr float GROWTH = 10.f;  // a row's maximum may outgrow its reference by 2^10 before O and l are rescaled
 
+// Largest over the four lanes that share a row of an accumulator.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
 template <typename T, int Dp>
-__global__ void __launch_bounds__(32 * WARPS, BLOCKS<Dp>) forward_kernel(const __grid_constant__ ForwardArgs a) {
+__global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(const __grid_constant__ ForwardArgs a) {
   after_previous();
   constexpr int k_steps = Dp / 32;     // of S
   constexpr int key_tiles = TILE / 8;  // 8-column tiles of S
   constexpr int channel_tiles = Dp / 8;
   extern __shared__ __align__(128) unsigned char shared[];
 
-  constexpr int rows = 16 * WARPS, threads = 32 * WARPS;
-  using Record = ForwardKeys<Dp>;
+  constexpr int rows = 16 * BLOCK_WARPS, threads = 32 * BLOCK_WARPS;
+  using Record = KeyValueRecord<Dp>;
   const QueryRows<rows> block(a.p.shape, a.queries, a.keys, block_number());
-  if (!block.exist()) return;
+  if (!block.exists()) return;
   const int tiles = (block.visible + TILE - 1) / TILE;
 
   const uint32_t stages = shared_address(shared);
@@ -68,11 +86,11 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS<Dp>) forward_kernel(const _
     // S = Q K^T, then the keys' scales
     float x[key_tiles][4];
 #pragma unroll
-    for (int first = 0; first < key_tiles; first += GROUP) {
-      int s[GROUP][1][4];
+    for (int first = 0; first < key_tiles; first += IN_FLIGHT) {
+      int s[IN_FLIGHT][1][4];
       product_int8<false, Dp>(s, q_operand, shared_address(record.k8) + first * 8 * Dp);
 #pragma unroll
-      for (int j = 0; j < GROUP; ++j) {
+      for (int j = 0; j < IN_FLIGHT; ++j) {
         const int n = first + j;
         const float2 scale = record.k_scale[n * 4 + t], bias = record.k_bias[n * 4 + t];
 #pragma unroll
@@ -131,12 +149,12 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS<Dp>) forward_kernel(const _
                                      reinterpret_cast<uint32_t&>(p[i + 1][0]), reinterpret_cast<uint32_t&>(p[i + 1][1])};
         mma_16bit<__half>(p_sum, operand, ones, ones, p_sum);
       }
-      const __half2 gain = __float2half2_rn(255.f), round = __float2half2_rn(MAGIC_HALF);
+      const __half2 levels = __float2half2_rn(255.f), magic = __float2half2_rn(MAGIC_HALF);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          p8[0][step][2 * half + r] = low_bytes(__hfma2(p[2 * half][r], gain, round), __hfma2(p[2 * half + 1][r], gain, round));
+          p8[0][step][2 * half + r] = low_bytes(__hfma2(p[2 * half][r], levels, magic), __hfma2(p[2 * half + 1][r], levels, magic));
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -147,11 +165,11 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS<Dp>) forward_kernel(const _
 
     // O += P V
 #pragma unroll
-    for (int first = 0; first < channel_tiles; first += GROUP) {
-      int d[GROUP][1][4];
+    for (int first = 0; first < channel_tiles; first += IN_FLIGHT) {
+      int d[IN_FLIGHT][1][4];
       product_int8<true, TILE>(d, p8, shared_address(record.v8t) + first * 8 * TILE);
 #pragma unroll
-      for (int j = 0; j < GROUP; ++j) {
+      for (int j = 0; j < IN_FLIGHT; ++j) {
         const int n = first + j;
         const float2 scale = record.v_scale[n * 4 + t], bias = record.v_bias[n * 4 + t];
 #pragma unroll
@@ -187,10 +205,10 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS<Dp>) forward_kernel(const _
 
 template <typename T, int Dp>
 void launch(const ForwardArgs& a, cudaStream_t stream) {
-  constexpr int bytes = 2 * sizeof(ForwardKeys<Dp>);
+  constexpr int bytes = 2 * sizeof(KeyValueRecord<Dp>);
   cudaFuncSetAttribute(forward_kernel<T, Dp>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  const int64_t blocks = all_tiles<16 * WARPS>(a.queries) * a.p.shape.heads_q;
-  if (blocks) launch_kernel(forward_kernel<T, Dp>, static_cast<unsigned>(blocks), 32 * WARPS, bytes, stream, a);
+  const int64_t blocks = all_tiles<16 * BLOCK_WARPS>(a.queries) * a.p.shape.heads_q;
+  if (blocks) launch_kernel(forward_kernel<T, Dp>, static_cast<unsigned>(blocks), 32 * BLOCK_WARPS, bytes, stream, a);
 }
 
 }  // namespace

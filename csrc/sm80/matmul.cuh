@@ -2,11 +2,47 @@
 //
 // An mma result is ready about 33 cycles after its issue and the tensor core takes a new one every 6: a chain that
 // accumulates over k would wait most of the time. So k is the outer loop, and between two links of a chain lie the
-// other accumulators of the group: tiles of columns x 16-row tiles of the warp, as many as the registers allow.
+// others `in flight`: tiles of columns x 16-row tiles of the warp, as many as the registers allow.
 #pragma once
-#include "layout.cuh"
+#include "../common/mma.cuh"
 
 namespace sagetrain::sm80 {
+
+// Copies `bytes` contiguous bytes by `threads` threads.
+template <int bytes, int threads>
+__device__ __forceinline__ void copy_run(uint32_t to, const void* from) {
+  static_assert(bytes % 16 == 0);
+  const char* source = static_cast<const char*>(from) + threadIdx.x * 16;
+  to += threadIdx.x * 16;
+#pragma unroll
+  for (int i = 0; i < bytes / 16; i += threads)
+    if (i + threads <= bytes / 16 || threadIdx.x < bytes / 16 - i) copy16(to + 16 * i, source + 16 * i);
+}
+
+__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+__device__ __forceinline__ void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+template <typename T>
+__device__ __forceinline__ void mma_16bit(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+  }
+}
 
 // Where a lane's row of the matrices that it loads lies in its 8-row tile, by 16-byte chunk 4 half + lane / 8.
 template <int row_bytes>
@@ -52,26 +88,6 @@ __device__ __forceinline__ void product_int8(int (&y)[tiles][m][4], const uint32
             u8 ? mma_u8s8(y[n][i], a[i][k + half], b[n][2 * half], b[n][2 * half + 1], y[n][i])
                : mma_s8(y[n][i], a[i][k + half], b[n][2 * half], b[n][2 * half + 1], y[n][i]);
         }
-  }
-}
-
-// Writes a row of a 16-bit tensor from an accumulator: word(n) is this lane's two columns of 8-column tile n. The four lanes of
-// the row exchange them, so that lane t has whole tiles 4 i + t and writes 16 bytes at a time. Every lane of the warp calls.
-template <int tiles, typename Word>
-__device__ __forceinline__ void store_row(void* row, bool valid, int columns, Word word) {
-  const int t = thread_number() % 4;
-#pragma unroll
-  for (int n = 0; n < tiles; n += 4) {
-    uint32_t x[4] = {word(n), word(n + 1), word(n + 2), word(n + 3)};
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (!(i & bit)) {
-          const uint32_t other = __shfl_xor_sync(~0u, t & bit ? x[i] : x[i + bit], bit);
-          x[i] = t & bit ? other : x[i], x[i + bit] = t & bit ? x[i + bit] : other;
-        }
-    if (valid && (n + t) * 8 < columns) reinterpret_cast<uint4*>(row)[n + t] = uint4{x[0], x[1], x[2], x[3]};
   }
 }
 

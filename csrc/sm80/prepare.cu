@@ -1,6 +1,17 @@
 // Before the backward, once per token: the records of keys and queries, and the constants of each row (layout.cuh); sums
 // start as zeros. Bound by memory: every tensor is read once, and a tile stays in registers from its load to its last use.
-#include "rows.cuh"
+//
+//   barriers        __syncthreads between the steps of a block, no other
+//   shared memory   keys: k8 of the tile, transposed: 8 KiB (D = 64), 16 (D = 128), and 0.6; queries: first q8, then do8, 8 and 16, and 5.6
+//                   and 8.1 of rows' and channels' constants
+//   tile size       TILE tokens of a head, all channels, 256 threads (common/rows.cuh). Registers limit the blocks of a multiprocessor: three
+//                   with 80; queries at D = 128: two with 128
+#include <cfloat>
+
+#include "../common/launch.cuh"
+#include "../common/outside.cuh"
+#include "../common/transpose.cuh"
+#include "layout.cuh"
 
 namespace sagetrain::sm80 {
 namespace {
@@ -10,7 +21,7 @@ constexpr int SHIFT_MAX = 100;  // |k_i|
 // their digits; their q8t and k8t shrink instead.
 constexpr int LEAST_WEIGHT = -2;       // of a query, log2
 constexpr int LEAST_WEIGHT_OF_ZEROS = -10;  // ... whose dO is zero: the bounds of the others are loose, dS of d_lse alone is not
-constexpr float LEAST_UNIT = 0x1p-5f;  // of a key
+constexpr float LEAST_RELATIVE = 0x1p-5f;  // of a key
 constexpr int U_MAX = 12;              // log2 of |u|, which must fit a half
 
 // ---------------------------------------------------------------------------------------------------- outside sequences
@@ -38,13 +49,13 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
   const int t = threadIdx.x, warp = t / 32;
   const int64_t row = row_index(keys.batch, heads, head, a.keys.tokens, keys.begin + begin);
   const int64_t padded = static_cast<int64_t>(head) * a.keys.tiles + slot;
-  BackwardKeys<Dp>* records = static_cast<BackwardKeys<Dp>*>(a.w.keys) + padded * (TILE / KEYS);
-  BlockKeys<Dp>& block = static_cast<BlockKeys<Dp>*>(a.w.blocks)[padded];
+  DqKeyRecord<Dp>* records = static_cast<DqKeyRecord<Dp>*>(a.w.keys) + padded * (TILE / DQ_KEYS);
+  KeyRecord<Dp>& block = static_cast<KeyRecord<Dp>*>(a.w.blocks)[padded];
   uint2 k8[ROWS][n];
   uint4 v[ROWS][n];
   load_rows(k8, a.p.k8 + row * Dp, rows);
   const int dim = a.p.shape.head_dim;
-  load_rows(v, at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + begin), a.p.v_strides.token, rows, dim);
+  load_rows(v, row_at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + begin), a.p.v_strides.token, rows, dim);
   const float* v_mean = a.p.v_mean + (static_cast<int64_t>(keys.sequence) * heads + head) * dim;
 #pragma unroll
   for (int j = 0; j < ROWS; ++j)
@@ -61,8 +72,8 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
     for (int i = 0; i < n; ++i) {
       write_chunk<Dp>(block.v, tile_row(j), i, v[j][i]);
       if (a.fused) continue;
-      write_chunk<Dp>(records[tile_row(j) / KEYS].k8, tile_row(j) % KEYS, i, k8[j][i]);
-      write_chunk<Dp>(records[tile_row(j) / KEYS].v, tile_row(j) % KEYS, i, v[j][i]);
+      write_chunk<Dp>(records[tile_row(j) / DQ_KEYS].k8, tile_row(j) % DQ_KEYS, i, k8[j][i]);
+      write_chunk<Dp>(records[tile_row(j) / DQ_KEYS].v, tile_row(j) % DQ_KEYS, i, v[j][i]);
     }
     float sum = 0.f;
     uint32_t amax = 0;
@@ -89,15 +100,15 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
   const float k_bound = __uint_as_float(largest<WARPS>(bounds, 0));
   if (t == 0) a.w.v_norm[padded] = __uint_as_float(largest<WARPS>(norms, 0)), a.w.k_bound[padded] = k_bound;
   if (!a.fused) {
-    if (t < TILE) write_scale(records[t / KEYS].k_scale, records[t / KEYS].k_bias, t % KEYS, k_scale);
-    for (int i = 0; i < TILE / KEYS; ++i) write_transposed<Dp, KEYS>(records[i].k8t, tile8, i * KEYS);
+    if (t < TILE) write_scale(records[t / DQ_KEYS].k_scale, records[t / DQ_KEYS].k_bias, t % DQ_KEYS, k_scale);
+    for (int i = 0; i < TILE / DQ_KEYS; ++i) write_transposed<Dp, DQ_KEYS>(records[i].k8t, tile8, i * DQ_KEYS);
     return;
   }
-  const float unit = k_scale / k_bound;
-  const bool small = t < rows && unit < LEAST_UNIT;
-  if (t < TILE) block.unit[t] = {__float2half2_rn(unit < LEAST_UNIT ? LEAST_UNIT : unit), k_scale};
+  const float relative = k_scale / k_bound;
+  const bool small = t < rows && relative < LEAST_RELATIVE;
+  if (t < TILE) block.scale[t] = {__float2half2_rn(relative < LEAST_RELATIVE ? LEAST_RELATIVE : relative), k_scale};
   if (t < 4) block.k_bound[t] = t ? 0.f : k_bound;
-  if (t < TILE) shrink[t] = small ? unit * (1.f / LEAST_UNIT) : 1.f;
+  if (t < TILE) shrink[t] = small ? relative * (1.f / LEAST_RELATIVE) : 1.f;
   if (__syncthreads_or(small)) {  // keys of very different scale in one tile
     shrink_tokens<Dp>(tile8, shrink, paired_token_at);
     __syncthreads();
@@ -130,13 +141,13 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const int t = threadIdx.x, warp = t / 32, dim = a.p.shape.head_dim;
   const int64_t first_row = row_index(queries.batch, heads, head, a.queries.tokens, queries.begin + begin);
   const int64_t padded = static_cast<int64_t>(head) * a.queries.tiles + slot;
-  BackwardQueries<Dp>* records = static_cast<BackwardQueries<Dp>*>(a.w.queries) + padded * blocks;
+  QueryRecord<Dp>* records = static_cast<QueryRecord<Dp>*>(a.w.queries) + padded * blocks;
 
   uint4 d_o[ROWS][n];
   {
     uint2 q8[ROWS][n];
     load_rows(q8, a.p.q8 + first_row * Dp, rows);
-    load_rows(d_o, at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin), a.p.d_o_strides.token, rows, dim);
+    load_rows(d_o, row_at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin), a.p.d_o_strides.token, rows, dim);
     uint32_t norm = 0, bound = 0;
     const int64_t first_tile = static_cast<int64_t>(head_kv) * a.keys.tiles + keys.first_tile;
     for (int i = t; i < (keys.length + TILE - 1) / TILE; i += THREADS) {
@@ -153,7 +164,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   }
   {
     const float* v_mean = a.p.v_mean + (static_cast<int64_t>(queries.sequence) * static_cast<int>(a.p.shape.heads_kv) + head_kv) * dim;
-    const T* o_tile = at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
+    const T* o_tile = row_at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
 #pragma unroll
     for (int j = 0; j < ROWS; ++j) {
       uint32_t amax = 0;
@@ -196,7 +207,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const bool live = lse != -infinity();
   const float q_scale = live ? a.p.q_scale[first_row + row] : 0.f;
   const float d_lse = live && a.p.d_lse ? a.p.d_lse[first_row + row] : 0.f;
-  const int exponent = row_e[row], e = unit_exponent(exponent, d_lse);
+  const int exponent = row_e[row], e = dp_exponent(exponent, d_lse);
   const float v_norm = __uint_as_float(largest<WARPS>(warp_norm, 0)), k_bound = __uint_as_float(largest<WARPS>(warp_bound, 0));
   const float dot = row_dot[row], delta = clamp(dot - scale_by(d_lse, -e), 0x1p120f);
   const float bound = fminf(fmaf(row_norm[row], v_norm, fabsf(delta)), FLT_MAX);
@@ -232,13 +243,13 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
                          a.fused ? log2_w - 15 - lift - exponent_of(q_scale) : e - shift);
     out = (a.fused ? lost : broken) ? nan_float() : takes_part ? clamp(out, FLT_MAX) : 0.f;
     a.w.q_rows[padded * TILE + t] = {scale, takes_part ? lse2 - static_cast<float>(shift) : infinity(), delta16, out};
-    BackwardQueries<Dp>& record = records[t / QUERIES];
+    QueryRecord<Dp>& record = records[t / QUERIES];
     const int i = t % QUERIES;
     write_scale(record.q_scale, record.q_bias, i, scale);
     reinterpret_cast<float*>(record.l)[i] = takes_part ? lse2 - static_cast<float>(log2_rho + 15) : infinity();
     reinterpret_cast<float*>(record.c)[i] = c;
     reinterpret_cast<float*>(record.d)[i] = c * delta16;
-    if (i < 4) record.dk_unit[i] = i ? 0.f : block_broken ? nan_float() : exp2_int(min(log2_w - 15, 127));
+    if (i < 4) record.dk_scale[i] = i ? 0.f : block_broken ? nan_float() : exp2_int(min(log2_w - 15, 127));
   }
   if (__syncthreads_or(lifted)) {  // rows of very different weight in one block
     shrink_tokens<Dp>(tile8, row_shrink, token_at);

@@ -1,10 +1,13 @@
 // Hopper's own instructions, one inline function each: barriers in shared memory, bulk copies, warpgroup matrix products.
 #pragma once
-#include "../common/cuda.cuh"
+#include <cuda_bf16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../common/copy.cuh"
 
 namespace sagetrain::sm90 {
-
-using sagetrain::shared_address;
 
 // ---------------------------------------------------------------------------------------------------- barriers, copies
 
@@ -56,9 +59,9 @@ __device__ __forceinline__ float max_or_nan(float x, float y) {
   return z;
 }
 
-// Named barriers of `threads` threads: synchronise waits for all of them, arrive counts as one and goes on.
-__device__ __forceinline__ void synchronise(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
-__device__ __forceinline__ void arrive(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+// Named barriers of `threads` threads: sync_named waits for all of them, arrive_named counts as one and goes on.
+__device__ __forceinline__ void sync_named(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+__device__ __forceinline__ void arrive_named(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
 template <int registers>
 __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
@@ -68,15 +71,15 @@ __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.
 // ---------------------------------------------------------------------------------------------------- matrix products
 
 // Matrices in shared memory are K-major, of bytes, rows of 64 or 128 bytes swizzled as swizzle<row_bytes> does, and start at a multiple
-// of 8 rows. Their descriptor is {where, layout<row_bytes>()}; the next 32 bytes of k are at `where + 2`.
+// of 8 rows. Their descriptor is {matrix_at(address), descriptor_high<row_bytes>()}; the next 32 bytes of k are at `matrix_at(address) + 2`.
 template <int row_bytes>
-__device__ __forceinline__ constexpr uint32_t layout() {
+__device__ __forceinline__ constexpr uint32_t descriptor_high() {
   static_assert(row_bytes == 64 || row_bytes == 128);
   return (row_bytes == 128 ? 1u : 2u) << 30 | row_bytes * 8 / 16;
 }
 template <int row_bytes>
-__device__ __forceinline__ uint64_t descriptor(uint32_t where) { return static_cast<uint64_t>(layout<row_bytes>()) << 32 | where; }
-__device__ __forceinline__ uint32_t where(uint32_t address) { return 1u << 16 | address >> 4; }
+__device__ __forceinline__ uint64_t descriptor(uint32_t matrix) { return static_cast<uint64_t>(descriptor_high<row_bytes>()) << 32 | matrix; }
+__device__ __forceinline__ uint32_t matrix_at(uint32_t address) { return 1u << 16 | address >> 4; }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

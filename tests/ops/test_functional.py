@@ -1,9 +1,12 @@
 """`sagetrain.attention` as a user calls it: right on every shape, and refusing the rest in words."""
 
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -268,6 +271,24 @@ def test_kernel_name():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA"):
             sagetrain.kernel_name("cuda")
+
+
+CHANGE = """
+import os, torch, sagetrain
+def asked(name):
+    os.environ["SAGETRAIN_GPU_KERNEL"] = name
+    try: return torch.ops.sagetrain.kernel_name(0)
+    except RuntimeError as refusal: return str(refusal)
+print(asked("sm70") == asked("sm71"), asked("sm72"))
+"""
+
+
+def test_a_process_asks_for_one_gpu_kernel():
+    """The first: the backward of another would read what this one saved. Needs no GPU, but a build with its kernels."""
+    said = subprocess.check_output([sys.executable, "-c", CHANGE], cwd=Path(__file__).parents[2], text=True)
+    if "no CUDA kernels" in said:
+        pytest.skip("built without CUDA")
+    assert said.startswith("True") and "'sm70' (SAGETRAIN_GPU_KERNEL)" in said
 
 
 def test_exact_agrees_with_sdpa():

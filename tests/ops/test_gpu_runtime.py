@@ -6,7 +6,9 @@ whose sums have no fixed order. The numbers are in test_gpu_kernel.py.
 
 import gc
 import math
+import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -319,12 +321,27 @@ def test_kernel_name():
     assert sagetrain.kernel_name("cuda:0") == sagetrain.kernel_name(0)
 
 
-def test_the_environment_can_choose_an_older_kernel(monkeypatch):
-    monkeypatch.setenv("SAGETRAIN_GPU_KERNEL", "sm80")
-    assert sagetrain.kernel_name("cuda") == "sm80"
-    monkeypatch.setenv("SAGETRAIN_GPU_KERNEL", "sm70")
-    with pytest.raises(RuntimeError, match="sm70.*SAGETRAIN_GPU_KERNEL"):
-        run(sagetrain.attention, BASE)
+ASK = "import sagetrain; print(sagetrain.kernel_name('cuda'))"
+
+
+def test_the_environment_can_choose_an_older_kernel():
+    """In processes of their own: each keeps the one that it chose first."""
+
+    def ask(kernel: str) -> subprocess.CompletedProcess:
+        env = os.environ | {"SAGETRAIN_GPU_KERNEL": kernel}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.run([sys.executable, "-c", ASK], cwd=Path(__file__).parents[2], env=env, text=True, **streams)
+
+    older, none = ask("sm80"), ask("sm70")
+    assert older.returncode == 0 and older.stdout.split()[-1] == "sm80", older.stdout
+    assert none.returncode and re.search("sm70.*SAGETRAIN_GPU_KERNEL", none.stdout), none.stdout
+
+
+def test_a_process_keeps_its_kernel(monkeypatch):
+    chosen = sagetrain.kernel_name("cuda")
+    monkeypatch.setenv("SAGETRAIN_GPU_KERNEL", "sm80" if chosen == "sm90" else "sm70")
+    assert sagetrain.kernel_name("cuda") == chosen
+    run(sagetrain.attention, BASE)
 
 
 def test_many_launches_of_random_shapes_come_to_an_end():

@@ -4,8 +4,12 @@ A mean loss leaves d_o of 1e-3 to 1e-7, and every last token, masked prompt and 
 same tests judge every scheme of the reference and every kernel.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,11 +47,14 @@ POWERS = {torch.float32: (-40, -17, -1, 3, 20), torch.bfloat16: (-40, -17, -1, 3
 def kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable, str]:
     """(attention, device) of the kernel named; skips where this machine cannot run it."""
     device, which = name.split("/")
-    monkeypatch.setenv("SAGETRAIN_CPU_ISA" if device == "cpu" else "SAGETRAIN_GPU_KERNEL", which)
+    if device == "cpu":
+        monkeypatch.setenv("SAGETRAIN_CPU_ISA", which)
     try:
-        sagetrain.kernel_name(device)
+        chosen = sagetrain.kernel_name(device)
     except RuntimeError as refusal:
         pytest.skip(str(refusal))
+    if device == "cuda" and chosen != which:  # a process keeps the GPU kernel that it chose first
+        pytest.skip(f"this process runs {chosen}: test_the_other_gpu_kernel has one for {which}")
     return deterministic, device
 
 
@@ -159,3 +166,23 @@ def test_what_training_makes_of_d_o_is_as_accurate_as_the_preset(compiled, kind)
     for case in (base, replace(base, d=128, is_causal=False), packed(base, [1, 0, 130, 269], [1, 0, 130, 269], 3, 5)):
         check(attend, case)
         check_lse(attend, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(os.environ.get("SAGETRAIN_GPU_KERNEL")), reason="this is the run with one kernel")
+@pytest.mark.parametrize("which", GPU_KERNELS)
+def test_the_other_gpu_kernel(which):
+    """The tests above, in a process whose kernel is `which`, where that is not this one's and the GPU can run it."""
+    if sagetrain.kernel_name("cuda") == which:
+        pytest.skip("the tests above ran it")
+
+    def python(*command: str) -> subprocess.CompletedProcess:
+        options = {"cwd": Path(__file__).parents[2], "env": os.environ | {"SAGETRAIN_GPU_KERNEL": which}, "text": True}
+        return subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+    can = python("-c", "import sagetrain; sagetrain.kernel_name('cuda')")
+    if can.returncode and "no INT8 attention kernel" in can.stdout:
+        pytest.skip(can.stdout.strip().splitlines()[-1])
+    assert can.returncode == 0, can.stdout
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"{which} and not other")
+    assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-6000:]

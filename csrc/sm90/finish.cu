@@ -1,19 +1,18 @@
 // dQ from its sums: as floats, rotated back, scaled, with what d_lse brings; dK and dV from the parts of several blocks, always in the same order.
-#include "../../sm80/backward.cuh"
+// Bound by memory. No barriers, no shared memory; a warp has 16 of a tile's TILE rows, as many as an accumulator, and all their channels.
+#include "../common/mma.cuh"
+#include "../common/rotate.cuh"
 #include "layout.cuh"
 
 namespace sagetrain::sm90 {
 namespace {
-
-using namespace sm80;
-using sm90::BackwardArgs, sm90::KEYS, sm90::QUERIES;
 
 constexpr int FINISH_THREADS = TILE / 16 * 32;  // a warp has 16 rows
 
 template <typename T, int Dp>
 __device__ __forceinline__ void finish_queries(const BackwardArgs& a, int number) {
   const QueryRows<TILE> rows(a.p.shape, a.queries, a.keys, number);
-  if (!rows.exist()) return;
+  if (!rows.exists()) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = lane % 4, head_dim = a.p.shape.head_dim;
   const int64_t first = rows.padded(a.queries) + rows.first;
   const int4* sums = reinterpret_cast<const int4*>(a.w.d_q) + first * (Dp / 4) + warp / 4 * (QUERIES * Dp / 4) + warp % 4 * (8 * 32) + lane;
@@ -92,7 +91,7 @@ void launch(const BackwardArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void finish(const BackwardArgs& a, cudaStream_t stream) {
-  sm80::dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
+  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
 }
 
 }  // namespace sagetrain::sm90

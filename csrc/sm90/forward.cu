@@ -1,19 +1,38 @@
 // Forward: o = softmax(scale Q K^T) V, both matmuls in INT8, on wgmma. Bound, schedule, variants: docs/sm90-forward.md.
 //
-// One block per multiprocessor, for good. Of a first warpgroup, a thread copies key records into a ring of stages, and three warps fetch the
-// next piece of work with its queries. Three warpgroups of consumers own 64 queries of a piece each and walk over the keys. They take turns
-// with the exponentials, so that one uses the special function unit while the others multiply, scale and wait for the tensor cores.
-#include "../../sm80/matmul.cuh"
-#include "../hopper.cuh"
+// One persistent block per multiprocessor. Of a first warpgroup, a thread (the producer) copies key records into a ring of stages, and three
+// warps (the fetchers) fetch the next work tile: 192 queries of a head. Three warpgroups of consumers own 64 of them each and walk over the
+// keys. They take turns with the exponentials, so that one uses the special function unit while the others multiply, scale and wait for the
+// tensor cores.
+//
+//   barrier            who waits, before what                        who arrives, after what                               arrivals
+//   stage.full         consumers: S of these keys                    producer: it announces the bytes, the copy brings them       1
+//   stage.empty        producer: copying the next record to it       consumers: P V of these keys, lane 0 of each warp           12
+//   work.full          consumers: the first product of the work tile fetchers: all is copied, every thread                       96
+//   work.empty         fetchers: fetching the next but one           consumers: results are written, lane 0 of each warp         12
+//   TURN + i (named)   consumer warp i: its exponentials             the same warp of the warpgroup before: half of its own      64 threads
+//   FETCHED (named)    fetchers: copying by the tile's fields        fetchers: one of them has written these                     96 threads
+//   0, __syncthreads   all, once: the first barrier above            all: one thread has initialised these
+//
+//   shared memory, KiB   D = 64    D = 128
+//   stages               6 x 17    4 x 33     a KeyValueRecord, as one bulk copy, and its two barriers
+//   work                 2 x 14    2 x 27     queries and all else that consumers need of a work tile: this and the next
+//   all                  130       186        of 227
+//
+//   tile size                     what limits it
+//   BLOCK_QUERIES = 3 x 64        registers: 64 rows of wgmma a warpgroup with 160 (S takes 64 of them, O 32 or 64) fill a multiprocessor three
+//                                 times, beside 32 for the producer's; a fourth would get 112, and spills
+//   TILE = 128 keys               registers: S; and V's scales are made for as many (common/quantise_keys.cuh)
+//   STAGES = 6, D = 128: 4        nothing: 11 and 5 would fit
+#include "../common/mma.cuh"
+#include "hopper.cuh"
 #include "layout.cuh"
 
 namespace sagetrain::sm90 {
 namespace {
 
-using sm80::QueryRows, sm80::all_tiles, sm80::store_row;
-
 constexpr int CONSUMERS = 3;  // warpgroups
-constexpr int ROWS = 64 * CONSUMERS, THREADS = 128 * (1 + CONSUMERS);
+constexpr int BLOCK_QUERIES = 64 * CONSUMERS, BLOCK_THREADS = 128 * (1 + CONSUMERS);
 constexpr int FETCHERS = 96;                                      // threads 32 to 127; thread 0 is the producer
 constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;  // 128 * (32 + 3 * 160): the 65536 of a multiprocessor
 template <int Dp>
@@ -23,27 +42,26 @@ constexpr float LOG255 = 7.9943534f;     // log2(255): P is computed 255 times a
 constexpr int HIDDEN = -2147483647 - 1;  // in place of the integer score of a key that the query does not see
 constexpr int LOWEST = -(1 << 21);       // below every integer score
 
-// Barriers by number: warp i of the consumers waits for its turn at TURN + i, the fetchers for each other at FETCHED; 0 is __syncthreads. A
-// turn is given by the warp of the same number in the warpgroup before: they share a scheduler.
+// Named barriers, by number. A turn is given by the warp of the same number in the warpgroup before: they share a scheduler.
 constexpr int TURN = 1, FETCHED = TURN + 4 * CONSUMERS;
 
 template <int Dp>
 struct __align__(1024) Stage {
-  ForwardKeys<Dp> keys;
+  KeyValueRecord<Dp> keys;
   uint64_t full, empty;
 };
 
-// A piece of work: ROWS queries of a head, and what the consumers need to know of them.
+// BLOCK_QUERIES queries of a head, and what the consumers need to know of them.
 template <int Dp>
-struct __align__(1024) Piece {
+struct __align__(1024) WorkTile {
   int8_t q8[CONSUMERS][64 * Dp];  // [query][channel], swizzled
-  float q_unit[ROWS];             // q_scale_i * scale * log2(e) * Dp
-  float lse[ROWS];                // scale * q_i . k_mean
+  float q_scale[BLOCK_QUERIES];   // q_scale_i * scale * log2(e) * Dp
+  float lse[BLOCK_QUERIES];       // scale * q_i . k_mean
   float v_mean[Dp];
   void* o;                 // row of the first query
   int64_t first;           // index of the first query in [B, Hq, Tq]
   int64_t means;           // index of its mean of V in [N, Hkv, D]
-  int rows;                // of the sequence, from the first query on; 0: there are no more pieces
+  int rows;                // of the sequence, from the first query on; 0: there are no more work tiles
   int seen[CONSUMERS];     // tiles of keys that a warpgroup sees
   int tiles;               // that any of them sees
   int last_key, diagonal;  // the last that exists; the last that the first query sees, if nothing but causality hides any
@@ -52,7 +70,7 @@ struct __align__(1024) Piece {
 template <int Dp>
 struct Shared {
   Stage<Dp> stages[STAGES<Dp>];
-  Piece<Dp> pieces[2];  // this and the next
+  WorkTile<Dp> work[2];  // this and the next
 };
 
 // Where a warp is in the ring, and in which of its rounds.
@@ -69,17 +87,17 @@ struct Position {
   }
 };
 
-// The pieces of work, ROWS queries of a head each, longest first; a block takes them there and back, so that each gets long and short ones.
-__device__ __forceinline__ int pieces(const ForwardArgs& a) { return static_cast<int>(all_tiles<ROWS>(a.queries) * a.p.shape.heads_q); }
-__device__ __forceinline__ int piece_of(int round) {
+// The work tiles of a call, longest first; a block takes them there and back, so that each gets long and short ones.
+__device__ __forceinline__ int work_tiles(const ForwardArgs& a) { return static_cast<int>(all_tiles<BLOCK_QUERIES>(a.queries) * a.p.shape.heads_q); }
+__device__ __forceinline__ int work_tile_of(int round) {
   return static_cast<int>(round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x));
 }
-// The first round from this one on whose piece has queries.
+// The first round from this one on whose work tile has queries.
 __device__ __forceinline__ int round_with_queries(const ForwardArgs& a, int round) {
-  while (piece_of(round) < pieces(a) && !QueryRows<ROWS>(a.p.shape, a.queries, a.keys, piece_of(round)).exist()) ++round;
+  while (work_tile_of(round) < work_tiles(a) && !QueryRows<BLOCK_QUERIES>(a.p.shape, a.queries, a.keys, work_tile_of(round)).exists()) ++round;
   return round;
 }
-__device__ __forceinline__ int tiles(int keys) { return (keys + TILE - 1) / TILE; }
+__device__ __forceinline__ int tiles_of(int keys) { return (keys + TILE - 1) / TILE; }
 
 // ---------------------------------------------------------------------------------------------------- arithmetic
 
@@ -116,7 +134,7 @@ __device__ __forceinline__ void fence(float x) {
 
 template <typename T, int Dp>
 struct Consumer {
-  static constexpr int key_tiles = TILE / 8, channel_tiles = Dp / 8, steps = TILE / 32;
+  static constexpr int key_tiles = TILE / 8, channel_tiles = Dp / 8, k_steps = TILE / 32;
 
   const ForwardArgs& a;
   Shared<Dp>& shared;
@@ -124,16 +142,16 @@ struct Consumer {
   const int turn = once(TURN + threadIdx.x / 32 - 4);
   Position<Dp> position{once(shared_address(shared.stages))};
 
-  __device__ __forceinline__ void give_turn() const { arrive(turn < TURN + 4 * (CONSUMERS - 1) ? turn + 4 : turn - 4 * (CONSUMERS - 1), 64); }
+  __device__ __forceinline__ void give_turn() const { arrive_named(turn < TURN + 4 * (CONSUMERS - 1) ? turn + 4 : turn - 4 * (CONSUMERS - 1), 64); }
 
-  // The first of a warp's 16 rows, within the piece.
+  // The first of a warp's 16 rows, within the work tile.
   __device__ __forceinline__ static int warp_row() { return thread_number() / 32 * 16 - 64; }  // after the 128 threads of the producer
 
   // P = 255 exp2(n scale - top), rounded to bytes, and the sums of its rows. Gives the turn to the next warpgroup on the way.
   template <bool masked>
-  __device__ __forceinline__ void exponentials(uint32_t (&p8)[steps][4], float (&sum)[2], const int (&n)[4 * key_tiles], const float (&scale)[2][2],
+  __device__ __forceinline__ void exponentials(uint32_t (&p8)[k_steps][4], float (&sum)[2], const int (&n)[4 * key_tiles], const float (&scale)[2][2],
                                                const float (&top)[2]) {
-    constexpr int pairs = 2 * key_tiles, group = 8;  // pair i: row i / 2 % 2, columns of 8-column tile i / 4 * 2 + i % 2
+    constexpr int pairs = 2 * key_tiles, ahead = 8;  // pair i: row i / 2 % 2, columns of 8-column tile i / 4 * 2 + i % 2
     float y[pairs][2];
     const auto argument = [&](int i) {
 #pragma unroll
@@ -142,58 +160,58 @@ struct Consumer {
         y[i][c] = fmaf(masked && x == HIDDEN ? -INFINITY : __int2float_rn(x), scale[2 * i / pairs][r], -top[r]);
       }
     };
-    const auto finish = [&](int i) {  // pairs i and i + 1
+    const auto pack = [&](int i) {  // pairs i and i + 1
       p8[i / 8][i % 8 / 2] = round_bytes(y[i][0], y[i][1], round_bytes(y[i + 1][0], y[i + 1][1], 0));
       sum[i / 2 % 2] += (y[i][0] + y[i][1]) + (y[i + 1][0] + y[i + 1][1]);
     };
-    // Arguments are computed a group ahead and bytes a group behind, so that no exponential is waited for.
+    // Arguments are computed `ahead` pairs before and bytes as many behind, so that no exponential is waited for.
 #pragma unroll
-    for (int i = 0; i < group; ++i) argument(i);
+    for (int i = 0; i < ahead; ++i) argument(i);
 #pragma unroll
     for (int i = 0; i < pairs; i += 2) {
 #pragma unroll
       for (int j = i; j < i + 2; ++j) {
         y[j][0] = exp2_fast(y[j][0]), y[j][1] = exp2_fast(y[j][1]);
-        if (j + group < pairs) argument(j + group);
+        if (j + ahead < pairs) argument(j + ahead);
       }
-      if (i >= group) finish(i - group);
+      if (i >= ahead) pack(i - ahead);
       if (i + 2 == pairs / 2) fence(y[i + 1][1]), give_turn();
     }
 #pragma unroll
-    for (int i = pairs - group; i < pairs; i += 2) finish(i);
+    for (int i = pairs - ahead; i < pairs; i += 2) pack(i);
   }
 
-  // The block's piece of this number. False if there are no more.
-  __device__ __forceinline__ bool attend(int number) {
-    const Piece<Dp>& piece = shared.pieces[number % 2];
-    wait(shared_address(&piece.full), number / 2 % 2);
-    if (piece.rows == 0) return false;
+  // The block's work tile of this number. False if there are no more.
+  __device__ __forceinline__ bool process(int number) {
+    const WorkTile<Dp>& work = shared.work[number % 2];
+    wait(shared_address(&work.full), number / 2 % 2);
+    if (work.rows == 0) return false;
     const int group = lane / 4, t = lane % 4;
-    const uint32_t q8 = once(where(shared_address(piece.q8[warpgroup])));
-    const float q_unit[2] = {piece.q_unit[warp_row() + group], piece.q_unit[warp_row() + group + 8]};
+    const uint32_t q8 = once(matrix_at(shared_address(work.q8[warpgroup])));
+    const float q_scale[2] = {work.q_scale[warp_row() + group], work.q_scale[warp_row() + group + 8]};
 
     float o[channel_tiles][4] = {};
     float sum[2] = {0.f, 0.f};              // of exp2(s - reference), this lane's share
     float reference[2] = {-3e38f, -3e38f};  // below any score: what O and the sum are scaled by; within GROWTH of the largest top so far
 
     // Which of the last two tiles have a key that the warp's first row does not see: its other rows see at most 15 more, the warpgroup's 63.
-    const int seen = piece.seen[warpgroup];
-    const int limit = min(piece.last_key, piece.diagonal + warp_row()) - (seen - 1) * TILE;
+    const int seen = work.seen[warpgroup];
+    const int limit = min(work.last_key, work.diagonal + warp_row()) - (seen - 1) * TILE;
     const int hiding = (limit < TILE - 1) + (limit + TILE < TILE - 1);
     for (int left = seen; left > 0; --left) {
       const uint32_t at = position.at;
       wait(position.full(), position.parity);
       int n[4 * key_tiles];
       begin_products();
-      multiply_s8s8<Dp, false>(n, q8, where(at));
+      multiply_s8s8<Dp, false>(n, q8, matrix_at(at));
 #pragma unroll
-      for (int k = 1; k < Dp / 32; ++k) multiply_s8s8<Dp, true>(n, q8 + 2 * k, where(at) + 2 * k);
+      for (int k = 1; k < Dp / 32; ++k) multiply_s8s8<Dp, true>(n, q8 + 2 * k, matrix_at(at) + 2 * k);
       commit_products();
       wait_for_products<0>();
 
       const bool masked = left <= hiding;
       if (masked) {
-        const Piece<Dp>& again = shared.pieces[known_later(number) % 2];
+        const WorkTile<Dp>& again = shared.work[known_later(number) % 2];
         const int before = (again.seen[warpgroup] - left) * TILE, last = again.last_key - before;
         const int diagonal = again.diagonal + warp_row() + group - before;
 #pragma unroll
@@ -205,7 +223,7 @@ struct Consumer {
 
       // A score is n * scale; top is the largest of a row, less log2(255) (the smallest possible, where all keys are hidden).
       float k_scale[2], scale[2][2], top[2];  // [half of the tile], [half of the tile][row], [row]
-      load(k_scale[0], at + offsetof(ForwardKeys<Dp>, k_scale) + 4 * t), load(k_scale[1], at + offsetof(ForwardKeys<Dp>, k_scale) + 16 + 4 * t);
+      load(k_scale[0], at + offsetof(KeyValueRecord<Dp>, k_scale) + 4 * t), load(k_scale[1], at + offsetof(KeyValueRecord<Dp>, k_scale) + 16 + 4 * t);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float x = -INFINITY;
@@ -217,7 +235,7 @@ struct Consumer {
             const int* pair = &n[2 * key_tiles * half + 4 * i + 2 * r];
             n_top = __vimax3_s32(n_top, pair[0], pair[1]);
           }
-          scale[half][r] = max_or_nan(q_unit[r] * k_scale[half], 1e-37f);  // not 0, for -inf * 0 is no number
+          scale[half][r] = max_or_nan(q_scale[r] * k_scale[half], 1e-37f);  // not 0, for -inf * 0 is no number
           x = fmaxf(x, multiply_up(__int2float_rn(n_top), scale[half][r]));
         }
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
@@ -237,9 +255,9 @@ struct Consumer {
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) factor[r] = exp2_fast(top[r] - reference[r]);
-      uint32_t p8[steps][4];
+      uint32_t p8[k_steps][4];
       float total[2] = {};
-      synchronise(turn + (__float_as_int(top[0]) & __float_as_int(top[1]) & (a.queries.tokens >> 31)), 64);  // + 0, but not before top
+      sync_named(turn + (__float_as_int(top[0]) & __float_as_int(top[1]) & (a.queries.tokens >> 31)), 64);  // + 0, but not before top
       fence(top[0]);
       if (masked) exponentials<true>(p8, total, n, scale, top); else exponentials<false>(p8, total, n, scale, top);
 
@@ -247,29 +265,29 @@ struct Consumer {
       for (int r = 0; r < 2; ++r) sum[r] = fmaf(total[r], factor[r], sum[r]);
       int d[4 * channel_tiles];
       begin_products();
-      constexpr uint32_t v8 = offsetof(ForwardKeys<Dp>, v8t) / 16;
-      multiply_u8s8<TILE, false>(d, p8[0], where(at) + v8);
+      constexpr uint32_t v8 = offsetof(KeyValueRecord<Dp>, v8t) / 16;
+      multiply_u8s8<TILE, false>(d, p8[0], matrix_at(at) + v8);
 #pragma unroll
-      for (int k = 1; k < steps; ++k) multiply_u8s8<TILE, true>(d, p8[k], where(at) + v8 + 2 * k);
+      for (int k = 1; k < k_steps; ++k) multiply_u8s8<TILE, true>(d, p8[k], matrix_at(at) + v8 + 2 * k);
       commit_products();
       wait_for_products<0>();
 #pragma unroll
       for (int i = 0; i < channel_tiles; ++i) {
         float2 v;
-        load(v, at + offsetof(ForwardKeys<Dp>, v_scale) + 32 * i + 8 * t);
+        load(v, at + offsetof(KeyValueRecord<Dp>, v_scale) + 32 * i + 8 * t);
 #pragma unroll
         for (int c = 0; c < 4; ++c) o[i][c] = fmaf(__int2float_rn(d[4 * i + c]) * (c % 2 ? v.y : v.x), factor[c / 2], o[i][c]);
       }
       leave_stage();
     }
-    Piece<Dp>& again = shared.pieces[known_later(number) % 2];
+    WorkTile<Dp>& again = shared.work[known_later(number) % 2];
     for (int left = again.tiles - again.seen[warpgroup]; left > 0; --left) {  // tiles that only the warpgroups after this one see
       wait(position.full(), position.parity);
-      synchronise(turn, 64);
+      sync_named(turn, 64);
       give_turn();
       leave_stage();
     }
-    finish(again, o, sum, reference);
+    store(again, o, sum, reference);
     __syncwarp();
     if (lane == 0) arrive(shared_address(&again.empty));
     return true;
@@ -282,26 +300,26 @@ struct Consumer {
   }
 
   // Divides by the sums and writes the results.
-  __device__ __forceinline__ void finish(const Piece<Dp>& piece, const float (&o)[channel_tiles][4], const float (&sum)[2], const float (&reference)[2]) {
+  __device__ __forceinline__ void store(const WorkTile<Dp>& work, const float (&o)[channel_tiles][4], const float (&sum)[2], const float (&reference)[2]) {
     const int head_dim = a.p.shape.head_dim, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = warp_row() + lane / 4 + 8 * r;
-      const bool exists = row < piece.rows;
+      const bool exists = row < work.rows;
       float all = sum[r];
       all += __shfl_xor_sync(~0u, all, 1);
       all += __shfl_xor_sync(~0u, all, 2);
-      if ((__float_as_uint(piece.q_unit[row]) & 0x7fffffff) >= 0x7f800000) all = __int_as_float(0x7fffffff);  // the query is not finite
+      if ((__float_as_uint(work.q_scale[row]) & 0x7fffffff) >= 0x7f800000) all = __int_as_float(0x7fffffff);  // the query is not finite
       const bool blind = all == 0.f;  // sees no key
       const float inverse = blind ? 0.f : 1.f / all;
-      store_row<channel_tiles>(static_cast<T*>(piece.o) + row * a.p.o_strides.token, exists, head_dim, [&](int n) {
-        const float2 mean = blind ? float2{} : *reinterpret_cast<const float2*>(piece.v_mean + n * 8 + 2 * t);
+      store_row<channel_tiles>(static_cast<T*>(work.o) + row * a.p.o_strides.token, exists, head_dim, [&](int n) {
+        const float2 mean = blind ? float2{} : *reinterpret_cast<const float2*>(work.v_mean + n * 8 + 2 * t);
         return pack16<T>(fmaf(o[n][2 * r], inverse, mean.x), fmaf(o[n][2 * r + 1], inverse, mean.y));
       });
       if (exists && t == 0) {
         const float smooth = blind ? -INFINITY : (reference[r] + log2f(all)) * LN2;
-        a.p.lse_smooth[piece.first + row] = smooth;
-        a.p.lse[piece.first + row] = blind ? -INFINITY : smooth + piece.lse[row];
+        a.p.lse_smooth[work.first + row] = smooth;
+        a.p.lse[work.first + row] = blind ? -INFINITY : smooth + work.lse[row];
       }
     }
   }
@@ -312,78 +330,78 @@ struct Consumer {
 template <int Dp>
 __device__ __forceinline__ void produce(const ForwardArgs& a, Shared<Dp>& shared) {
   Position<Dp> position{shared_address(shared.stages)};
-  for (int round = round_with_queries(a, 0); piece_of(round) < pieces(a); round = round_with_queries(a, round + 1)) {
-    const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece_of(round));
-    const ForwardKeys<Dp>* keys =
-        static_cast<const ForwardKeys<Dp>*>(a.w.keys) + static_cast<int64_t>(block.head_kv) * a.keys.tiles + block.keys.first_tile;
-    for (int tile = 0; tile < tiles(block.visible); ++tile) {
+  for (int round = round_with_queries(a, 0); work_tile_of(round) < work_tiles(a); round = round_with_queries(a, round + 1)) {
+    const QueryRows<BLOCK_QUERIES> block(a.p.shape, a.queries, a.keys, work_tile_of(round));
+    const KeyValueRecord<Dp>* keys =
+        static_cast<const KeyValueRecord<Dp>*>(a.w.keys) + static_cast<int64_t>(block.head_kv) * a.keys.tiles + block.keys.first_tile;
+    for (int tile = 0; tile < tiles_of(block.visible); ++tile) {
       wait(position.empty(), position.parity ^ 1);  // the first round finds all stages empty
-      arrive_expecting(position.full(), sizeof(ForwardKeys<Dp>));
-      copy_bulk(position.at, keys + tile, sizeof(ForwardKeys<Dp>), position.full());
+      arrive_expecting(position.full(), sizeof(KeyValueRecord<Dp>));
+      copy_bulk(position.at, keys + tile, sizeof(KeyValueRecord<Dp>), position.full());
       position.advance();
     }
   }
 }
 
-// By FETCHERS threads: the pieces of this block, in order. The producer works them out once more, for it runs ahead: reading them from here
+// By FETCHERS threads: the work tiles of this block, in order. The producer works them out once more, for it runs ahead: reading them from here
 // made the kernel slower. Not unrolled: it has PRODUCER_REGISTERS.
 template <typename T, int Dp>
 __device__ __forceinline__ void fetch(const ForwardArgs& a, Shared<Dp>& shared) {
   const int t = threadIdx.x - (128 - FETCHERS);
   int slot = 0, parity = 1;  // the first round finds both empty
   for (int round = 0;; ++round) {
-    Piece<Dp>& piece = shared.pieces[slot];
-    wait(shared_address(&piece.empty), parity);
+    WorkTile<Dp>& work = shared.work[slot];
+    wait(shared_address(&work.empty), parity);
     if (t == 0) {
       round = round_with_queries(a, round);
-      if (piece_of(round) < pieces(a)) {
-        const QueryRows<ROWS> block(a.p.shape, a.queries, a.keys, piece_of(round));
-        piece.o = block.template row<T>(a.p.o, a.p.o_strides, block.first);
-        piece.means = (static_cast<int64_t>(block.queries.sequence) * a.p.shape.heads_kv + block.head_kv) * a.p.shape.head_dim;
-        piece.first = block.index(a.p.shape, block.first), piece.rows = block.queries.length - block.first;
+      if (work_tile_of(round) < work_tiles(a)) {
+        const QueryRows<BLOCK_QUERIES> block(a.p.shape, a.queries, a.keys, work_tile_of(round));
+        work.o = block.template row<T>(a.p.o, a.p.o_strides, block.first);
+        work.means = (static_cast<int64_t>(block.queries.sequence) * a.p.shape.heads_kv + block.head_kv) * a.p.shape.head_dim;
+        work.first = block.index(a.p.shape, block.first), work.rows = block.queries.length - block.first;
 #pragma unroll 1
-        for (int w = 0; w < CONSUMERS; ++w) piece.seen[w] = tiles(block.visible_to(a.p.shape, 64 * w, 64));
-        piece.tiles = tiles(block.visible);
-        piece.last_key = block.last_key(), piece.diagonal = block.diagonal(a.p.shape, block.first);
+        for (int w = 0; w < CONSUMERS; ++w) work.seen[w] = tiles_of(block.visible_to(a.p.shape, 64 * w, 64));
+        work.tiles = tiles_of(block.visible);
+        work.last_key = block.last_key(), work.diagonal = block.diagonal(a.p.shape, block.first);
       } else {
-        piece.rows = 0;
+        work.rows = 0;
       }
     }
-    synchronise(FETCHED, FETCHERS);
-    const int rows = piece.rows;
+    sync_named(FETCHED, FETCHERS);
+    const int rows = work.rows;
     if (rows) {
-      const int8_t* q8 = a.p.q8 + piece.first * Dp;
+      const int8_t* q8 = a.p.q8 + work.first * Dp;
 #pragma unroll 1
-      for (int i = t; i < ROWS * Dp / 16; i += FETCHERS) {
+      for (int i = t; i < BLOCK_QUERIES * Dp / 16; i += FETCHERS) {
         const int row = i / (Dp / 16), chunk = i % (Dp / 16);
-        copy16(shared_address(piece.q8[row / 64]) + swizzle<Dp>(row % 64, chunk), q8 + min(row, rows - 1) * Dp + 16 * chunk);  // later rows are nobody's
+        copy16(shared_address(work.q8[row / 64]) + swizzle<Dp>(row % 64, chunk), q8 + min(row, rows - 1) * Dp + 16 * chunk);  // later rows are nobody's
       }
       commit_copies();
-      const float *q_scale = a.p.q_scale + piece.first, *lse = a.p.lse + piece.first, *v_mean = a.p.v_mean + piece.means;
+      const float *q_scale = a.p.q_scale + work.first, *lse = a.p.lse + work.first, *v_mean = a.p.v_mean + work.means;
 #pragma unroll 1
-      for (int row = t; row < ROWS; row += FETCHERS) {
-        piece.q_unit[row] = row < rows ? q_scale[row] * (a.p.shape.scale * LOG2E * Dp) : 0.f;
-        piece.lse[row] = row < rows ? lse[row] : 0.f;
+      for (int row = t; row < BLOCK_QUERIES; row += FETCHERS) {
+        work.q_scale[row] = row < rows ? q_scale[row] * (a.p.shape.scale * LOG2E * Dp) : 0.f;
+        work.lse[row] = row < rows ? lse[row] : 0.f;
       }
 #pragma unroll 1
-      for (int i = t; i < Dp; i += FETCHERS) piece.v_mean[i] = i < a.p.shape.head_dim ? v_mean[i] : 0.f;
+      for (int i = t; i < Dp; i += FETCHERS) work.v_mean[i] = i < a.p.shape.head_dim ? v_mean[i] : 0.f;
       wait_for_copies<0>();
       fence_async();
     }
-    arrive(shared_address(&piece.full));
+    arrive(shared_address(&work.full));
     if (!rows) return;
     parity ^= slot, slot ^= 1;
   }
 }
 
 template <typename T, int Dp>
-__global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_constant__ ForwardArgs a) {
+__global__ void __launch_bounds__(BLOCK_THREADS, 1) forward_kernel(const __grid_constant__ ForwardArgs a) {
   after_previous();
   extern __shared__ __align__(1024) unsigned char bytes[];
   Shared<Dp>& shared = *reinterpret_cast<Shared<Dp>*>(bytes);
   if (threadIdx.x == 0) {
     for (Stage<Dp>& stage : shared.stages) init_barrier(shared_address(&stage.full), 1), init_barrier(shared_address(&stage.empty), 4 * CONSUMERS);
-    for (Piece<Dp>& piece : shared.pieces) init_barrier(shared_address(&piece.full), FETCHERS), init_barrier(shared_address(&piece.empty), 4 * CONSUMERS);
+    for (WorkTile<Dp>& work : shared.work) init_barrier(shared_address(&work.full), FETCHERS), init_barrier(shared_address(&work.empty), 4 * CONSUMERS);
     fence_barriers();
   }
   __syncthreads();
@@ -395,7 +413,7 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
     take_registers<CONSUMER_REGISTERS>();
     Consumer<T, Dp> consumer{a, shared};
     if (consumer.warpgroup == CONSUMERS - 1) consumer.give_turn();  // the first turn is warpgroup 0's
-    for (int number = 0; consumer.attend(number); ++number) continue;
+    for (int number = 0; consumer.process(number); ++number) continue;
   }
 }
 
@@ -406,14 +424,14 @@ void launch(const ForwardArgs& a, cudaStream_t stream) {
   int device = 0, processors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t pieces = all_tiles<ROWS>(a.queries) * a.p.shape.heads_q;
-  if (pieces) launch_kernel(forward_kernel<T, Dp>, static_cast<unsigned>(pieces < processors ? pieces : processors), THREADS, bytes, stream, a);
+  const int64_t count = all_tiles<BLOCK_QUERIES>(a.queries) * a.p.shape.heads_q;
+  if (count) launch_kernel(forward_kernel<T, Dp>, static_cast<unsigned>(count < processors ? count : processors), BLOCK_THREADS, bytes, stream, a);
 }
 
 }  // namespace
 
 void attend(const ForwardArgs& a, cudaStream_t stream) {
-  sm80::dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
+  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
 }
 
 }  // namespace sagetrain::sm90

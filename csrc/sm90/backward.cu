@@ -1,5 +1,5 @@
-// dK, dV and dQ in one kernel, on wgmma: four matmuls in INT8 and dP in 16 bits. Rows are TILE keys, columns the queries of all heads
-// of its group, one record after another. Bound, schedule, variants: docs/sm90-backward.md; constants: layout.cuh.
+// dK, dV and dQ in one kernel, on wgmma: four matmuls in INT8 and dP in 16 bits. Rows are TILE keys, columns the queries of all heads that
+// share them, one record after another. Bound, schedule, variants: docs/sm90-backward.md; constants: layout.cuh.
 //
 //   two warpgroups, 64 keys each:       S^T -> P^T -> dV += P^T dO,   dP^T -> dS^T -> dK += dS^T Q        P and dS in registers
 //   the first warpgroup, 64 queries:    dS (halves, through shared memory) -> dQ += dS K                  sums in device memory, as integers
@@ -7,27 +7,50 @@
 // dS^T, rounded by rows, is the A operand of dK. dQ wants it the other way round and by a scale per query, so the first warpgroup gets it
 // unrounded, and is a step behind. It also copies the records: once it has dS of a step, nobody reads the record of the step before, nor
 // what dS of this step was made of.
+//
+//   barrier                 who waits, before what                     who arrives, after what                               arrivals
+//   keys_full               all, once: reading the block's keys        COPIER: it announces the bytes, the copies bring them        1
+//   full[stage]             keys: S of this record                     COPIER: of the record; D = 128: of its first part            1
+//   second_full[stage]      keys, D = 128: rounding P                  COPIER: of its second part                                   1
+//   ds_full[stage]          first warpgroup: reading dS, and so        keys: dS is written, lane 0 of each warp                     8
+//                           copying what that frees (above)
+//   ds_empty[stage]         keys, D = 64: writing dS of three steps    first warpgroup: dS is read, lane 0 of each warp             4
+//                           later; D = 128: full[stage] says it too
+//   DQ_BARRIER (named)      first warpgroup: once, reading `relative`; first warpgroup: `relative` is written;                    128 threads
+//                           every step, overwriting dq (D = 128: and   ... the copy engine has read dq, all have read dS;
+//                           dS); starting the addition                 ... dq is written
+//   0, __syncthreads        all, once: reading `block`, the barriers   all: one thread has made it, another initialised these
+//
+//   shared memory, KiB   D = 64    D = 128
+//   keys                 2 x 17    2 x 33     KeyRecord, one a warpgroup
+//   stages               3 x 22    2 x 42     QueryRecord; D = 128: in two copies, since there is no third stage
+//   ds                   3 x 16    2 x 16     dS of 64 queries and 128 keys, as halves
+//   dq                   16        32         dQ of the step, on its way to the sums
+//   all                  165       215        of 227, with 1 of scales, barriers and the block's place in the call
+//
+//   tile size                what limits it
+//   TILE = 2 x 64 keys       registers: 64 rows of wgmma a warpgroup with 208 (dK and dV take 64 of them or 128, S and dP 64); 88 for dQ's
+//   QUERIES = 64             registers: with 128 none are left to load constants ahead
+//   STAGES = 3, D = 128: 2   shared memory at D = 128, a third would take 273; at D = 64 a fourth fits and is no faster
 #include <cstddef>
 
-#include "../../sm80/backward.cuh"
-#include "../hopper.cuh"
+#include "../common/mma.cuh"
+#include "../common/rotate.cuh"
+#include "hopper.cuh"
 #include "layout.cuh"
 
 namespace sagetrain::sm90 {
 namespace {
 
-using namespace sm80;
-using sm90::BackwardArgs, sm90::KEYS, sm90::QUERIES;
-
-constexpr int GROUPS = TILE / KEYS;  // warpgroups of keys
-constexpr int BLOCK_THREADS = 128 * (1 + GROUPS);
+constexpr int KEY_WARPGROUPS = TILE / KEYS;  // warpgroups of keys
+constexpr int BLOCK_THREADS = 128 * (1 + KEY_WARPGROUPS);
 constexpr int DQ_REGISTERS = 88, KEY_REGISTERS = 208;  // 88 + 2 * 208 = 3 * 168: what the launch takes
 template <int Dp>
 constexpr int STAGES = Dp == 64 ? 3 : 2;  // of records, and of dS
 template <int Dp>
 constexpr bool IN_TWO = Dp == 128;        // records come in two copies, since there is no third stage
 constexpr int COPIER = 96;  // thread of the first warpgroup that starts copies
-constexpr int ADDED = 1;    // named barrier of the first warpgroup
+constexpr int DQ_BARRIER = 1;  // named barrier of the first warpgroup
 
 // The record of a step, one step after another.
 struct Walk {
@@ -51,9 +74,10 @@ struct KeyBlock {
   Walk walk;           // at the first step
 
   __device__ KeyBlock(const BackwardArgs& a, int number) {
-    const int heads_kv = a.p.shape.heads_kv, group = static_cast<int>(a.p.shape.heads_q) / heads_kv;
-    const int tile = number / a.splits, split = number - tile * a.splits, some = a.heads * a.keys.tiles, turn = tile / some, place = tile - turn * some;
-    slot = place / a.heads, head = turn * a.heads + place - slot * a.heads;
+    const int heads_kv = a.p.shape.heads_kv, q_per_kv = static_cast<int>(a.p.shape.heads_q) / heads_kv;
+    const int tile = number / a.splits, split = number - tile * a.splits, wave_tiles = a.heads * a.keys.tiles;
+    const int wave = tile / wave_tiles, place = tile - wave * wave_tiles;  // a wave: a.heads heads at a time
+    slot = place / a.heads, head = wave * a.heads + place - slot * a.heads;
     keys = span_of_tile(a.keys, slot);
     k0 = (slot - keys.first_tile) * TILE, left = keys.length - k0;
     const Span queries = span_of(a.queries, keys.sequence);
@@ -61,7 +85,7 @@ struct KeyBlock {
     begin = a.p.shape.is_causal ? start * QUERIES - diagonal : 1 << 29;
     blocks = max(0, (queries.length + QUERIES - 1) / QUERIES - start);
     stride = a.queries.tiles * (TILE / QUERIES);
-    const int all = blocks * group, records = head * group * stride + queries.first_tile * (TILE / QUERIES) + start;
+    const int all = blocks * q_per_kv, records = head * q_per_kv * stride + queries.first_tile * (TILE / QUERIES) + start;
     walk = {records, 0}, steps = all;
     if (a.splits > 1 && all) {
       const int share = all / a.splits, more = all - share * a.splits, first = share * split + min(split, more), heads = first / blocks;
@@ -73,15 +97,15 @@ struct KeyBlock {
 
 template <int Dp>
 struct __align__(1024) Shared {
-  struct __align__(1024) { KeyRecord<Dp> record; } keys[GROUPS];
+  struct __align__(1024) { KeyRecord<Dp> record; } keys[KEY_WARPGROUPS];
   struct __align__(1024) {
     QueryRecord<Dp> record;
     int query;                                     // causal: the record's first query, less the first that sees the block's first key
   } stages[STAGES<Dp>];
-  __half ds[STAGES<Dp>][GROUPS][QUERIES * KEYS];   // [query][row], 16-byte chunks swizzled
+  __half ds[STAGES<Dp>][KEY_WARPGROUPS][QUERIES * KEYS];  // [query][row], 16-byte chunks swizzled
   int dq[QUERIES * Dp];                            // on its way to the sums, as these lie
-  __half2 unit[4 * GROUPS];                        // of the keys of a warp, twice the same
-  uint64_t keys_full, full[STAGES<Dp>], rest_full[STAGES<Dp>], ds_full[STAGES<Dp>], ds_empty[STAGES<Dp>];
+  __half2 relative[4 * KEY_WARPGROUPS];            // k_scale / k_bound of the keys of a warp, twice the same
+  uint64_t keys_full, full[STAGES<Dp>], second_full[STAGES<Dp>], ds_full[STAGES<Dp>], ds_empty[STAGES<Dp>];
   KeyBlock block;
   int steps;                                       // how many records have still to be copied
   Walk next;                                       // the first of them
@@ -95,7 +119,7 @@ __device__ __forceinline__ void copy_part(const BackwardArgs& a, Shared<Dp>& sha
   arrive_expecting(shared_address(&full), end - first);
   copy_bulk(shared_address(&shared.stages[stage]) + first, from + first, end - first, shared_address(&full));
 }
-// Starts the copy of the block's next record, if there is one, to a stage that is free: all of it, or what dS is made of.
+// Starts the copy of the block's next record, if there is one, to a stage that is free: all of it, or its first part, what dS is made of.
 template <int Dp>
 __device__ __forceinline__ void copy_queries(const BackwardArgs& a, Shared<Dp>& shared, int stage) {
   constexpr int end = IN_TWO<Dp> ? offsetof(QueryRecord<Dp>, q8t) : sizeof(QueryRecord<Dp>);
@@ -106,33 +130,33 @@ __device__ __forceinline__ void copy_queries(const BackwardArgs& a, Shared<Dp>& 
   shared.next.advance(shared.block.blocks, shared.block.stride);
   copy_part<Dp, 0, end>(a, shared, stage, at.record, shared.full[stage]);
 }
-// The rest of the record that copy_queries was called for last.
+// The second part of the record that copy_queries was called for last.
 template <int Dp>
-__device__ __forceinline__ void copy_rest(const BackwardArgs& a, Shared<Dp>& shared, int stage) {
-  if (shared.last >= 0) copy_part<Dp, offsetof(QueryRecord<Dp>, q8t), sizeof(QueryRecord<Dp>)>(a, shared, stage, shared.last, shared.rest_full[stage]);
+__device__ __forceinline__ void copy_second(const BackwardArgs& a, Shared<Dp>& shared, int stage) {
+  if (shared.last >= 0) copy_part<Dp, offsetof(QueryRecord<Dp>, q8t), sizeof(QueryRecord<Dp>)>(a, shared, stage, shared.last, shared.second_full[stage]);
 }
 
 template <int Dp>
 __device__ __forceinline__ void init_barriers(Shared<Dp>& shared) {
   init_barrier(shared_address(&shared.keys_full), 1);
   for (int i = 0; i < STAGES<Dp>; ++i) {
-    init_barrier(shared_address(&shared.full[i]), 1), init_barrier(shared_address(&shared.rest_full[i]), 1);
-    init_barrier(shared_address(&shared.ds_full[i]), 4 * GROUPS), init_barrier(shared_address(&shared.ds_empty[i]), 4);
+    init_barrier(shared_address(&shared.full[i]), 1), init_barrier(shared_address(&shared.second_full[i]), 1);
+    init_barrier(shared_address(&shared.ds_full[i]), 4 * KEY_WARPGROUPS), init_barrier(shared_address(&shared.ds_empty[i]), 4);
   }
   fence_barriers();
 }
 // Starts the first copies.
 template <int Dp>
-__device__ __forceinline__ void start(const BackwardArgs& a, Shared<Dp>& shared) {
+__device__ __forceinline__ void start_copies(const BackwardArgs& a, Shared<Dp>& shared) {
   const KeyBlock& block = shared.block;
   const uint32_t full = shared_address(&shared.keys_full);
-  arrive_expecting(full, GROUPS * sizeof(KeyRecord<Dp>));
-  const KeyRecord<Dp>* keys = static_cast<const KeyRecord<Dp>*>(a.w.keys) + (static_cast<int64_t>(block.head) * a.keys.tiles + block.slot) * GROUPS;
-  for (int i = 0; i < GROUPS; ++i) copy_bulk(shared_address(&shared.keys[i]), keys + i, sizeof(KeyRecord<Dp>), full);
+  arrive_expecting(full, KEY_WARPGROUPS * sizeof(KeyRecord<Dp>));
+  const KeyRecord<Dp>* keys = static_cast<const KeyRecord<Dp>*>(a.w.keys) + (static_cast<int64_t>(block.head) * a.keys.tiles + block.slot) * KEY_WARPGROUPS;
+  for (int i = 0; i < KEY_WARPGROUPS; ++i) copy_bulk(shared_address(&shared.keys[i]), keys + i, sizeof(KeyRecord<Dp>), full);
   shared.next = block.walk, shared.steps = block.steps;
   for (int i = 0; i < STAGES<Dp>; ++i) {
     copy_queries(a, shared, i);
-    if (IN_TWO<Dp> && i + 1 < STAGES<Dp>) copy_rest(a, shared, i);
+    if (IN_TWO<Dp> && i + 1 < STAGES<Dp>) copy_second(a, shared, i);
   }
 }
 
@@ -166,7 +190,7 @@ __device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.f, x)
 // ---------------------------------------------------------------------------------------------------- dK and dV
 
 template <typename T, int Dp>
-struct KeyGroup {
+struct KeyWarpgroup {
   using Record = QueryRecord<Dp>;
   static constexpr int tiles = QUERIES / 8, channel_tiles = Dp / 8, steps32 = QUERIES / 32;
   static constexpr int width = Dp == 64 ? 64 : 32, products = 2 * Dp / width;  // dV and dK are multiplied `width` channels at a time
@@ -181,7 +205,7 @@ struct KeyGroup {
   template <bool is_unsigned>
   __device__ __forceinline__ static void multiply(int (&y)[width / 2], const uint32_t (&x)[steps32][4], uint32_t matrix) {
     begin_products();
-    const uint32_t b = where(matrix);
+    const uint32_t b = matrix_at(matrix);
     if constexpr (is_unsigned) multiply_u8s8<QUERIES, false>(y, x[0], b); else multiply_s8s8<QUERIES, false>(y, x[0], b);
 #pragma unroll
     for (int k = 1; k < steps32; ++k)
@@ -198,7 +222,7 @@ struct KeyGroup {
   }
   __device__ __forceinline__ static void scores(int (&s)[32], uint32_t k8, uint32_t at) {
     begin_products();
-    const uint32_t q8 = where(at + offsetof(Record, q8));
+    const uint32_t q8 = matrix_at(at + offsetof(Record, q8));
     multiply_s8s8<Dp, false>(s, k8, q8);
 #pragma unroll
     for (int k = 1; k < Dp / 32; ++k) multiply_s8s8<Dp, true>(s, k8 + 2 * k, q8 + 2 * k);
@@ -206,7 +230,7 @@ struct KeyGroup {
   }
   __device__ __forceinline__ void products_with_v(float (&dp)[32], uint32_t v, uint32_t at) const {
     begin_products();
-    const uint32_t do16 = where(at + offsetof(Record, do16));
+    const uint32_t do16 = matrix_at(at + offsetof(Record, do16));
 #pragma unroll
     for (int k = 0; k < Dp / 16; ++k) {
       const uint32_t next = k / 4 * 512 + k % 4 * 2;
@@ -224,7 +248,7 @@ struct KeyGroup {
     wait(shared_address(&shared.keys_full), 0);
     const KeyRecord<Dp>& keys = shared.keys[number].record;
     const float k_scale = keys.scale[warp % 4];
-    const uint32_t k8 = uniform(where(shared_address(keys.k8))), v = uniform(where(shared_address(keys.v)));
+    const uint32_t k8 = uniform(matrix_at(shared_address(keys.k8))), v = uniform(matrix_at(shared_address(keys.v)));
     if constexpr (holds_v)
 #pragma unroll
       for (int k = 0; k < Dp / 16; ++k) load_matrices(held_v[k], shared_address(keys.v) + swizzle<128>(warp % 4 * 16 + lane % 16, 2 * k + lane / 16));
@@ -269,11 +293,11 @@ struct KeyGroup {
       __syncwarp();
       if (lane == 0) arrive(shared_address(&shared.ds_full[stage]));
     };
-    const auto round = [&](uint32_t (&x8)[steps32][4], float (&scale)[2], const __half2 (&x)[tiles][2], __half2 inverse_of_both, float unit) {
+    const auto to_int8 = [&](uint32_t (&x8)[steps32][4], float (&scale)[2], const __half2 (&x)[tiles][2], __half2 inverse_of_both, float factor) {
       const __half2 inverse[2] = {__low2half2(inverse_of_both), __high2half2(inverse_of_both)};
 #pragma unroll
       for (int k = 0; k < steps32; ++k) to_operand(x8[k], &x[4 * k], inverse);
-      scale[0] = unit * reciprocal(__low2float(inverse_of_both)), scale[1] = unit * reciprocal(__high2float(inverse_of_both));
+      scale[0] = factor * reciprocal(__low2float(inverse_of_both)), scale[1] = factor * reciprocal(__high2float(inverse_of_both));
     };
 
     // S of a step is multiplied in the step before it. Behind the last step: of whatever is there, and nobody reads it.
@@ -300,9 +324,9 @@ struct KeyGroup {
         wait_for_products<0>();
         to_ds(record);
         const __half2 ds_inverse = inverse_scales<127>(row_tops(ds, true));
-        round(p8, p_scale, p, p_inverse, record.dv_unit);
+        to_int8(p8, p_scale, p, p_inverse, record.dv_scale);
         multiply<true>(y, p8, at + offsetof(Record, do8t));
-        round(ds8, ds_scale, ds, ds_inverse, record.dk_unit);
+        to_int8(ds8, ds_scale, ds, ds_inverse, record.dk_scale);
         send_ds(stage);
         if (next == 0) parity ^= 1;
         if (step + 1 < steps) wait(shared_address(&shared.full[next]), parity);
@@ -332,8 +356,8 @@ struct KeyGroup {
         exponentials(record);
         products_with_v(dp, v, at);
         if (query < last_query) hide(p, query);
-        wait(shared_address(&shared.rest_full[stage]), step / STAGES<Dp> % 2);
-        round(p8, p_scale, p, inverse_scales<255>(row_tops(p, false)), record.dv_unit);
+        wait(shared_address(&shared.second_full[stage]), step / STAGES<Dp> % 2);
+        to_int8(p8, p_scale, p, inverse_scales<255>(row_tops(p, false)), record.dv_scale);
         wait_for_products<0>();
         to_ds(record);
         const __half2 ds_inverse = inverse_scales<127>(row_tops(ds, true));
@@ -344,7 +368,7 @@ struct KeyGroup {
         };
         product(0);
         send_ds(stage);  // its place is empty: this record was copied after everybody had read dS of two steps before
-        round(ds8, ds_scale, ds, ds_inverse, record.dk_unit);
+        to_int8(ds8, ds_scale, ds, ds_inverse, record.dk_scale);
 #pragma unroll
         for (int i = 0; i < products; ++i) {
           if (i + 1 < products) {
@@ -381,7 +405,7 @@ struct KeyGroup {
     const KeyBlock& block = shared.block;
     const int head_dim = a.p.shape.head_dim, thread = thread_number(), lane = thread % 32, warp = thread / 32 - 4;
     if (a.splits > 1) {
-      constexpr int warps = 4 * GROUPS;
+      constexpr int warps = 4 * KEY_WARPGROUPS;
       const int64_t part = (static_cast<int64_t>(block.head) * a.keys.tiles + block.slot) * a.splits + block_number() % a.splits;
       float4* to = reinterpret_cast<float4*>(a.w.d_kv) + (part * 2 * warps + warp) * (channel_tiles * 32) + lane;
 #pragma unroll
@@ -417,25 +441,25 @@ __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared
 #pragma unroll
   for (int k = 0; k < steps16; ++k) k_bound = max_or_nan(k_bound, shared.keys[k / 4].record.scale[k % 4]);
   if (threadIdx.x < steps16)
-    shared.unit[threadIdx.x] = __float2half2_rn(__fdividef(shared.keys[threadIdx.x / 4].record.scale[threadIdx.x % 4], k_bound));
-  synchronise(ADDED, 128);
-  const uint32_t k8t = where(shared_address(shared.keys[0].record.k8t)), rows = shared_address(shared.ds) + swizzle<2 * KEYS>(warp * 16 + lane % 16, lane / 16);
+    shared.relative[threadIdx.x] = __float2half2_rn(__fdividef(shared.keys[threadIdx.x / 4].record.scale[threadIdx.x % 4], k_bound));
+  sync_named(DQ_BARRIER, 128);
+  const uint32_t k8t = matrix_at(shared_address(shared.keys[0].record.k8t)), rows = shared_address(shared.ds) + swizzle<2 * KEYS>(warp * 16 + lane % 16, lane / 16);
   for (int step = 0; step < steps; ++step, walk.advance(blocks, stride)) {
     const int stage = step % STAGES<Dp>;
     const int64_t record = walk.record;
     float scale[2] = {a.w.fine[record * QUERIES + row] * k_bound, a.w.fine[record * QUERIES + row + 8] * k_bound};
     wait(shared_address(&shared.ds_full[stage]), step / STAGES<Dp> % 2);
     if (threadIdx.x == COPIER) {
-      if constexpr (IN_TWO<Dp>) copy_rest(a, shared, (step + 1) % STAGES<Dp>);
+      if constexpr (IN_TWO<Dp>) copy_second(a, shared, (step + 1) % STAGES<Dp>);
       else if (step > 0) copy_queries(a, shared, (step - 1) % STAGES<Dp>);
     }
-    __half2 x[2 * steps16][2];  // dS by units of the keys
+    __half2 x[2 * steps16][2];  // dS by the keys' relative scales
 #pragma unroll
     for (int k = 0; k < steps16; ++k) {
       uint32_t loaded[4];
       load_matrices(loaded, ((rows + stage * static_cast<int>(sizeof(shared.ds[0]))) ^ (k % 4 * 32)) + k / 4 * static_cast<int>(sizeof(shared.ds[0][0])));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[2 * k + i / 2][i % 2] = __hmul2(half2_of(loaded[i]), shared.unit[k]);
+      for (int i = 0; i < 4; ++i) x[2 * k + i / 2][i % 2] = __hmul2(half2_of(loaded[i]), shared.relative[k]);
     }
     if constexpr (!IN_TWO<Dp>) {
       __syncwarp();
@@ -458,19 +482,19 @@ __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared
     };
     product(0);
     if (threadIdx.x == 0) wait_for_reads<0>();
-    synchronise(ADDED, 128);
+    sync_named(DQ_BARRIER, 128);
     if (IN_TWO<Dp> && threadIdx.x == COPIER) copy_queries(a, shared, stage);  // not before: it says that everybody here has read dS
 #pragma unroll
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (chunk + 1 < chunks) product(chunk + 1), wait_for_products<1>(); else wait_for_products<0>();
       ready(y[chunk % 2]);
       int4* to = reinterpret_cast<int4*>(shared.dq) + chunk / 2 * (QUERIES * 64 / 4) + (warp * 8 + chunk % 2 * 4) * 32 + lane;
-      const auto write = [&](auto round) {
+      const auto write = [&](auto as_integer) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           int z[4];
 #pragma unroll
-          for (int c = 0; c < 4; ++c) z[c] = round(__int2float_rn(y[chunk % 2][4 * n + c]), scale[c / 2]);
+          for (int c = 0; c < 4; ++c) z[c] = as_integer(__int2float_rn(y[chunk % 2][4 * n + c]), scale[c / 2]);
           to[n * 32] = {z[0], z[1], z[2], z[3]};
         }
       };
@@ -478,7 +502,7 @@ __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared
       else write([](float x, float scale) { return MAGIC + __float2int_rn(x * scale); });
     }
     fence_async();
-    synchronise(ADDED, 128);
+    sync_named(DQ_BARRIER, 128);
     if (threadIdx.x == 0) add_bulk(a.w.d_q + record * (QUERIES * Dp), shared_address(shared.dq), sizeof(shared.dq));
   }
   if (threadIdx.x == 0) wait_for_additions();
@@ -493,13 +517,13 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1) backward_kernel(const __grid
   if (threadIdx.x == COPIER) init_barriers(shared);
   __syncthreads();
   if (!shared.block.exists()) return;
-  if (threadIdx.x == COPIER) start(a, shared);
+  if (threadIdx.x == COPIER) start_copies(a, shared);
   if (threadIdx.x < 128) {
     give_registers<DQ_REGISTERS>();
     add_dq<Dp>(a, shared);
   } else {
     take_registers<KEY_REGISTERS>();
-    KeyGroup<T, Dp>{a, shared}.run();
+    KeyWarpgroup<T, Dp>{a, shared}.run();
   }
 }
 
@@ -515,7 +539,7 @@ void launch(const BackwardArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void gradients(const BackwardArgs& a, cudaStream_t stream) {
-  sm80::dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
+  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
 }
 
 }  // namespace sagetrain::sm90

@@ -1,5 +1,5 @@
 // dK and dV, and dQ along with them: five matmuls in INT8 and dP = dO V^T in 16 bits, on mma.sync. Rows are keys, columns
-// the queries of all heads of the group:
+// the queries of all heads that share them:
 //
 //   S^T -> P^T -> dV += P^T dO,    dP^T -> dS^T -> dK += dS^T Q,    dS^T -> shared memory -> dQ += dS K
 //
@@ -7,11 +7,28 @@
 // dQ needs dS the other way round, and another scale: one per query and block of keys. So the warps agree on the largest
 // of each column, round dS a second time into shared memory, and multiply that by K; the result is added to the query's
 // sum in device memory. Where there are few tiles of keys, several blocks share one (`splits`), each with its part of the
-// queries, and add up dK and dV in device memory too. `finish_kernel` turns sums into gradients.
+// queries, and add up dK and dV in device memory too. finish.cu turns sums into gradients.
 //
 // Such sums have no fixed order. `deterministic` calls do without (`fused` false, one split): dq.cu computes their dQ.
-//
 // Schedule, bound, variants: docs/sm80.md; constants: layout.cuh.
+//
+//   barrier             who waits, before what                          who arrives, after what
+//   wait_for_copies     every thread, once a step: reading it           the thread's own copies of this record (at first: of the keys, too)
+//   __syncthreads       all, at first: reading the block's keys         all: their own copies are there
+//                       all, once a step: reading this record,          all: their own copies are there, and they have left the record
+//                       copying the next to the other stage             before and dS of that step
+//                       fused, all: reading `top`, rounding dS          all: they have written their warp's `top`
+//                       fused, all: dQ                                  all: they have written their part of dS and its scales
+//
+//   shared memory, KiB  D = 64      D = 128
+//   two stages          2 x 21.8    2 x 42.3    QueryRecord
+//   v                   16          (0)         of the KeyRecord; D = 128: on its way to registers, in the second stage
+//   k8t, key_scales     9           17          of the KeyRecord; fused, like all below
+//   ds8                 8           8           dS, rounded
+//   top, query_scales   0.8         1.3         largest |dS| of a warp and query; scales of dS
+//   all                 77          111         without `fused` 59.5, 84.5; DkvMemory has the places
+//
+//   tile size           what limits it: DkvShape
 #include <cstddef>
 
 #include "backward.cuh"
@@ -19,89 +36,13 @@
 namespace sagetrain::sm80 {
 namespace {
 
-// Which keys a block of dkv_kernel owns and its part of the steps: the queries that see them, by their records in order.
-template <int Dp, int row_tiles>
-struct KeyRows {
-  Span keys;
-  int head, k0, warp_row, group, t;
-  int left;                 // keys from the warp's first to the sequence's end
-  int steps;                // of this split
-  // of the step:
-  int record;
-  int diagonal;             // of its queries, the first that sees the warp's first key; negative where all do
-  int blocks, until;        // records of a query head that see any key of the block, and of these those to come
-
-  __device__ KeyRows(const BackwardArgs& a, int number) {
-    const int heads_kv = a.p.shape.heads_kv, group_heads = a.p.shape.heads_q / heads_kv;
-    head = number % heads_kv;
-    const int split = number / heads_kv % a.splits, tile = number / heads_kv / a.splits;  // causal: the first keys have the most queries
-    keys = span_of_tile(a.keys, tile);
-    k0 = (tile - keys.first_tile) * TILE;
-    const Span queries = span_of(a.queries, keys.sequence);
-    const int offset = keys.length - queries.length, first_block = a.p.shape.is_causal ? max(0, k0 - offset) / QUERIES : 0;
-    blocks = max(0, (queries.length + QUERIES - 1) / QUERIES - first_block);
-    const int all = blocks * group_heads, first = static_cast<int>(static_cast<int64_t>(all) * split / a.splits);
-    steps = static_cast<int>(static_cast<int64_t>(all) * (split + 1) / a.splits) - first;
-    const int lane = threadIdx.x % 32;
-    group = lane / 4, t = lane % 4;
-    warp_row = k0 + threadIdx.x / 32 * (16 * row_tiles);
-    left = keys.length - warp_row;
-    const int done = blocks ? first % blocks : 0, block = first_block + done;
-    until = blocks - done;
-    diagonal = a.p.shape.is_causal ? warp_row - offset - block * QUERIES : -TILE;
-    record = (head * group_heads + (blocks ? first / blocks : 0)) * head_stride(a) + queries.first_tile * (TILE / QUERIES) + block;
-  }
-  __device__ __forceinline__ bool exists() const { return k0 >= 0 && k0 < keys.length; }
-  __device__ __forceinline__ int key(int i, int r) const { return warp_row + 16 * i + group + 8 * r; }
-  static __device__ __forceinline__ int head_stride(const BackwardArgs& a) { return a.queries.tiles * (TILE / QUERIES); }
-  __device__ __forceinline__ int following(const BackwardArgs& a) const { return record + 1 + (until == 1 ? head_stride(a) - blocks : 0); }
-  __device__ __forceinline__ void advance(const BackwardArgs& a) {
-    const int queries = a.p.shape.is_causal ? QUERIES : 0;
-    record = following(a), diagonal -= queries;
-    if (--until == 0) until = blocks, diagonal += blocks * queries;
-  }
-
-  __device__ __forceinline__ void load_k8(uint32_t (&operand)[row_tiles][Dp / 32][4], float (&scale)[row_tiles][2], const BackwardArgs& a) const {
-    const int64_t row = row_index(keys.batch, a.p.shape.heads_kv, head, a.keys.tokens, keys.begin);
-#pragma unroll
-    for (int i = 0; i < row_tiles; ++i) {
-      const bool valid[2] = {key(i, 0) < keys.length, key(i, 1) < keys.length};
-      const void* rows[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        rows[r] = a.p.k8 + (row + key(i, r)) * Dp;
-        scale[i][r] = valid[r] ? a.p.k_scale[row + key(i, r)] : 0.f;
-      }
-      load_operand(operand[i], rows, valid, t, Dp);
-    }
-  }
-  // Writes this warp's rows of dK or dV.
-  template <typename T>
-  __device__ __forceinline__ void store(void* to, const Strides& s, const float (&x)[row_tiles][Dp / 8][4], float factor, int head_dim) const {
-#pragma unroll
-    for (int i = 0; i < row_tiles; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        T* row = static_cast<T*>(to) + keys.batch * s.batch + head * s.head + (keys.begin + key(i, r)) * s.token;
-        store_row<Dp / 8>(row, key(i, r) < keys.length, head_dim,
-                          [&](int n) { return pack16<T>(factor * x[i][n][2 * r], factor * x[i][n][2 * r + 1]); });
-      }
-  }
-  template <typename T>
-  __device__ __forceinline__ void store_dk(const BackwardArgs& a, float (&dk)[row_tiles][Dp / 8][4]) const {
-#pragma unroll
-    for (int i = 0; i < row_tiles; ++i) unrotate(dk[i], t);
-    store<T>(a.p.d_k, a.p.d_k_strides, dk, a.p.shape.scale, a.p.shape.head_dim);
-  }
-  template <typename T>
-  __device__ __forceinline__ void store_dv(const BackwardArgs& a, const float (&dv)[row_tiles][Dp / 8][4]) const {
-    store<T>(a.p.d_v, a.p.d_v_strides, dv, 0x1p-15f, a.p.shape.head_dim);
-  }
-  // This lane's part of the sums of dK (which = 0) or dV (1) of the block's tile.
-  __device__ __forceinline__ float4* sums(const BackwardArgs& a, int which) const {
-    const int64_t tile = static_cast<int64_t>(head) * a.keys.tiles + keys.first_tile + k0 / TILE;
-    return reinterpret_cast<float4*>(a.w.d_kv) + ((tile * 2 + which) * TILE + (warp_row - k0)) * (Dp / 4) + threadIdx.x % 32;
-  }
+// TILE keys a block. What limits each number is registers (sm_90: 255, D = 128: 253 a thread): dK and dV of 32 x 64 or 16 x 128 take 128.
+template <int Dp>
+struct DkvShape {
+  static constexpr int row_tiles = Dp == 64 ? 2 : 1;   // 16-row tiles of a warp
+  static constexpr int warps = 8 / row_tiles;          // of a block
+  static constexpr int blocks = Dp == 64 ? 2 : 1;      // that a multiprocessor is to hold
+  static constexpr int in_flight = 4 / row_tiles;      // 8-column tiles of a product under way at a time
 };
 
 // ---------------------------------------------------------------------------------------------------- dQ beside dK and dV
@@ -111,16 +52,16 @@ template <int Dp, bool fused>
 struct DkvMemory {
   static constexpr int warps = DkvShape<Dp>::warps;
   static constexpr bool v_in_shared = Dp == 64;  // its registers are needed for dK and dV
-  static constexpr int v = v_in_shared ? 2 * sizeof(BackwardQueries<Dp>) : sizeof(BackwardQueries<Dp>);  // BlockKeys::v; else on its way to registers
-  static constexpr int k8t = 2 * sizeof(BackwardQueries<Dp>) + (v_in_shared ? TILE * 2 * Dp : 0);        // BlockKeys from k8t on
-  static constexpr int unit = k8t + Dp * TILE;
-  static constexpr int k_bound = unit + TILE * sizeof(KeyUnit);
-  static constexpr int ds8 = k_bound + 16;                         // [query][key], in the order of k8t
-  static constexpr int top = ds8 + QUERIES * TILE;                 // [warp][query / 2] largest |dS|
-  static constexpr int scale = top + warps * (QUERIES / 2) * 4;    // [query]
-  static constexpr int bytes = fused ? scale + QUERIES * 4 : k8t;
+  static constexpr int v = v_in_shared ? 2 * sizeof(QueryRecord<Dp>) : sizeof(QueryRecord<Dp>);    // KeyRecord::v; else on its way to registers
+  static constexpr int k8t = 2 * sizeof(QueryRecord<Dp>) + (v_in_shared ? TILE * 2 * Dp : 0);      // KeyRecord from k8t on
+  static constexpr int key_scales = k8t + Dp * TILE;
+  static constexpr int k_bound = key_scales + TILE * sizeof(KeyScale);
+  static constexpr int ds8 = k_bound + 16;                              // [query][key], in the order of k8t
+  static constexpr int top = ds8 + QUERIES * TILE;                      // [warp][query / 2] largest |dS|
+  static constexpr int query_scales = top + warps * (QUERIES / 2) * 4;  // [query]
+  static constexpr int bytes = fused ? query_scales + QUERIES * 4 : k8t;
 };
-static_assert(sizeof(BackwardQueries<128>) >= TILE * 2 * 128);
+static_assert(sizeof(QueryRecord<128>) >= TILE * 2 * 128);
 
 // The warp's largest |dS| of each query: columns 2 lane and 2 lane + 1 in this lane. Halves the columns with every fold.
 template <int m>
@@ -157,7 +98,7 @@ __device__ __forceinline__ void store_ds(unsigned char* shared, const __half2 (&
   const __half2 mine = {inverse_scale(__low2float(top), 127.f), inverse_scale(__high2float(top), 127.f)};
   const float k_bound = *reinterpret_cast<const float*>(shared + Memory::k_bound);
   if (warp == 0)
-    reinterpret_cast<float2*>(shared + Memory::scale)[lane] = {k_bound * scale_of(__low2float(top), 127.f), k_bound * scale_of(__high2float(top), 127.f)};
+    reinterpret_cast<float2*>(shared + Memory::query_scales)[lane] = {k_bound * scale_of(__low2float(top), 127.f), k_bound * scale_of(__high2float(top), 127.f)};
   const __half2 magic = __float2half2_rn(MAGIC_HALF);
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
@@ -188,22 +129,22 @@ __device__ __forceinline__ void add4(float4* to, float a, float b, float c, floa
 template <int Dp>
 __device__ __forceinline__ void add_dq(unsigned char* shared, float* sums) {
   using Memory = DkvMemory<Dp, true>;
-  constexpr int group_tiles = 4;
+  constexpr int in_flight = 4;
   const int thread = thread_number(), lane = thread % 32, row_tile = thread / 32 % 4, first_tile = thread / 128 * 8;
   uint32_t ds8[1][TILE / 32][4];
   const InShared<TILE> rows{shared_address(shared) + Memory::ds8 + row_tile * 16 * TILE};
 #pragma unroll
   for (int k = 0; k < TILE / 32; ++k) rows.get(ds8[0][k], 0, k);
-  const float* scales = reinterpret_cast<const float*>(shared + Memory::scale) + row_tile * 16 + lane / 4;
+  const float* scales = reinterpret_cast<const float*>(shared + Memory::query_scales) + row_tile * 16 + lane / 4;
   const float scale[2] = {scales[0], scales[8]};
   float4* to = reinterpret_cast<float4*>(sums) + (row_tile * (Dp / 8) + first_tile) * 32 + lane;
   const uint32_t columns = shared_address(shared) + Memory::k8t + first_tile * 8 * TILE;
 #pragma unroll
-  for (int first = 0; first < 8; first += group_tiles) {
-    int y[group_tiles][1][4];
+  for (int first = 0; first < 8; first += in_flight) {
+    int y[in_flight][1][4];
     product_int8<false, TILE>(y, ds8, columns + first * 8 * TILE);
 #pragma unroll
-    for (int n = 0; n < group_tiles; ++n) {
+    for (int n = 0; n < in_flight; ++n) {
       float x[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) x[c] = (__int_as_float(y[n][0][c]) - MAGIC_FLOAT) * scale[c / 2];
@@ -217,9 +158,9 @@ __device__ __forceinline__ void add_dq(unsigned char* shared, float* sums) {
 template <typename T, int Dp, bool fused>
 __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks) dkv_kernel(const __grid_constant__ BackwardArgs a) {
   after_previous();
-  using Record = BackwardQueries<Dp>;
+  using Record = QueryRecord<Dp>;
   using Memory = DkvMemory<Dp, fused>;
-  constexpr int m = DkvShape<Dp>::row_tiles, group = DkvShape<Dp>::group, threads = 32 * DkvShape<Dp>::warps;
+  constexpr int m = DkvShape<Dp>::row_tiles, in_flight = DkvShape<Dp>::in_flight, threads = 32 * DkvShape<Dp>::warps;
   constexpr int tiles = COLUMNS / 8, channel_tiles = Dp / 8;
   constexpr bool v_in_shared = Memory::v_in_shared;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -228,9 +169,9 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
   if (!rows.exists()) return;
   const Record* records = static_cast<const Record*>(a.w.queries);
   const int64_t key_tile = static_cast<int64_t>(rows.head) * a.keys.tiles + rows.keys.first_tile + rows.k0 / TILE;
-  const BlockKeys<Dp>& keys = static_cast<const BlockKeys<Dp>*>(a.w.blocks)[key_tile];
+  const KeyRecord<Dp>& keys = static_cast<const KeyRecord<Dp>*>(a.w.blocks)[key_tile];
   copy_run<sizeof(keys.v), threads>(stages + Memory::v, keys.v);
-  if constexpr (fused) copy_run<sizeof(keys) - offsetof(BlockKeys<Dp>, k8t), threads>(stages + Memory::k8t, keys.k8t);
+  if constexpr (fused) copy_run<sizeof(keys) - offsetof(KeyRecord<Dp>, k8t), threads>(stages + Memory::k8t, keys.k8t);
   if (rows.steps) copy_run<sizeof(Record), threads>(stages, records + rows.record);
   commit_copies();
 
@@ -259,22 +200,22 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
     if (left > 1) copy_run<sizeof(Record), threads>(stages + stage, records + rows.following(a));
     commit_copies();
 
-    const KeyUnit* units = reinterpret_cast<const KeyUnit*>(shared + Memory::unit) + threadIdx.x / 32 * 16 * m + rows.group;
+    const KeyScale* key_scales = reinterpret_cast<const KeyScale*>(shared + Memory::key_scales) + threadIdx.x / 32 * 16 * m + rows.group;
     if constexpr (fused) {  // rather than in registers all the time
 #pragma unroll
       for (int i = 0; i < m; ++i)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) k_scale[i][r] = units[16 * i + 8 * r].k_scale;
+        for (int r = 0; r < 2; ++r) k_scale[i][r] = key_scales[16 * i + 8 * r].k_scale;
     }
 
     // S^T, and P'' of it
     __half2 p[m][tiles][2];
 #pragma unroll
-    for (int first = 0; first < tiles; first += group) {
-      int s[group][m][4];
+    for (int first = 0; first < tiles; first += in_flight) {
+      int s[in_flight][m][4];
       product_int8<false, Dp>(s, k8, shared_address(record.q8) + first * 8 * Dp);
 #pragma unroll
-      for (int j = 0; j < group; ++j) {
+      for (int j = 0; j < in_flight; ++j) {
         const int n = first + j;
         const float2 scale = record.q_scale[n * 4 + t], bias = record.q_bias[n * 4 + t], l = record.l[n * 4 + t];
 #pragma unroll
@@ -291,9 +232,9 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
       for (int i = 0; i < m; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const __half2 unit = units[16 * i + 8 * r].unit;
+          const __half2 relative = key_scales[16 * i + 8 * r].relative;
 #pragma unroll
-          for (int n = 0; n < tiles; ++n) p[i][n][r] = __hmul2(p[i][n][r], unit);
+          for (int n = 0; n < tiles; ++n) p[i][n][r] = __hmul2(p[i][n][r], relative);
         }
     }
     // Not every query sees the warp's last key; and keys past the end must not reach dQ.
@@ -319,11 +260,11 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
       to_operand(operand[i][0], &p[i][0], inverse), to_operand(operand[i][1], &p[i][4], inverse);
     }
 #pragma unroll
-    for (int first = 0; first < channel_tiles; first += group) {
-      int y[group][m][4];
+    for (int first = 0; first < channel_tiles; first += in_flight) {
+      int y[in_flight][m][4];
       product_int8<true, COLUMNS>(y, operand, shared_address(record.do8t) + first * 8 * COLUMNS);
 #pragma unroll
-      for (int j = 0; j < group; ++j) {
+      for (int j = 0; j < in_flight; ++j) {
         const int n = first + j;
         const float2 do_scale = record.do_scale[n * 4 + t], do_bias = record.do_bias[n * 4 + t];
 #pragma unroll
@@ -336,15 +277,15 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
 
     // dP^T, and dS'' = P'' u in the place of P''
 #pragma unroll
-    for (int first = 0; first < tiles; first += group) {
-      float dp[group][m][4];
+    for (int first = 0; first < tiles; first += in_flight) {
+      float dp[in_flight][m][4];
       const uint32_t columns = shared_address(record.do16) + first * 16 * Dp;
       if constexpr (v_in_shared)
         product_16bit<T, 2 * Dp, Dp / 16>(dp, v_rows, columns, start);
       else
         product_16bit<T, 2 * Dp, Dp / 16>(dp, InRegisters<m, Dp / 16>{v}, columns, start);
 #pragma unroll
-      for (int j = 0; j < group; ++j) {
+      for (int j = 0; j < in_flight; ++j) {
         const int n = first + j;
         const float2 c = record.c[n * 4 + t], d = record.d[n * 4 + t];
 #pragma unroll
@@ -357,11 +298,11 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
     if constexpr (fused) reinterpret_cast<__half2*>(shared + Memory::top)[thread_number()] = column_tops(p);
 
     // dK += dS^T Q
-    const float unit = record.dk_unit[0];
+    const float dk_scale = record.dk_scale[0];
 #pragma unroll
     for (int i = 0; i < m; ++i) {
       row_scales(p[i], 127.f, true, inverse, scale[i]);
-      scale[i][0] *= unit, scale[i][1] *= unit;
+      scale[i][0] *= dk_scale, scale[i][1] *= dk_scale;
       to_operand(operand[i][0], &p[i][0], inverse), to_operand(operand[i][1], &p[i][4], inverse);
     }
     constexpr bool early = m == 2;  // round dS for dQ before the product for dK or after: whichever spills no register
@@ -369,7 +310,7 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
       __syncthreads();
       store_ds<Dp, m>(shared, p);
     }
-    accumulate<group>(dk, operand, scale, shared_address(record.q8t));
+    accumulate<in_flight>(dk, operand, scale, shared_address(record.q8t));
 
     if constexpr (fused) {
       if constexpr (!early) {
@@ -384,12 +325,12 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
 
   const KeyRows<Dp, m> again(a, block_number());
   if constexpr (fused) {
-    const KeyUnit* units = reinterpret_cast<const KeyUnit*>(shared + Memory::unit) + threadIdx.x / 32 * 16 * m + again.group;
+    const KeyScale* key_scales = reinterpret_cast<const KeyScale*>(shared + Memory::key_scales) + threadIdx.x / 32 * 16 * m + again.group;
 #pragma unroll
     for (int i = 0; i < m; ++i)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float out = __fdividef(1.f, __low2float(units[16 * i + 8 * r].unit));
+        const float out = __fdividef(1.f, __low2float(key_scales[16 * i + 8 * r].relative));
 #pragma unroll
         for (int n = 0; n < channel_tiles; ++n)
 #pragma unroll
@@ -410,65 +351,25 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
     }
 }
 
-// ---------------------------------------------------------------------------------------------------- sums
-
-constexpr int FINISH_THREADS = TILE / 16 * 32;  // a warp has 16 rows
-
-template <int n>
-__device__ __forceinline__ void load_sums(float (&x)[n][4], const float4* sums) {
-#pragma unroll
-  for (int j = 0; j < n; ++j) {
-    const float4 y = sums[j * 32];
-    x[j][0] = y.x, x[j][1] = y.y, x[j][2] = y.z, x[j][3] = y.w;
-  }
-}
-
-// Blocks 2i and 2i + 1 of the first `key_blocks`: dK and dV of a tile. The others: dQ of a tile.
-template <typename T, int Dp>
-__global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_constant__ BackwardArgs a, int key_blocks) {
-  after_previous();
-  const int number = block_number();
-  float x[1][Dp / 8][4];
-  if (number < key_blocks) {
-    const int heads = a.p.shape.heads_kv, tile = number / 2 / heads, which = number % 2;
-    const KeyRows<Dp, 1> rows(a, tile * a.splits * heads + number / 2 % heads);
-    if (!rows.exists()) return;
-    load_sums(x[0], rows.sums(a, which));
-    which ? rows.template store_dv<T>(a, x) : rows.template store_dk<T>(a, x);
-  } else {
-    const QueryRows<TILE> rows(a.p.shape, a.queries, a.keys, number - key_blocks);
-    if (!rows.exist()) return;
-    const int first = rows.first + threadIdx.x / 32 * 16;
-    load_sums(x[0], reinterpret_cast<const float4*>(a.w.d_q) + (rows.padded(a.queries) + first) * (Dp / 4) + threadIdx.x % 32);
-    store_dq<T, Dp>(x, a, rows, first);
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------- launches
 
 template <typename T, int Dp, bool fused>
-void launch_keys(const BackwardArgs& a, cudaStream_t stream) {
+void launch(const BackwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = DkvMemory<Dp, fused>::bytes;
   cudaFuncSetAttribute(dkv_kernel<T, Dp, fused>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const unsigned blocks = a.keys.tiles * a.p.shape.heads_kv * a.splits;
   if (blocks) launch_kernel(dkv_kernel<T, Dp, fused>, blocks, 32 * DkvShape<Dp>::warps, bytes, stream, a);
 }
 
-template <typename T, int Dp>
-void launch(const BackwardArgs& a, cudaStream_t stream) {
-  if (!a.fused) return launch_keys<T, Dp, false>(a, stream);
-  const size_t query_blocks = a.queries.tiles * a.p.shape.heads_q, key_tiles = a.splits == 1 ? 0 : a.keys.tiles * a.p.shape.heads_kv;
-  launch_keys<T, Dp, true>(a, stream);
-  const unsigned blocks = query_blocks + 2 * key_tiles;
-  if (blocks) launch_kernel(finish_kernel<T, Dp>, blocks, FINISH_THREADS, 0, stream, a, 2 * key_tiles);
-}
-
 }  // namespace
 
 int fused_bytes(const Shape& s) { return s.head_dim_padded == 64 ? DkvMemory<64, true>::bytes : DkvMemory<128, true>::bytes; }
 
-void key_gradients(const BackwardArgs& a, cudaStream_t stream) {
-  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
+void gradients(const BackwardArgs& a, cudaStream_t stream) {
+  dispatch(a.p.shape, [&](auto number, auto dim) {
+    constexpr int Dp = decltype(dim)::value;
+    a.fused ? launch<decltype(number), Dp, true>(a, stream) : launch<decltype(number), Dp, false>(a, stream);
+  });
 }
 
 }  // namespace sagetrain::sm80

@@ -1,13 +1,20 @@
 // Before the backward, once per token: the records of keys and queries, and the constants of each row (layout.cuh); sums start as zeros.
 // Bound by memory: every tensor is read once, and a tile stays in registers from its load to its last use.
-#include "../../sm80/rows.cuh"
+//
+//   barriers        __syncthreads between the steps of a block, no other
+//   shared memory   keys: k8 of the tile, transposed: 8 KiB (D = 64), 16 (D = 128); queries: q8 and do8, 16 and 32, and 2.6 of rows' constants
+//   tile size       TILE tokens of a head, all channels, 256 threads (common/rows.cuh). Registers limit the blocks of a multiprocessor: three
+//                   with 80, D = 128: two with 128
+#include <cfloat>
+
+#include "../common/launch.cuh"
+#include "../common/outside.cuh"
+#include "../common/round.cuh"
+#include "../common/transpose.cuh"
 #include "layout.cuh"
 
 namespace sagetrain::sm90 {
 namespace {
-
-using namespace sm80;
-using sm90::BackwardArgs, sm90::KEYS, sm90::QUERIES;
 
 constexpr int FINE = 25;                // log2 of what the sums of dQ may reach: rounding is to 2^-25 of that, and most products of a block are below 2^22
 constexpr int LEAST_WEIGHT = -2;        // log2 of what small queries are lifted to, of the largest in their record
@@ -65,7 +72,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_keys_kernel
   KeyRecord<Dp>* records = static_cast<KeyRecord<Dp>*>(a.w.keys) + padded * (TILE / KEYS);
   uint2 k8[ROWS][n];
   uint4 v[ROWS][n];
-  const T* v_tile = at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + begin);
+  const T* v_tile = row_at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + begin);
   const float* v_mean = a.p.v_mean + (static_cast<int64_t>(keys.sequence) * heads + head) * dim;
 #pragma unroll
   for (int j = 0; j < ROWS; ++j) {
@@ -106,8 +113,8 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_keys_kernel
   if (t == 0) a.w.v_norm[padded] = __uint_as_float(largest<WARPS>(norms, 0)), a.w.k_bound[padded] = __uint_as_float(largest<WARPS>(bounds, 0));
 
   // Sixteen lanes have the rows of a warp of the main kernel: keys of one scale, of which some may not exist.
-  const uint32_t group = t % 32 < 16 ? 0xffffu : 0xffff0000u;
-  const float scale = __uint_as_float(__reduce_max_sync(group, magnitude(k_scale)));
+  const uint32_t half_warp = t % 32 < 16 ? 0xffffu : 0xffff0000u;
+  const float scale = __uint_as_float(__reduce_max_sync(half_warp, magnitude(k_scale)));
   if (key < rows && k_scale != scale && scale == scale) {
     printf("sagetrain: keys of one group have different scales: forward and backward of different kernels\n");
     __trap();
@@ -142,8 +149,8 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const int64_t padded = static_cast<int64_t>(head) * a.queries.tiles + slot;
   QueryRecord<Dp>* records = static_cast<QueryRecord<Dp>*>(a.w.queries) + padded * records_of_tile;
   // Everything is loaded before anything that has to wait for it is stored: the compiler does not know that they are different places.
-  const T* o_tile = at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
-  const T* d_o_tile = at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin);
+  const T* o_tile = row_at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
+  const T* d_o_tile = row_at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin);
   uint4 d_o[ROWS][n], o[ROWS][n];
   load_rows(d_o, d_o_tile, a.p.d_o_strides.token, rows, dim), load_rows(o, o_tile, a.p.o_strides.token, rows, dim);
   uint4* sums = reinterpret_cast<uint4*>(a.w.d_q) + padded * (TILE * Dp / 4);
@@ -216,7 +223,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   const uint32_t amax = row_amax[row];
   const float q_scale = live ? a.p.q_scale[first_row + row] : 0.f;
   const float d_lse = live && a.p.d_lse ? a.p.d_lse[first_row + row] : 0.f;
-  const int exponent = row_exponent(amax), e = unit_exponent(exponent, d_lse);
+  const int exponent = row_exponent(amax), e = dp_exponent(exponent, d_lse);
   const float dot = row_dot[row], delta = clamp(dot - scale_by(d_lse, -e), 0x1p120f);
   const float bound = fminf(fmaf(row_norm[row], v_norm, fabsf(delta)), FLT_MAX);
   const bool known = is_finite(lse) && is_finite(q_scale) && is_finite(v_norm) && is_finite(k_bound);
@@ -261,9 +268,9 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     u[0] = __float2half_rn(scale_by(c, shift)), u[2] = __float2half_rn(-c * delta16);
     record.padding[row % QUERIES] = 0.f;
     if (row % QUERIES < 32) {
-      const float dv_unit = e_record == NONE ? 0.f : scale_by(1.f / 127.f, e_record + 1 - 15), dk_unit = exp2_int(min(log2_w - 15, 127));
-      (&record.dv_unit)[row % QUERIES] = row % QUERIES == 0 ? (e_record == UNBOUNDED ? nan_float() : dv_unit)
-                                       : row % QUERIES == 1 ? (record_broken ? nan_float() : dk_unit) : 0.f;
+      const float dv_scale = e_record == NONE ? 0.f : scale_by(1.f / 127.f, e_record + 1 - 15), dk_scale = exp2_int(min(log2_w - 15, 127));
+      (&record.dv_scale)[row % QUERIES] = row % QUERIES == 0 ? (e_record == UNBOUNDED ? nan_float() : dv_scale)
+                                       : row % QUERIES == 1 ? (record_broken ? nan_float() : dk_scale) : 0.f;
     }
   }
   if (__syncthreads_or(lifted)) {  // rows of very different weight in one record
@@ -289,7 +296,7 @@ void launch(const BackwardArgs& a, cudaStream_t stream) {
 }  // namespace
 
 void prepare(const BackwardArgs& a, cudaStream_t stream) {
-  sm80::dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
+  dispatch(a.p.shape, [&](auto number, auto dim) { launch<decltype(number), decltype(dim)::value>(a, stream); });
 }
 
 }  // namespace sagetrain::sm90

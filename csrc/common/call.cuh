@@ -1,11 +1,37 @@
-// What the two calls of the C boundary have in common: sides of a call, pieces of the workspace, limits.
+// What the calls of the C boundary have in common: arguments of the forward's passes, sides of a call, parts of the workspace, limits.
 #pragma once
 #include <climits>
+#include <type_traits>
 #include <utility>
 
-#include "layout.cuh"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
-namespace sagetrain::sm80 {
+#include "tiles.cuh"
+
+namespace sagetrain {
+
+struct ForwardScratch {
+  float* k_partial;   // [Hkv][tiles_k][Dp] sums of the samples of k, TILE each, from the first tile of a sequence on
+  float* v_partial;   // [Hkv][tiles_k][Dp] the same of v
+  float* v_residual;  // [Hkv][tiles_k][Dp] sum over the tile of v - v_mean - v_scale * v8
+  void* keys;         // [Hkv][tiles_k] KeyValueRecord<Dp>
+};
+
+struct ForwardArgs {
+  ForwardParams p;
+  Tokens queries, keys;
+  ForwardScratch w;
+};
+
+// Calls launch(a number of the call's dtype, an integral_constant of its padded head dimension).
+template <typename Launch>
+void dispatch(const Shape& s, Launch launch) {
+  const auto with = [&](auto number) {
+    s.head_dim_padded == 64 ? launch(number, std::integral_constant<int, 64>{}) : launch(number, std::integral_constant<int, 128>{});
+  };
+  s.dtype == DType::bfloat16 ? with(__nv_bfloat16{}) : with(__half{});
+}
 
 inline Tokens tokens_of(const int32_t* cu_seqlens, int64_t tokens, const Shape& s) {
   Tokens x{cu_seqlens, static_cast<int32_t>(tokens), static_cast<int32_t>(s.num_sequences), 0};
@@ -15,7 +41,7 @@ inline Tokens tokens_of(const int32_t* cu_seqlens, int64_t tokens, const Shape& 
 inline Tokens queries_of(const Shape& s) { return tokens_of(s.cu_seqlens_q, s.tokens_q, s); }
 inline Tokens keys_of(const Shape& s) { return tokens_of(s.cu_seqlens_k, s.tokens_k, s); }
 
-// Hands out pieces of the workspace, each aligned to 256 bytes; with a null base it only counts.
+// Hands out parts of the workspace, each aligned to 256 bytes; with a null base it only counts.
 struct Carver {
   char* base;
   size_t used = 0;
@@ -25,9 +51,9 @@ struct Carver {
   }
   template <typename T>
   void take(T*& pointer, size_t count) {
-    void* piece;
-    take(piece, count, sizeof(T));
-    pointer = static_cast<T*>(piece);
+    void* part;
+    take(part, count, sizeof(T));
+    pointer = static_cast<T*>(part);
   }
 };
 
@@ -62,4 +88,4 @@ inline const char* status() {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-}  // namespace sagetrain::sm80
+}  // namespace sagetrain

@@ -1,0 +1,90 @@
+// Rounding to 8 bits by adding a large number, the scales that go with it, and the powers of two and limits that keep both finite.
+#pragma once
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace sagetrain {
+
+// An INT32 accumulator that starts at MAGIC has, read as a float, the value 12582912 + n: no conversion is needed.
+constexpr int MAGIC = 0x4B400000;
+constexpr float MAGIC_FLOAT = 12582912.f;  // 3 * 2^22
+
+// Adding 1536 to an integer |n| <= 255 held in a half leaves n in the low byte (two's complement). Takes the four low
+// bytes of two such pairs: {x.lo, x.hi, y.lo, y.hi}.
+constexpr float MAGIC_HALF = 1536.f;
+__device__ __forceinline__ uint32_t low_bytes(__half2 x, __half2 y) {
+  return __byte_perm(reinterpret_cast<uint32_t&>(x), reinterpret_cast<uint32_t&>(y), 0x6420);
+}
+
+// Keeps 22 bits of a scale, so that MAGIC_FLOAT * scale is exact.
+__device__ __forceinline__ float scale22(float x) { return __int_as_float(__float_as_int(x) & ~3); }
+
+constexpr float AMAX_MIN = 0x1p-100f, AMAX_MAX = 0x1p55f;  // keeps scales and their products finite
+constexpr int EXPONENT_MIN = -100;  // of a row of dO: smaller rows are divided by 2^-100
+constexpr int NONE = -100000;       // exponent of a row, or a bound, of zeros
+constexpr int UNBOUNDED = 100000;   // ... and of one that is not finite
+constexpr uint32_t INFINITE = 0x7f800000, SMALLEST_NORMAL = 0x00800000;
+
+__device__ __forceinline__ float nan_float() { return __int_as_float(0x7fffffff); }
+__device__ __forceinline__ float infinity() { return __int_as_float(INFINITE); }
+// Bits of the magnitude: as integers they are ordered like the magnitudes, then Inf, then NaN; a maximum keeps them.
+__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
+__device__ __forceinline__ bool is_finite(float x) { return magnitude(x) < INFINITE; }
+__device__ __forceinline__ float clamp(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }  // NaN stays
+__device__ __forceinline__ float saturate(float x, float limit) { return fminf(fmaxf(x, -limit), limit); }  // NaN does not
+
+// ---------------------------------------------------------------------------------------------------- powers of two
+
+__device__ __forceinline__ float exp2_int(int n) { return __int_as_float((n + 127) << 23); }  // -126 <= n <= 127
+
+// x * 2^n in two steps, because 2^n alone may not fit a float. Exact unless the result leaves the normal numbers.
+__device__ __forceinline__ float scale_by(float x, int n) {
+  n = min(max(n, -252), 252);
+  return x * exp2_int(n >> 1) * exp2_int(n - (n >> 1));
+}
+
+// ceil(log2(a * b)) of finite a, b >= 0, without overflow; NONE where either is 0.
+__device__ __forceinline__ int ceil_log2(float a, float b) {
+  const uint32_t x = magnitude(a), y = magnitude(b);
+  if (x < SMALLEST_NORMAL || y < SMALLEST_NORMAL) return NONE;
+  const auto mantissa = [](uint32_t bits) { return __uint_as_float((bits & 0x7fffff) | 0x3f800000); };
+  const uint32_t product = __float_as_uint(mantissa(x) * mantissa(y));  // 1 to 4
+  return static_cast<int>((x >> 23) + (y >> 23) + (product >> 23) + ((product & 0x7fffff) != 0)) - 3 * 127;
+}
+
+// A normal x > 0 is mantissa(x) * 2^exponent_of(x), 1 <= mantissa < 2.
+__device__ __forceinline__ int exponent_of(float x) { return static_cast<int>(magnitude(x) >> 23) - 127; }
+__device__ __forceinline__ float mantissa(float x) { return __uint_as_float((magnitude(x) & 0x7fffff) | 0x3f800000); }
+
+// floor(log2(.)) of the magnitude of these bits, at least EXPONENT_MIN; NONE of zero, UNBOUNDED where it is not finite.
+__device__ __forceinline__ int row_exponent(uint32_t amax) {
+  if (amax >= INFINITE) return UNBOUNDED;
+  return amax < SMALLEST_NORMAL ? NONE : max(static_cast<int>(amax >> 23) - 127, EXPONENT_MIN);
+}
+__device__ __forceinline__ bool is_number(int exponent) { return exponent != NONE && exponent != UNBOUNDED; }
+
+// log2 of what a row's dP and delta are in units of: its dO, or where that is zero its d_lse.
+__device__ __forceinline__ int dp_exponent(int exponent, float d_lse) {
+  if (exponent == NONE) exponent = row_exponent(magnitude(d_lse));
+  return is_number(exponent) ? exponent : 0;
+}
+
+// ---------------------------------------------------------------------------------------------------- scales
+
+struct Scale {
+  float scale, inverse;  // NaN scale where the values are not finite; the inverse is always finite
+};
+__device__ __forceinline__ Scale int8_scale(float amax, bool finite) {
+  const float scale = scale22(fminf(fmaxf(amax, AMAX_MIN), AMAX_MAX) * (1.f / 127.f));
+  return {finite ? scale : nan_float(), 1.f / scale};
+}
+
+// Low bytes of four floats that are MAGIC_FLOAT + integer: the integers.
+__device__ __forceinline__ uint32_t pack_bytes(float a, float b, float c, float d) {
+  const uint32_t low = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
+  const uint32_t high = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040);
+  return __byte_perm(low, high, 0x5410);
+}
+
+}  // namespace sagetrain
