@@ -2,7 +2,7 @@
 //
 // Built on the LibTorch stable ABI (target 2.10) and Python's limited API, so one wheel serves every torch >= 2.10 and
 // Python >= 3.11. Arguments are checked with friendly messages in sagetrain/ops/functional.py; the checks here
-// keep a direct call of the op from reading outside its tensors. Fake kernels and autograd are registered in ops.py.
+// keep a direct call of the op from reading outside its tensors. Fake kernels and autograd are registered in sagetrain/ops/library.py.
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -1,8 +1,9 @@
 """The arms that INT8 attention is compared with: BF16 attentions of others, each at its best.
 
 Method. Every arm is an attention function of transformers under a name of its own (`bf16_varlen`, ...; in a recipe
-`attention=varlen`). All but `flex` share the masks of hf.py: plain causal rows reach them without a mask, compiled or
-not; packed documents and padding as cu_seqlens. `bf16` is no arm but a choice: the first of `ORDER` that runs here.
+`attention=varlen`). All but `flex` share the masks of huggingface.py: plain causal rows reach them without a mask,
+compiled or not; packed documents and padding as cu_seqlens. `bf16` is no arm but a choice: the first of `ORDER` that
+runs here.
 
     fa4, fa3, fa2   FlashAttention of the packages flash-attn-4, flash-attn-3, flash-attn
     varlen          SDPA for plain rows, torch's varlen_attn (FlashAttention-2) for packed and padded ones

@@ -6,7 +6,8 @@ checkpointing and CUDA graphs. What the forward saves is the scheme's own affair
 `saved` states. The INT8 ops (`sagetrain::attention_forward`, `sagetrain::attention_backward`) are defined in
 csrc/bind.cpp; its schema is their documentation.
 
-Saved by INT8 for the backward: Q8, K8 (1 byte an element), their scales and LSE (4 bytes a token), V and O (16 bits).
+Saved by INT8 for the backward: Q8, K8 (1 byte an element), their scales and LSE (4 bytes a token), the means of K
+and V, V and O (16 bits).
 """
 
 from __future__ import annotations

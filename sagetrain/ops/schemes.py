@@ -4,8 +4,8 @@ Method: a scheme is one `Scheme` in `SCHEMES`; its name is what users choose (`s
 `attn_implementation=`, a strategy's `attention=`, a recipe's `attention.implementation`). All else (checks,
 transformers, strategies, recipes, reports, the test kit) reads this table, so that a second scheme is one call of
 `register` in a file of its own.
-Choice: what a forward saves for its backward is opaque, a tuple of tensors whose shapes the scheme's own `saved` states
-(library.py): no one else knows them.
+Choice: what a forward saves for its backward is opaque, a tuple of tensors whose shapes are stated where its ops
+become one function (`saved` of library.define): no one else knows them.
 """
 
 from __future__ import annotations
