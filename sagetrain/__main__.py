@@ -24,7 +24,7 @@ from sagetrain.extras import needs
 from sagetrain.paths import CONF_DIR, RECIPES_DIR, groups, recipes
 from sagetrain.terminal import print_anything
 
-with needs("train"):
+with needs("train", command=__name__ == "__main__"):
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra

@@ -6,7 +6,7 @@ import sys
 from sagetrain.extras import needs
 from sagetrain.terminal import console, print_anything
 
-with needs("train"):
+with needs("train", command=__name__ == "__main__"):
     from sagetrain.errors import refused
     from sagetrain.training.export import export
 

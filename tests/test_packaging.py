@@ -155,6 +155,10 @@ def test_commands_with_torch_alone_say_what_to_install(torch_alone: Path, tmp_pa
         done = subprocess.run([torch_alone, "-m", *command], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert re.search(r"error: no package \w+: pip install 'sagetrain\[train\]'", done.stderr)
+    for module in ("sagetrain.__main__", "sagetrain.compare", "sagetrain.export"):  # which ends no program by itself
+        program = f"try: import {module}\nexcept ModuleNotFoundError as error: print(error, error.name)"
+        said = call(torch_alone, "-c", program, cwd=tmp_path).splitlines()[-1]
+        assert re.fullmatch(r"no package (\w+): pip install 'sagetrain\[train\]' \1", said)
     said = call(torch_alone, "-m", "sagetrain.doctor", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert "INT8 attention runs here" in said and "pip install 'sagetrain[hf]'" in said
 

@@ -3,9 +3,12 @@
 `report(runs, out)` reads run directories (or parents of them) and writes report.html, metrics.csv and comparison.json.
 """
 
+import sys
+
 from sagetrain.extras import needs
 
-with needs("train"):
+# `python -m sagetrain.compare` imports this package first, and Python calls the program "-m" until it has.
+with needs("train", command=sys.argv[:1] == ["-m"]):
     from sagetrain.compare.report import report
     from sagetrain.compare.runs import Run, find_runs
     from sagetrain.compare.stats import Arm, Comparison
