@@ -121,7 +121,7 @@ def test_missing_field_lists_the_fields(tmp_path):
     ("mmlu", {"choices": "abcd"}, "field 'choices' must be a non-empty list"),
     ("hellaswag", {"label": ""}, "field 'label' must be 0 to 1, not ''"),
     ("drop", {"answers": []}, "field 'answers' must be a non-empty list"),
-    ("drop", {"answers": [["a", "b"]]}, "field 'answers' must hold texts, one of it is \['a', 'b'\]"),
+    ("drop", {"answers": [["a", "b"]]}, r"field 'answers' must hold texts, one of it is \['a', 'b'\]"),
     ("drop", {"answers": [" "]}, "the answer is empty"),
     ("gsm8k", {"answer": ""}, "the answer is empty"),
     ("hellaswag", {"label": "²"}, "field 'label' must be 0 to"),

@@ -184,5 +184,5 @@ def test_the_other_gpu_kernel(which):
     if can.returncode and "no INT8 attention kernel" in can.stdout:
         pytest.skip(can.stdout.strip().splitlines()[-1])
     assert can.returncode == 0, can.stdout
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"{which} and not other")
+    done = python("-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", f"{which} and not other")
     assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-6000:]
