@@ -94,7 +94,17 @@ def test_recipe_trains(name: str, tmp_path: Path) -> None:
 )
 def test_every_option_composes(group: str, option: str) -> None:
     cfg = compose(["recipe=gsm8k_finetune", f"{group}={option}"])
-    assert cfg.recipe == "gsm8k_finetune" and group in cfg
+    assert cfg.recipe == "gsm8k_finetune" and (group in cfg or group == "memory")
+
+
+def test_memory_decides_after_the_recipe() -> None:
+    small, large = (knobs_of(name) for name in ("24gb", "80gb"))
+    assert small == ("attention_saved", 2, "adamw8bit", "bf16-true") and large == ("none", 1, "adamw", "auto")
+
+
+def knobs_of(name: str) -> tuple:
+    cfg = compose(["recipe=llama1b_pretrain", f"memory={name}"])
+    return cfg.model.checkpointing, cfg.model.checkpoint_every, cfg.optim.kind, cfg.trainer.precision
 
 
 def test_llama1b_has_the_published_shape() -> None:

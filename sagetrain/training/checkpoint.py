@@ -30,7 +30,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sagetrain.training.export import save_weights
 from sagetrain.training.module import numel
@@ -97,10 +97,14 @@ def _size(count: int) -> str:
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes straight to the path (Lightning's own builds the file in memory, then in the temporary folder)."""
+    """Writes straight to the path (Lightning's own builds the file in memory, then in the temporary folder) and reads
+    onto the CPU by its name (Lightning's own gives a function, which quantised moments refuse)."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         torch.save(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def random_state() -> dict[str, Any]:
@@ -124,16 +128,26 @@ def set_random_state(state: dict[str, Any]) -> None:
 def tensors(trainer: L.Trainer) -> Iterator[Tensor]:
     """This rank's share of everything a checkpoint keeps of the training: weights, and the state of the optimizers."""
     for weight in trainer.lightning_module.parameters():
-        yield getattr(weight, "ds_tensor", weight)
+        yield from parts(getattr(weight, "ds_tensor", weight))
     for optimizer in trainer.optimizers:
         for weight, state in optimizer.state.items():
-            yield from (x for x in (weight, *state.values()) if isinstance(x, Tensor) and x.is_floating_point())
+            for x in (weight, *state.values()):
+                yield from parts(x) if isinstance(x, Tensor) else ()
+
+
+def parts(x: Tensor) -> Iterator[Tensor]:
+    """The plain floating-point tensors that `x` is made of: a DTensor's shard, the scales of quantised moments."""
+    if is_traceable_wrapper_subclass(x):
+        for name in x.__tensor_flatten__()[0]:
+            yield from parts(getattr(x, name))
+    elif x.is_floating_point():
+        yield x
 
 
 @torch.no_grad()
 def is_finite(trainer: L.Trainer) -> bool:
     """Whether all of that is finite, on every rank."""
-    sums = [(x.to_local() if isinstance(x, DTensor) else x).detach().sum(dtype=torch.float64) for x in tensors(trainer)]
+    sums = [x.detach().sum(dtype=torch.float64) for x in tensors(trainer)]
     here = all(bool(torch.isfinite(x)) for x in sums)
     return trainer.strategy.reduce_boolean_decision(here, all=True)
 
@@ -150,6 +164,7 @@ def settings_of_this_run(trainer: L.Trainer, module: L.LightningModule) -> None:
     lrs = [lr * share(schedule.last_epoch) for lr, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     groups = trainer.optimizers[0].param_groups
     for group, new, lr in zip(groups, fresh["optimizer"].param_groups, lrs, strict=True):
+        lr = torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else lr  # torchao's
         group.update({key: value for key, value in new.items() if key != "params"} | {"lr": lr})
 
 

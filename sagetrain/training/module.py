@@ -25,10 +25,20 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, get_cosine_with_min_lr_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from sagetrain.data.loader import targets
 from sagetrain.integrations.lightning import SageFSDP2Strategy, shard
+from sagetrain.training.layers import TORCHAO, checkpoint_layers, compile_layers, float8_layers
+from sagetrain.training.loss import can_fuse, fuse
 
 
 def model_config(model: DictConfig) -> PreTrainedConfig:
@@ -68,6 +78,18 @@ def check_length(config: PreTrainedConfig, seq_len: int) -> None:
         )
 
 
+def learning_rates(optimizer: torch.optim.Optimizer, optim: DictConfig, steps: int) -> LambdaLR:
+    """The schedule over `steps` optimizer steps: linear warm-up, then `cosine`, or `wsd` (constant, then down like
+    1 - sqrt over the last `decay_steps`; null: a fifth of all). Raises ValueError for another one."""
+    warmup = min(optim.warmup_steps, steps)
+    if optim.schedule == "cosine":
+        return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=optim.min_lr_ratio)
+    if optim.schedule != "wsd":
+        raise ValueError(f"optim.schedule={optim.schedule}: choose cosine or wsd")
+    decay = min(steps // 5 if optim.decay_steps is None else optim.decay_steps, steps - warmup)
+    return get_wsd_schedule(optimizer, warmup, decay, steps, decay_type="1-sqrt", min_lr_ratio=optim.min_lr_ratio)
+
+
 class CausalLM(L.LightningModule):
     """Trains `model(input_ids, labels, ...)`; batches are dictionaries of its keyword arguments.
 
@@ -105,10 +127,30 @@ class CausalLM(L.LightningModule):
             else:
                 self.model = AutoModelForCausalLM.from_config(self.hf_config, **options)
         self.model.train()
+        self._prepare(self.model)
         if isinstance(self.trainer.strategy, SageFSDP2Strategy):
             shard(self.model, self.device_mesh)
-        if self.cfg.model.compile:
-            self.model.compile()
+
+    def _prepare(self, model: PreTrainedModel) -> None:
+        """Everything that conf/model says about how the model is trained."""
+        how = self.cfg.model
+        fused = how.fused_loss and can_fuse(model)
+        if how.fused_loss is True and not fused:
+            raise ValueError(
+                f"model.fused_loss=true: the loss of {type(model).__name__} is more than a linear head on its hidden "
+                "states (capped or scaled logits, more terms). Set model.fused_loss=false or auto"
+            )
+        if fused:
+            fuse(model)
+        if how.linear == "float8":
+            float8_layers(model)
+        elif how.linear is not None:
+            raise ValueError(f"model.linear={how.linear}: choose float8, or null for the precision of the run")
+        checkpoint_layers(model, how.checkpointing, how.checkpoint_every)
+        if how.compile:
+            compile_layers(model)
+        # What a model keeps in fp32 beside its weights (RoPE's frequencies) stays so, whatever the precision.
+        self._fp32_buffers = {name: b.clone() for name, b in model.named_buffers() if b.dtype == torch.float32}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Raises ValueError for accumulation over batches that do not say how many targets their step has."""
@@ -182,7 +224,7 @@ class CausalLM(L.LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Lightning's, once per optimizer step; then what the step did is put together, without waiting for it."""
-        lr = optimizer.param_groups[0]["lr"]
+        lr = float(optimizer.param_groups[0]["lr"])  # a tensor on the CPU with torchao's
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         step, share = self.trainer.global_step + 1, self._loss / self.trainer.accumulate_grad_batches
         norm = self._engine().get_global_grad_norm() if self._engine_has_norm() else self._grad_norm
@@ -224,6 +266,9 @@ class CausalLM(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optim = self.cfg.optim
+        for name, buffer in self._fp32_buffers.items():
+            owner, _, own = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[own] = buffer.to(self.device)
         trained = [p for p in self.parameters() if p.requires_grad]
         decayed, plain = [], []
         for p in trained:  # a tensor that ZeRO-3 has partitioned is flat
@@ -231,14 +276,31 @@ class CausalLM(L.LightningModule):
         groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         # DeepSpeed takes empty groups out of the optimizer, and the schedule then has more of them than it.
         groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas))
+        optimizer = self._optimizer(groups)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("the learning-rate schedule needs an end: set trainer.max_steps")
-        schedule = get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, min(optim.warmup_steps, int(steps)), int(steps), min_lr_rate=optim.min_lr_ratio
-        )
+        schedule = learning_rates(optimizer, optim, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW of torch or, with moments in 8 bits, of torchao. Raises ValueError for another kind."""
+        optim = self.cfg.optim
+        options = {"lr": optim.lr, "betas": tuple(optim.betas)}
+        if optim.kind == "adamw":
+            # Fused, the optimizer itself undoes the scale of an fp16 loss, and clipping would come too early.
+            fused = self.device.type == "cuda" and self._engine() is None and not self._loss_is_scaled()
+            return torch.optim.AdamW(groups, fused=fused or None, **options)
+        if optim.kind != "adamw8bit":
+            raise ValueError(f"optim.kind={optim.kind}: choose adamw or adamw8bit")
+        try:
+            from torchao.optim import AdamW8bit
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"optim.kind=adamw8bit: {TORCHAO}", name=error.name) from error
+        for group in groups:
+            for weight in group["params"]:
+                weight.grad_dtype = torch.float32  # gradients of many micro-batches are summed in it
+        return AdamW8bit(groups, bf16_stochastic_round=True, **options)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where a checkpoint in one file is of another model."""

@@ -1,0 +1,98 @@
+"""What is done to each layer of a Hugging Face model before training: checkpointing, compilation, float8 products.
+
+Method: a layer's `forward` is replaced by one that keeps less (`checkpoint`) and runs compiled (`compile_layers`).
+Hooks that others put on the layer (FSDP2, ZeRO-3) stay outside of both. `attention_saved` keeps the results of the
+attention op, so the backward recomputes all of a layer but its attention; `full` keeps the layer's input alone.
+Choice: layer by layer, because all layers then share one compiled graph, which takes seconds; compiled whole, a model
+of 16 layers takes a minute and breaks at its loss.
+Cost: `attention_saved` runs the matrix products of a layer's forward again (about a third more work in them), `full`
+its attention too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sagetrain.ops import schemes
+
+TORCHAO = "no package torchao: pip install 'sagetrain[torchao]'"
+CHECKPOINTING = ("none", "attention_saved", "full")
+# Attention ops of others, where this torch has them.
+ATTENTION_OPS = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "torch_attn::_varlen_attn",
+)
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The transformer layers, in order. Raises ValueError for a model in which transformers marks none."""
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no layers that transformers marks (GradientCheckpointingLayer), so it can be "
+            "neither compiled nor checkpointed by layers: set model.compile=false model.checkpointing=none"
+        )
+    return found
+
+
+def attention_ops() -> list[Any]:
+    """The ops whose results `attention_saved` keeps."""
+    found = (getattr(getattr(torch.ops, space), op, None) for space, op in (name.split("::") for name in ATTENTION_OPS))
+    return [op.default for op in found if op is not None] + [scheme.forward for scheme in schemes.SCHEMES.values()]
+
+
+def checkpoint_layers(model: nn.Module, kind: str, every: int = 1) -> None:
+    """Has every `every`-th layer keep for its backward what `kind` (one of CHECKPOINTING) says.
+
+    Raises ValueError for another kind and for `every` below 1.
+    """
+    if kind not in CHECKPOINTING:
+        raise ValueError(f"model.checkpointing={kind}: choose one of {', '.join(CHECKPOINTING)}")
+    if every < 1:
+        raise ValueError(f"model.checkpoint_every={every}: give a number of layers, at least 1")
+    if kind == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "attention_saved":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, attention_ops())
+    for layer in layers(model)[::every]:
+        layer.forward = _checkpointed(layer.forward, options)
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def again(*args: Any, **inputs: Any) -> Any:
+        return checkpoint(forward, *args, **inputs, **options)
+
+    return again
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Has every layer run compiled; lengths of documents may vary without compiling anew."""
+    for layer in layers(model):
+        layer.forward = torch.compile(layer.forward)
+
+
+def float8_layers(model: nn.Module) -> None:
+    """Has the linear layers (not the head) multiply in float8, one scale for each tensor, by torchao.
+
+    Raises ModuleNotFoundError without torchao and ValueError where no GPU has float8.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"model.linear=float8: {TORCHAO}", name=error.name) from error
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        raise ValueError("model.linear=float8 needs a GPU of compute capability 8.9 or later: set model.linear=null")
+    head = model.get_output_embeddings()
+    config = Float8LinearConfig.from_recipe_name("tensorwise")
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: module is not head)
