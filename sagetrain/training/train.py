@@ -245,7 +245,8 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
         if trainer.is_global_zero:
             log.write_status("running", past.get("steps", 0))
             write(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        with _enough_memory(cfg):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if global_rank() == 0:
         save.clear()
         kept = {"last": f"checkpoint in {out / 'checkpoints'}", "weights": f"weights in {out / 'weights'}"}
@@ -254,6 +255,30 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
     del trainer, module, data
     gc.collect()
     return out
+
+
+@contextlib.contextmanager
+def _enough_memory(cfg: DictConfig) -> Iterator[None]:
+    """Have a GPU whose memory is full say which knobs to turn, in the order of what they cost."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        knobs = {
+            "model.fused_loss=true": not cfg.model.fused_loss,
+            f"data.batch_size=1 with trainer.accumulate_grad_batches={cfg.data.batch_size} times what it is": (
+                cfg.data.batch_size > 1
+            ),
+            "memory=24gb": cfg.optim.kind == "adamw",
+            "model.checkpointing=attention_saved": cfg.model.checkpointing == "none",
+            "model.checkpoint_every=1": cfg.model.checkpoint_every > 1,
+            "model.checkpointing=full": cfg.model.checkpointing != "full",
+            "a shorter data.seq_len": True,
+            "strategy=fsdp2 on more devices": True,
+        }
+        turn = ", ".join(knob for knob, helps in knobs.items() if helps)
+        raise RuntimeError(
+            f"out of GPU memory: {str(error).split('. ')[0]}. What to turn, cheapest first: {turn}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,156 @@
+"""The loss without the logits of all tokens: torch's own value and gradients, in any type, with less memory."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sagetrain.training import loss
+from sagetrain.training.loss import IGNORE, can_fuse, fuse, fused_loss
+
+SHAPE = {
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 16)
+
+
+def inputs(tokens: int, vocabulary: int = 100, bias: bool = False, width: int = 32) -> tuple[list[Tensor], Tensor]:
+    torch.manual_seed(tokens)
+    leaves = [torch.randn(tokens, width), torch.randn(vocabulary, width)] + [torch.randn(vocabulary)] * bias
+    labels = torch.randint(vocabulary, (tokens,))
+    labels[::7] = IGNORE
+    return [x.requires_grad_() for x in leaves], labels
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor, bias: Tensor | None = None) -> Tensor:
+    logits = functional.linear(hidden, weight, bias)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return functional.cross_entropy(logits, labels, reduction="sum") / divisor
+
+
+def results(compute, leaves: list[Tensor], labels: Tensor, factor: float = 1.0) -> list[Tensor]:
+    hidden, weight, *bias = leaves
+    value = compute(hidden, weight, labels, torch.tensor(33.0), *bias)
+    return [value, *torch.autograd.grad(value * factor, leaves)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 50, 64])
+def test_value_and_gradients(tokens: int, bias: bool) -> None:
+    leaves, labels = inputs(tokens, bias=bias)
+    for ours, torchs in zip(results(fused_loss, leaves, labels, 3.0), results(plain, leaves, labels, 3.0), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
+
+
+def test_no_target_at_all() -> None:
+    leaves, labels = inputs(20)
+    for x in results(fused_loss, leaves, torch.full_like(labels, IGNORE)):
+        assert torch.equal(x, torch.zeros_like(x))
+
+
+def test_autocast_costs_what_it_costs_torch() -> None:
+    leaves, labels = inputs(64)
+    exact = results(plain, [x.detach().double().requires_grad_() for x in leaves], labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, torchs = results(fused_loss, leaves, labels), results(plain, leaves, labels)
+    assert [x.dtype for x in ours] == [torch.float32] * 3
+    for a, b, c in zip(ours, torchs, exact, strict=True):
+        assert (a - c).norm() <= 1.1 * (b - c).norm() + 1e-6 * c.norm()
+
+
+def test_the_loss_is_fp32_where_bf16_is_the_default() -> None:
+    leaves, labels = inputs(64)
+    leaves = [x.detach().bfloat16().requires_grad_() for x in leaves]
+    wanted = results(fused_loss, leaves, labels)
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does for trainer.precision=bf16-true
+    try:
+        value, *gradients = results(fused_loss, leaves, labels)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip([value, *gradients], wanted, strict=True))
+    assert value.dtype == torch.float32 and [x.dtype for x in gradients] == [torch.bfloat16] * 2
+
+
+def test_never_more_than_a_chunk_of_logits() -> None:
+    class Largest(TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, Tensor) and x.shape[-1:] == (1000,):
+                    self.rows = max(self.rows, x.numel() // 1000)
+            return out
+
+    leaves, labels = inputs(256, 1000, width=8)
+    for compute, rows in ((fused_loss, 16), (plain, 256)):
+        with Largest() as largest:
+            results(compute, leaves, labels)
+        assert largest.rows == rows
+
+
+def test_no_gradient_is_computed_where_none_is_wanted() -> None:
+    leaves, labels = inputs(20)
+    with torch.no_grad():
+        value = fused_loss(leaves[0], leaves[1], labels, torch.tensor(33.0))
+    torch.testing.assert_close(value, plain(*leaves, labels, torch.tensor(33.0)))
+
+
+def model(kind: str, **settings) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SHAPE | settings)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("qwen2", True), ("phi", False)])
+def test_a_fused_model_has_the_loss_and_gradients_it_had(kind: str, tied: bool) -> None:
+    net = model(kind, tie_word_embeddings=tied)
+    tokens = torch.randint(264, (2, 24))
+    labels = tokens.clone()
+    labels[:, 5:8] = IGNORE
+
+    def step(**options) -> list[Tensor]:
+        value = net(input_ids=tokens, labels=labels, use_cache=False, **options).loss
+        return [value, *torch.autograd.grad(value, list(net.parameters()))]
+
+    options = ({}, {"num_items_in_batch": torch.tensor(7.0)}, {"num_items_in_batch": 7})
+    before, logits = [step(**o) for o in options], net(input_ids=tokens).logits
+    assert can_fuse(net)
+    fuse(net)
+    for ours, own in zip([step(**o) for o in options], before, strict=True):
+        for a, b in zip(ours, own, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert torch.equal(net(input_ids=tokens).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "can"),
+    [
+        ("llama", {}, True),
+        ("gemma2", {}, False),  # logits are capped
+        ("gemma2", {"final_logit_softcapping": None}, True),
+        ("granite", {"logits_scaling": 3.0}, False),
+        ("cohere", {}, False),  # logits are scaled
+        ("mixtral", {"output_router_logits": True, "num_local_experts": 2}, False),  # a second term
+        ("mixtral", {"num_local_experts": 2}, True),
+    ],
+)
+def test_which_models_can_be_fused(kind: str, settings: dict, can: bool) -> None:
+    net = model(kind, **settings)
+    assert can_fuse(net) is can
+    assert (
+        net.training and net.config._attn_implementation == "eager" and not net.get_output_embeddings()._forward_hooks
+    )
