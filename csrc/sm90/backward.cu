@@ -45,12 +45,14 @@ namespace {
 constexpr int KEY_WARPGROUPS = TILE / KEYS;  // warpgroups of keys
 constexpr int BLOCK_THREADS = 128 * (1 + KEY_WARPGROUPS);
 constexpr int DQ_REGISTERS = 88, KEY_REGISTERS = 208;  // 88 + 2 * 208 = 3 * 168: what the launch takes
+static_assert(128 * (DQ_REGISTERS + KEY_WARPGROUPS * KEY_REGISTERS) <= registers_of(BLOCK_THREADS));
 template <int Dp>
 constexpr int STAGES = Dp == 64 ? 3 : 2;  // of records, and of dS
 template <int Dp>
 constexpr bool IN_TWO = Dp == 128;        // records come in two copies, since there is no third stage
 constexpr int COPIER = 96;  // thread of the first warpgroup that starts copies
 constexpr int DQ_BARRIER = 1;  // named barrier of the first warpgroup
+static_assert(DQ_BARRIER < NAMED_BARRIERS);
 
 // The record of a step, one step after another.
 struct Walk {
@@ -530,7 +532,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1) backward_kernel(const __grid
 template <typename T, int Dp>
 void launch(const BackwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = sizeof(Shared<Dp>);
-  static_assert(bytes <= 227 * 1024);
+  static_assert(bytes <= SHARED_BYTES);
   cudaFuncSetAttribute(backward_kernel<T, Dp>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const unsigned blocks = a.keys.tiles * a.p.shape.heads_kv * a.splits;
   if (blocks) launch_kernel(backward_kernel<T, Dp>, blocks, BLOCK_THREADS, bytes, stream, a);
