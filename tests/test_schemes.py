@@ -3,6 +3,7 @@
 The toy computes exact attention in FP32 and keeps only LSE and the inputs, in a shape of its own.
 """
 
+import importlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig
 
 import sagetrain
+from benchmarks import common, tables
 from sagetrain.__main__ import compose
 from sagetrain.compare import report
 from sagetrain.ops import library, reference, schemes
@@ -155,3 +157,20 @@ def test_a_recipe_takes_it_with_probe_and_report(tmp_path: Path) -> None:
     assert "probe/grad_cosine" in (runs[1] / "metrics.csv").read_text().partition("\n")[0]
     comparison = report(runs, tmp_path / "report")
     assert comparison.baseline == "bf16" and [comparison.label(arm.name) for arm in comparison.others] == ["TOY"]
+
+
+@pytest.mark.parametrize(("benchmark", "options"), [("accuracy", "--activations FILE"), ("parity", "--steps 1")])
+def test_a_benchmark_takes_it(benchmark: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of its own kernel in a file of its own; the default's are as they were, without a column for the scheme."""
+    torch.save({0: dict(zip(("q", "k", "v", "d_o"), Case().tensors(), strict=True))}, tmp_path / "model.pt")
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    words = options.replace("FILE", str(tmp_path / "model.pt")).split()
+    monkeypatch.setattr("sys.argv", [benchmark, "--scheme", "toy", *words])
+    importlib.import_module(f"benchmarks.{benchmark}").main()
+    (path,) = tmp_path.glob("*.csv")
+    rows = tables.read(path)
+    assert path.name == f"{benchmark}-toy-cpu-toy.csv" and tables.newest(rows, benchmark) == rows
+    assert {(row["scheme"], row["kernel"]) for row in rows} == {("toy", "cpu/toy")}
+    exact = [float(row["kernel_error"]) < 1e-4 for row in rows if row.get("measure") != "loss"]
+    assert exact and all(exact)
+    assert "scheme" not in common.conditions("cpu") and "toy" not in common.kernel_file(benchmark, "cpu").name
