@@ -58,6 +58,10 @@ TAIL = 10  # a run's final loss is over the last tenth of its steps, as in saget
 
 def newest(rows: list[Row], benchmark: str) -> list[Row]:
     """Of every case of every device, the rows of the commit that was measured last; of equal rows the last."""
+    if benchmark not in CASES:
+        raise ValueError(
+            f"benchmark {benchmark!r} is none of {', '.join(CASES)}: tables.CASES says what a case of it is"
+        )
     case, item = (("device", *columns) for columns in CASES[benchmark])
 
     def name(row: Row, columns: tuple[str, ...]) -> tuple[str, ...]:

@@ -152,6 +152,11 @@ def test_what_cannot_be_chosen_is_said() -> None:
         tables.made("ratio", "attention-sm90 device=H100 part=both t=7 peer=fa4")
 
 
+def test_a_benchmark_without_a_case_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="benchmark 'heat' is none of attention, .*tables.CASES"):
+        common.write([{"device": "H100", "joules": 3}], tmp_path / "heat-sm90.csv")
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0356, "0.0356"), (1.6649, "1.66"), (12.25, "12.2"), (159.51, "160"), (1954.3, "1,954")]
 )
