@@ -9,7 +9,7 @@
 
 namespace sagetrain {
 
-// Queries of small weight are lifted to this share of the largest in their record, log2, so that rounding dS by keys keeps their digits; their
+// Queries of small weight are lifted to this share, log2, of the largest in their record, so that rounding dS by keys keeps their digits; their
 // q8t shrink instead.
 constexpr int LEAST_WEIGHT = -2;
 constexpr int LEAST_WEIGHT_OF_ZEROS = -10;  // ... whose dO is zero: the bounds of the others are loose, dS of d_lse alone is not

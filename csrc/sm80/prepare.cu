@@ -1,7 +1,7 @@
 // Before the backward, once per token: the records of keys and queries, and the constants of each row (layout.cuh); sums
 // start as zeros. Bound by memory: every tensor is read once, and a tile stays in registers from its load to its last use.
 //
-//   barriers        __syncthreads between the steps of a block, no other
+//   barriers        __syncthreads between the parts of a block's work, no other
 //   shared memory   keys: k8 of the tile, transposed: 8 KiB (D = 64), 16 (D = 128), and 0.6; queries: first q8, then do8, 8 and 16, and 5.6
 //                   and 8.1 of rows' and channels' constants
 //   tile size       TILE tokens of a head, all channels, 256 threads (common/rows.cuh). Registers limit the blocks of a multiprocessor: three
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
 
 // ---------------------------------------------------------------------------------------------------- backward: queries
 
-// In three steps between barriers: rows of dO and o (eight lanes each); the constants of each row (one thread each, both
+// In three parts between barriers: rows of dO and o (eight lanes each); the constants of each row (one thread each, both
 // halves of the block the same); channels of dO / rho.
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_kernel(const __grid_constant__ BackwardArgs a) {

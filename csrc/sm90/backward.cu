@@ -177,7 +177,7 @@ __device__ __forceinline__ uint32_t bits(__half2 x) { return reinterpret_cast<co
 __device__ __forceinline__ __half2 half2_of(uint32_t x) { return reinterpret_cast<const __half2&>(x); }
 
 // What takes the largest numbers to `levels`, never above levels + 0.2 (all halves tried), at most 65504; NaN of NaN. The bits of a half are about
-// its logarithm, so a difference of bits is within 6% of a quotient; one step of Newton's takes that to 0.4%.
+// its logarithm, so a difference of bits is within 6% of a quotient; one iteration of Newton's takes that to 0.4%.
 // Infinity would come out as zero, but does not come in: P'' and dS'' stay within 2^15 (layout.cuh), and rows that are not finite are NaN.
 template <int levels>
 __device__ __forceinline__ __half2 inverse_scales(__half2 tops) {
@@ -434,7 +434,7 @@ struct KeyWarpgroup {
 
 template <int Dp>
 __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared) {
-  constexpr int steps16 = TILE / 16, steps32 = TILE / 32, chunks = Dp / 32;  // a step of 16: the keys of a warp; chunks of 32 channels
+  constexpr int steps16 = TILE / 16, steps32 = TILE / 32, chunks = Dp / 32;  // k-steps of 16 keys, those of a warp, and of 32; chunks of 32 channels
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp * 16 + lane / 4;
   Walk walk = shared.block.walk;
   const int steps = shared.block.steps, blocks = shared.block.blocks, stride = shared.block.stride;

@@ -127,7 +127,7 @@ __device__ __forceinline__ int known_later(int x) {
 }
 
 // Ends the thread if x is a number that it cannot be: no instruction makes a NaN with these bits. Barriers the assembler does not move past
-// this, and two slots are all it costs.
+// this, and two issue slots are all it costs.
 __device__ __forceinline__ void fence(float x) {
   asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0xffc12345;\n@p exit;\n}" ::"r"(__float_as_int(x)));
 }
@@ -350,9 +350,9 @@ __device__ __forceinline__ void produce(const ForwardArgs& a, Shared<Dp>& shared
 template <typename T, int Dp>
 __device__ __forceinline__ void fetch(const ForwardArgs& a, Shared<Dp>& shared) {
   const int t = threadIdx.x - (128 - FETCHERS);
-  int slot = 0, parity = 1;  // the first round finds both empty
+  int place = 0, parity = 1;  // the first round finds both empty
   for (int round = 0;; ++round) {
-    WorkTile<Dp>& work = shared.work[slot];
+    WorkTile<Dp>& work = shared.work[place];
     wait(shared_address(&work.empty), parity);
     if (t == 0) {
       round = round_with_queries(a, round);
@@ -392,7 +392,7 @@ __device__ __forceinline__ void fetch(const ForwardArgs& a, Shared<Dp>& shared) 
     }
     arrive(shared_address(&work.full));
     if (!rows) return;
-    parity ^= slot, slot ^= 1;
+    parity ^= place, place ^= 1;
   }
 }
 

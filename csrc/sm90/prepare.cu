@@ -1,7 +1,7 @@
 // Before the backward, once per token: the records of keys and queries, and the constants of each row (layout.cuh); sums start as zeros.
 // Bound by memory: every tensor is read once, and a tile stays in registers from its load to its last use.
 //
-//   barriers        __syncthreads between the steps of a block, no other
+//   barriers        __syncthreads between the parts of a block's work, no other
 //   shared memory   keys: k8 of the tile, transposed: 8 KiB (D = 64), 16 (D = 128); queries: q8 and do8, 16 and 32, and 2.6 of rows' constants
 //   tile size       TILE tokens of a head, all channels, 256 threads (common/rows.cuh). Registers limit the blocks of a multiprocessor: three
 //                   with 80, D = 128: two with 128
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_keys_kernel
 
 // ---------------------------------------------------------------------------------------------------- queries
 
-// In three steps with barriers between them: the largest row of V and scale of K in the sequence; rows of dO and o (eight lanes each); the
+// In three parts with barriers between them: the largest row of V and scale of K in the sequence; rows of dO and o (eight lanes each); the
 // constants of each row (one thread each).
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_kernel(const __grid_constant__ BackwardArgs a) {
