@@ -3,6 +3,7 @@
     python -m benchmarks.accuracy                        # T = 2048, 4 heads, a quarter of an hour on 2 cores
     python -m benchmarks.accuracy --device cuda          # the GPU kernel, a minute; BF16, or --dtype float16
     python -m benchmarks.accuracy --activations FILE     # of a real model instead, per KV head
+    python -m benchmarks.accuracy --scheme NAME          # another scheme's kernel and preset; rows in a file of its own
 
 Relative L2 error of O, dQ, dK, dV for D = 64 and 128, causal and full, GQA, ragged lengths, packed documents, and for
 every kind of values in tests/kernelkit.py: sigma(q, k) = 1 and 3, outliers, biases, heavy tails; what training makes of
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from torch import Tensor
 
 import sagetrain
 from benchmarks.common import RESULTS, conditions, kernel_file, write
+from sagetrain.ops import schemes
 from tests.kernelkit import (
     COHERENT_KINDS,
     GRADIENT_KINDS,
@@ -43,6 +46,7 @@ from tests.kernelkit import (
     given,
     packed,
     plain,
+    preset_of,
     run,
 )
 
@@ -65,13 +69,13 @@ def cases(t: int, device: str, dtype: torch.dtype) -> list[tuple[str, Case]]:
     return [(name, replace(c, d=d)) for d in (64, 128) for name, c in grid + kinds + shapes]
 
 
-def results(case: Case) -> dict[str, dict[str, Tensor]]:
+def results(case: Case, scheme: str = schemes.DEFAULT) -> dict[str, dict[str, Tensor]]:
     """O and gradients: exact, of `paper`, of the kernel's preset and of the kernel."""
     return {
         "exact": exact(case),
-        "paper": run(lambda *x, **o: plain(*x, preset="paper", **o), case),
-        "sage": run(plain, case),  # as the kernel for this device computes it
-        "kernel": run(sagetrain.attention, case),
+        "paper": run(partial(plain, preset="paper"), case),
+        "sage": run(partial(plain, preset=preset_of(case.device, scheme)), case),  # as this device's kernel computes it
+        "kernel": run(partial(sagetrain.attention, scheme=scheme), case),
     }
 
 
@@ -87,11 +91,11 @@ def row(name: str, case: Case, found: dict[str, dict[str, Tensor]], part: str, b
     }  # fmt: skip
 
 
-def grid(tokens: int, device: str, dtype: torch.dtype) -> list[dict]:
+def grid(tokens: int, device: str, dtype: torch.dtype, scheme: str = schemes.DEFAULT) -> list[dict]:
     """Rows of every case; prints the table."""
     rows, lines = [], []
     for name, case in cases(tokens, device, dtype):
-        found, cells = results(case), []
+        found, cells = results(case, scheme), []
         for part in NAMES:
             r = row(name, case, found, part, 0.8 if case.sigma == 3 or case.kind in COHERENT_KINDS else 0.6)
             rows.append(r)
@@ -106,14 +110,16 @@ def grid(tokens: int, device: str, dtype: torch.dtype) -> list[dict]:
     return rows
 
 
-def activations(layers: dict[int, dict[str, Tensor]], device: str, dtype: torch.dtype) -> list[dict]:
+def activations(
+    layers: dict[int, dict[str, Tensor]], device: str, dtype: torch.dtype, scheme: str = schemes.DEFAULT
+) -> list[dict]:
     """Rows of each KV head (O and dQ: of its query heads) of each layer; prints them and how they meet the goals."""
     rows = []
     for layer, tensors in layers.items():
         q, k, v, d_o = (tensors[name].to(device, dtype) for name in ("q", "k", "v", "d_o"))
         (b, hq, t, d), hkv = q.shape, k.shape[1]
         case = given(Case(b=b, hq=hq, hkv=hkv, tq=t, tk=t, d=d, dtype=dtype, device=device), q, k, v, d_o)
-        found = results(case)
+        found = results(case, scheme)
         for head in range(hkv):
             of_head = {
                 who: {part: x.unflatten(1, (hkv, -1))[:, head] for part, x in parts.items()}
@@ -141,16 +147,18 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--activations", type=Path, metavar="FILE", help="a model's q, k, v and dO instead of the grid")
+    parser.add_argument("--scheme", default=schemes.DEFAULT, choices=list(schemes.SCHEMES))
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     if args.activations:
-        rows = activations(torch.load(args.activations, weights_only=True), args.device, dtype)
+        rows = activations(torch.load(args.activations, weights_only=True), args.device, dtype, args.scheme)
     else:
-        rows = grid(args.tokens, args.device, dtype)
+        rows = grid(args.tokens, args.device, dtype, args.scheme)
     if not args.no_save:
-        start = conditions(args.device)
-        path = RESULTS / "accuracy-cpu.csv" if args.device == "cpu" else kernel_file("accuracy", args.device)
+        start, path = conditions(args.device, args.scheme), kernel_file("accuracy", args.device, args.scheme)
+        if args.device == "cpu" and args.scheme == schemes.DEFAULT:  # one file for all CPU kernels
+            path = RESULTS / "accuracy-cpu.csv"
         write([start | r for r in rows], path)
 
 

@@ -6,8 +6,8 @@
 
 Method: backends are interleaved round by round in one process, each measured with everything it needs (quantisation
 and smoothing included), medians reported. Tensors are [B, H, T, D] views of [B, T, H, D] memory, as Hugging Face models
-make them; on a GPU the time is the device's own (`common.laps`). The peers are in peers.py. One that refuses a shape
-gets a row that says why; one that is not installed is named and left out.
+make them; on a GPU the time is the device's own (`common.laps`). The peers are in peers.py, how to install them in
+docs/install.md. One that refuses a shape gets a row that says why; one that is not installed is named and left out.
 
 Columns: `forward_ms` without gradients; `backward_ms`; `both_ms`, the forward that keeps what the backward needs, and
 the backward. FLOPs: forward 4 B H T^2 D, half of it when causal; backward 2.5 times the forward.

@@ -19,6 +19,7 @@ import torch
 
 import sagetrain
 from benchmarks.tables import RESULTS, newest
+from sagetrain.ops import schemes
 
 __all__ = ["RESULTS", "conditions", "device_name", "kernel_file", "laps", "write"]
 
@@ -59,17 +60,22 @@ def gpu_state(device: str) -> dict[str, str]:
     return dict(zip(columns, values, strict=True)) if len(values) == len(columns) else dict.fromkeys(columns, "")
 
 
-def conditions(device: str) -> dict[str, str]:
-    """The columns that every row starts with. SAGETRAIN_COMMIT names the commit where the sources come without git."""
+def conditions(device: str, scheme: str = schemes.DEFAULT) -> dict[str, str]:
+    """The columns that every row starts with; `scheme` is one of them unless it is the default.
+
+    SAGETRAIN_COMMIT names the commit where the sources come without git.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run(
         [*git, "status", "--porcelain", "--", "csrc", "sagetrain"], capture_output=True, text=True
     ).stdout
+    named = {} if scheme == schemes.DEFAULT else {"scheme": scheme}
     return {
         "date": datetime.date.today().isoformat(),
         "device": device_name(device),
-        "kernel": sagetrain.kernel_name(device),
+        **named,
+        "kernel": sagetrain.kernel_name(device, scheme),
         "commit": os.environ.get("SAGETRAIN_COMMIT") or (commit or "none") + ("+" if dirty else ""),
         "torch": torch.__version__,
         "sagetrain": sagetrain.__version__,
@@ -77,9 +83,13 @@ def conditions(device: str) -> dict[str, str]:
     } | gpu_state(device)
 
 
-def kernel_file(name: str, device: str) -> Path:
-    """Where the rows of benchmark `name` with this device's kernel go: results/<name>-<kernel>.csv."""
-    return RESULTS / f"{name}-{sagetrain.kernel_name(device).replace('/', '-')}.csv"
+def kernel_file(name: str, device: str, scheme: str = schemes.DEFAULT) -> Path:
+    """Where the rows of benchmark `name` with this device's kernel go: results/<name>-<kernel>.csv.
+
+    Those of another scheme than the default: results/<name>-<scheme>-<kernel>.csv.
+    """
+    words = [name, *([] if scheme == schemes.DEFAULT else [scheme]), sagetrain.kernel_name(device, scheme)]
+    return RESULTS / f"{'-'.join(words).replace('/', '-')}.csv"
 
 
 def laps(work: Iterator[str], device: str) -> dict[str, float]:

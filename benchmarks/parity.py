@@ -3,6 +3,7 @@
     python -m benchmarks.parity                               # a tiny Llama on the CPU, under a minute
     python -m benchmarks.parity --device cuda --size 100m     # the GPU kernel in a model of 100M, BF16 inputs
     python -m benchmarks.parity --text FILE --steps 500 --every 10    # any text, by bytes
+    python -m benchmarks.parity --scheme NAME                 # another scheme's kernel; rows in a file of its own
 
 Method: a model in FP32 is trained with exact (FP64) attention. Every few steps each arm computes loss and gradients of
 the same batch from the same weights; so what differs is the attention's error and nothing else, at weights that no arm
@@ -32,6 +33,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 
 import sagetrain
 from benchmarks.common import conditions, kernel_file, write
-from sagetrain.ops import reference
-from tests.kernelkit import RATIO, plain
+from sagetrain.ops import reference, schemes
+from tests.kernelkit import RATIO, plain, preset_of
 
 Attend = Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, is_causal=, scale=) -> o, lse; as `sagetrain.attention`
 Summary = dict[tuple[str, str, str], dict[str, float]]
@@ -76,15 +78,14 @@ def exact(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tens
     return reference.exact(q, k, v, **options)
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    return sagetrain.attention(q, k, v, return_lse=True, **options)
-
-
-def preset(name: str | None) -> Attend:
-    return lambda q, k, v, **options: plain(q, k, v, preset=name, return_lse=True, **options)
-
-
-ARMS: dict[str, Attend] = {"kernel": kernel, "reference": preset(None), "paper": preset("paper"), "bf16": exact}
+def arms(scheme: str = schemes.DEFAULT) -> dict[str, Attend]:
+    """The four arms of a scheme."""
+    return {
+        "kernel": partial(sagetrain.attention, scheme=scheme, return_lse=True),
+        "reference": lambda q, *x, **o: plain(q, *x, preset=preset_of(q.device, scheme), return_lse=True, **o),
+        "paper": partial(plain, preset="paper", return_lse=True),
+        "bf16": exact,
+    }
 
 
 def merged(attend: Attend, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -255,27 +256,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=41)
     parser.add_argument("--every", type=int, default=1, help="steps from one measurement to the next")
     parser.add_argument("--text", type=Path, help="a file, read by bytes; default: names that come back")
+    parser.add_argument("--scheme", default=schemes.DEFAULT, choices=list(schemes.SCHEMES))
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
     text = args.text.read_bytes() if args.text else None
-    rows = measure(ARMS, SIZES[args.size], args.steps, args.every, args.device, text)
+    attentions = arms(args.scheme)
+    rows = measure(attentions, SIZES[args.size], args.steps, args.every, args.device, text)
     found = summary(rows)
     losses = exact_losses(rows)
     print(f"\nexact loss {losses[0]:.3f} -> {losses[-1]:.3f}; {len(losses)} steps measured\n")
-    print(f"| batch | part | measure | {' | '.join(ARMS)} |\n|---|---|---|{'---|' * len(ARMS)}")
-    start = conditions(args.device) | {
+    print(f"| batch | part | measure | {' | '.join(attentions)} |\n|---|---|---|{'---|' * len(attentions)}")
+    start = conditions(args.device, args.scheme) | {
         "size": args.size, "tokens": SIZES[args.size].tokens, "steps": args.steps, "every": args.every,
         "text": args.text.name if args.text else "names",
     }  # fmt: skip
     saved = []
     for batch, part, measured in measures(found):
-        cells = {arm: f"{found[arm, batch, part][measured]:.2e}" for arm in ARMS}
+        cells = {arm: f"{found[arm, batch, part][measured]:.2e}" for arm in attentions}
         print(f"| {batch} | {part} | {measured} | {' | '.join(cells.values())} |")
         errors = {f"{arm}_error": cell for arm, cell in cells.items()}
         saved.append(start | {"batch": batch, "part": part, "measure": measured} | errors)
     print("\n" + ("\n".join(failures(found)) or "the kernel is within every bar"))
     if not args.no_save:
-        write(saved, kernel_file("parity", args.device))
+        write(saved, kernel_file("parity", args.device, args.scheme))
 
 
 if __name__ == "__main__":

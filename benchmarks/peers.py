@@ -4,8 +4,10 @@ q, o `[B, Hq, T, D]`, k, v `[B, Hkv, T, D]`; differentiable. Each maker imports 
 and raises ImportError where that is missing. A call raises whatever the peer raises for a shape that it refuses.
 
     sdpa        torch's scaled_dot_product_attention, on one of its backends
-    fa4         FlashAttention-4 (BF16); on Hopper its Hopper kernels. Wheels: flash-attn-4 and what it asks for
-    cudnn_fp8   cuDNN's FP8 attention (E4M3, one scale a tensor). Wheel: nvidia-cudnn-frontend
+    fa4         FlashAttention-4 (BF16); on Hopper its Hopper kernels
+    cudnn_fp8   cuDNN's FP8 attention (E4M3, one scale a tensor)
+
+Versions of the last two, and how to install them: docs/install.md.
 
 cuDNN FP8 takes and gives FP8 tensors whose scales are known beforehand: casts from and to BF16, and finding the scales,
 are left out of its time, in its favour.

@@ -58,6 +58,10 @@ TAIL = 10  # a run's final loss is over the last tenth of its steps, as in saget
 
 def newest(rows: list[Row], benchmark: str) -> list[Row]:
     """Of every case of every device, the rows of the commit that was measured last; of equal rows the last."""
+    if benchmark not in CASES:
+        raise ValueError(
+            f"benchmark {benchmark!r} is none of {', '.join(CASES)}: tables.CASES says what a case of it is"
+        )
     case, item = (("device", *columns) for columns in CASES[benchmark])
 
     def name(row: Row, columns: tuple[str, ...]) -> tuple[str, ...]:
@@ -337,9 +341,13 @@ MARK = re.compile(rf"(<!-- ({'|'.join(KINDS)}): ([^>]*?) -->)(.*?)(<!-- end -->)
 
 
 def made(kind: str, options: str) -> str:
-    """The text for one mark."""
-    file, *words = options.split()
-    return KINDS[kind](file, **dict(word.split("=", 1) for word in words))
+    """The text for one mark. Raises ValueError, which names it, where the rows or its own words do not give one."""
+    try:
+        file, *words = options.split()
+        return KINDS[kind](file, **dict(word.split("=", 1) for word in words))
+    except (ValueError, TypeError, LookupError, OSError, StopIteration) as error:
+        said = f"no column {error}" if isinstance(error, KeyError) else f"{error}"
+        raise ValueError(f"<!-- {kind}: {options} --> cannot be made: {said or type(error).__name__}") from error
 
 
 def faults(page: str) -> Iterator[str]:
@@ -347,7 +355,12 @@ def faults(page: str) -> Iterator[str]:
     if lost := re.search(r"<!--.*?(-->|$)", MARK.sub("", page), re.DOTALL):
         yield f"{lost[0]} is no mark: <!-- KIND: FILE column=value ... -->text<!-- end -->"
     for mark, kind, options, text, _ in MARK.findall(page):
-        if text != (right := made(kind, options)):
+        try:
+            right = made(kind, options)
+        except ValueError as error:
+            yield str(error)
+            continue
+        if text != right:
             yield f"{mark} has {first_difference(text, right)}"
         if "\n" not in right and re.search(rf"^ *{re.escape(mark)}", page, re.MULTILINE):
             yield f"{mark} begins a line, and so ends the paragraph: put a word before it"
@@ -380,11 +393,18 @@ def main(arguments: list[str]) -> int:
         page, name = path.read_text(), path.relative_to(ROOT)
         if arguments:
             found += [f"{name}: {fault}" for fault in faults(page)]
-        elif (new := written(page)) != page:
+            continue
+        try:
+            new = written(page)
+        except ValueError as error:
+            found.append(f"{name}: {error}")
+            continue
+        if new != page:
             path.write_text(new)
             print(f"{name}: written")
-    if found:
-        print("\n".join([*found, "python -m benchmarks.tables writes them again from benchmarks/results"]))
+    if found and arguments:
+        found.append("python -m benchmarks.tables writes them again from benchmarks/results")
+    print("\n".join(found), end="\n" if found else "")
     return int(bool(found))
 
 

@@ -10,8 +10,9 @@ FP32 and autocast to BF16, as the recipes train it; transformers' own loss; torc
 not compiled. All arms share one model and one optimizer, so that each arm's peak memory is its own, and are interleaved
 round by round; they differ in the name of the attention only, through the same Hugging Face interface. No arm gets a
 mask tensor (one causal sequence a row needs none): transformers itself hands SDPA one when it is compiled, which flash
-refuses and cuDNN pays for. FlashAttention-4 (peers.py says which wheels; without them it is refused) is an operator of
-the graph like the others. A step is the forward, backward, update and zeroing of gradients, on random tokens.
+refuses and cuDNN pays for. FlashAttention-4 (docs/install.md says how to install it; without that it is refused) is an
+operator of the graph like the others. A step is the forward, backward, update and zeroing of gradients, on random
+tokens.
 
 Columns: ms (median), tokens_per_s, x_<arm> (how many times faster than it), peak_mib (weights, gradients and optimizer
 state included), loss (nats, before the first update: the same weights for every arm), fullgraph (False: the graph

@@ -1,8 +1,8 @@
 // The whole boundary between torch and the kernels.
 //
 // Everything above this file (bind.cpp, Python) speaks tensors; everything below it (cpu/, sm80/, ...) speaks
-// these two structs. No torch, no templates, no exceptions. A new backend is a new pair of functions with the
-// signatures at the end of this file; nothing above changes.
+// these two structs. No torch, no templates, no exceptions. A new backend is a namespace with the four functions at the end
+// of this file, declared there, a line in setup.py and one in `kernel_for` (bind.cpp) for the devices that it serves.
 //
 // Letters used in the shapes below:
 //   B batch   Hq query heads   Hkv key/value heads (Hq is a multiple of Hkv)   Tq, Tk tokens   D head dimension
@@ -12,7 +12,8 @@
 // (in elements) for the first three dimensions and a contiguous last one. On a GPU their rows start at multiples of
 // 16 bytes.
 //
-// Method: docs/numerics.md; the same arithmetic in plain torch: sagetrain/ops/reference.py (preset `sage`).
+// Method: docs/numerics.md; the same arithmetic in plain torch: sagetrain/ops/reference.py (presets `sage` and,
+// in sm90/, `sage_sm90`).
 #pragma once
 #include <cstddef>
 #include <cstdint>

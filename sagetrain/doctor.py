@@ -4,6 +4,7 @@ Exit code 0 when INT8 attention runs on the device that training would choose, 1
 but called, forward and backward, and held against PyTorch's attention.
 """
 
+import argparse
 import ctypes.util
 import platform
 import shutil
@@ -130,9 +131,11 @@ def findings() -> tuple[list[tuple[str, str]], bool]:
     return [*rows, ("verdict", verdict)], works
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Print what was found; 0 when INT8 attention runs here."""
     print_anything()
+    parser = argparse.ArgumentParser(prog="python -m sagetrain.doctor", description=__doc__.partition(": ")[2])
+    parser.parse_args(arguments)  # there are none but --help
     rows, works = findings()
     width = shutil.get_terminal_size().columns
     print("SageTrain doctor")

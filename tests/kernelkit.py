@@ -250,9 +250,9 @@ def error(got: Tensor, truth: Tensor) -> float:
     return float(difference / norm) if norm else float(difference)
 
 
-def preset_of(device: torch.device | str) -> reference.Preset:
-    """The preset that the default scheme's kernel for a device computes."""
-    return reference.PRESETS[schemes.get().preset(sagetrain.kernel_name(device))]
+def preset_of(device: torch.device | str, scheme: str | None = None) -> reference.Preset:
+    """The preset that the scheme's kernel for a device computes; the default scheme's where none is named."""
+    return reference.PRESETS[schemes.get(scheme).preset(sagetrain.kernel_name(device, scheme))]
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, preset: str | reference.Preset | None = None, **options: object) -> Tensor:

@@ -197,6 +197,13 @@ def test_the_unexpected_shows_its_traceback_and_run_json_keeps_it(tmp_path: Path
     assert info["error"] == "ValueError: zip() argument 2 is longer than argument 1"
 
 
+def test_the_doctor_refuses_what_it_does_not_know() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sagetrain.doctor", "--fast"], env=HERE, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "unrecognized arguments: --fast" in done.stderr and not done.stdout
+
+
 def test_a_terminal_of_few_characters_shows_any_name(tmp_path: Path) -> None:
     out = tmp_path / "läufe ☕ [bold]"
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)

@@ -97,7 +97,7 @@ MUTANTS: dict[str, tuple[parity.Attend, str]] = {
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    arms = parity.ARMS | {name: attend for name, (attend, _) in MUTANTS.items()}
+    arms = parity.arms() | {name: attend for name, (attend, _) in MUTANTS.items()}
     return parity.measure(arms, parity.SIZES["tiny"], steps=41, every=8)
 
 
@@ -120,7 +120,7 @@ def test_a_step_in_int8_is_that_of_exact_attention(found):
 @pytest.mark.gpu
 def test_a_step_on_the_gpu_is_that_of_exact_attention():
     """At every step: where the kernel rounds elsewhere than the reference, the two do not share their luck."""
-    assert not parity.failures(parity.summary(parity.measure(parity.ARMS, parity.SIZES["tiny"], 41, 1, "cuda")))
+    assert not parity.failures(parity.summary(parity.measure(parity.arms(), parity.SIZES["tiny"], 41, 1, "cuda")))
 
 
 @pytest.mark.parametrize("mutant", list(MUTANTS))

@@ -3,8 +3,11 @@
 The toy computes exact attention in FP32 and keeps only LSE and the inputs, in a shape of its own.
 """
 
+import importlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig
 
 import sagetrain
+from benchmarks import common, tables
 from sagetrain.__main__ import compose
 from sagetrain.compare import report
+from sagetrain.integrations import huggingface
 from sagetrain.ops import library, reference, schemes
 from sagetrain.training.train import run
 from tests.kernelkit import Case, error, exact
@@ -56,10 +61,10 @@ def backward(
         return another.submit(differentiate).result()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def toy() -> schemes.Scheme:
+def define(name: str, saved: Callable[..., tuple[Tensor, ...]]) -> tuple[torch.library.Library, library.Op]:
+    """The toy's two ops in a namespace, and the function of both; `saved` is what they are said to save."""
     shared = "float scale, bool is_causal, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool deterministic"
-    ops = torch.library.Library("toy", "DEF")
+    ops = torch.library.Library(name, "DEF")
     ops.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {shared}) -> (Tensor, Tensor, Tensor, Tensor)")
     ops.define(
         "attention_backward(Tensor d_o, Tensor? d_lse, Tensor v, Tensor o, Tensor q, Tensor k, "
@@ -67,10 +72,16 @@ def toy() -> schemes.Scheme:
     )
     ops.impl("attention_forward", forward, "CPU")
     ops.impl("attention_backward", backward, "CPU")
+    return ops, library.define(f"{name}::attention", saved)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy() -> schemes.Scheme:
+    ops, attention = define("toy", lambda q, k, cu: (torch.empty_like(q), torch.empty_like(k)))
     scheme = schemes.Scheme(
         name="toy",
         label="TOY",
-        forward=library.define("toy::attention", lambda q, k, cu: (torch.empty_like(q), torch.empty_like(k))),
+        forward=attention,
         kernel_name=lambda device: f"{device.type}/toy",
         preset=lambda kernel: "paper",
         dtypes={"cpu": (torch.float32, torch.bfloat16)},
@@ -97,6 +108,69 @@ def test_attention_by_name(edges) -> None:
     truth = exact(case)
     assert max(error(found[name], truth[name]) for name in truth) < 1e-5
     assert sagetrain.kernel_name("cpu", "toy") == "cpu/toy"
+
+
+@pytest.mark.parametrize("name", [["toy"], {}, 7, schemes.INT8], ids=repr)
+def test_what_is_no_name_is_unknown(name: object) -> None:
+    with pytest.raises(ValueError, match="unknown scheme .*: choose from sage_int8, toy"):
+        sagetrain.attention(*Case().tensors()[:3], scheme=name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"name": "a, b"}, "letters, digits and underscores"),  # reports list names with commas
+        ({"name": "paged|toy"}, "letters, digits and underscores"),  # transformers has an opinion on both
+        ({"name": "flash_toy"}, "no 'flash'"),
+        ({"name": "bf16_sdpa"}, "no 'bf16'"),  # would be overwritten by the arm
+        ({"name": 5}, "letters, digits and underscores"),
+        ({"dtypes": {}}, "expected a device type"),
+        ({"dtypes": {"quantum": (torch.float32,)}}, "expected a device type"),
+        ({"dtypes": {"cuda:0": (torch.float32,)}}, "expected a device type"),
+        ({"dtypes": {"cpu": torch.float32}}, "a tuple of torch dtypes"),
+        ({"dtypes": {"cpu": ("float32",)}}, "a tuple of torch dtypes"),
+        ({"max_head_dim": 100}, "max_head_dim is 100, expected a multiple of 8"),
+        ({"max_head_dim": 0}, "max_head_dim is 0"),
+    ],
+    ids=str,
+)
+def test_one_that_could_not_be_used_is_none(toy: schemes.Scheme, fields: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        replace(toy, **({"name": "another"} | fields))
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_a_name_of_transformers_leaves_no_trace(toy: schemes.Scheme, name: str) -> None:
+    before = dict(AttentionInterface().items())
+    with pytest.raises(ValueError, match="transformers has an attention of that name"):
+        schemes.register(replace(toy, name=name))
+    assert name not in schemes.SCHEMES and dict(AttentionInterface().items()) == before
+
+
+def test_the_plug_can_be_loaded_again(toy: schemes.Scheme) -> None:
+    importlib.reload(huggingface)
+    schemes.register(replace(toy, name="later"))
+    assert "later" in AttentionInterface().valid_keys()
+    del schemes.SCHEMES["later"]
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        del interface._global_mapping["later"]
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [
+        ("few", lambda q, k, cu: (torch.empty_like(q),)),
+        ("shape", lambda q, k, cu: (torch.empty_like(q), k.new_empty(3))),
+        ("type", lambda q, k, cu: (torch.empty_like(q), torch.empty_like(k, dtype=torch.int8))),
+    ],
+)
+def test_saving_what_is_not_stated_is_refused(name: str, saved: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Only compiled code goes by what is stated, and there it would be other memory than the backward reads."""
+    ops, attention = define(f"toy_{name}", saved)
+    q, k, v, _ = Case(dtype=torch.float32).tensors()
+    with pytest.raises(ValueError, match=f"toy_{name}::attention_forward saves .* but `saved` says"):
+        attention(q.requires_grad_(), k, v, 0.1, True, None, None, False)
+    ops._destroy()
 
 
 def test_its_own_limits_are_checked() -> None:
@@ -155,3 +229,20 @@ def test_a_recipe_takes_it_with_probe_and_report(tmp_path: Path) -> None:
     assert "probe/grad_cosine" in (runs[1] / "metrics.csv").read_text().partition("\n")[0]
     comparison = report(runs, tmp_path / "report")
     assert comparison.baseline == "bf16" and [comparison.label(arm.name) for arm in comparison.others] == ["TOY"]
+
+
+@pytest.mark.parametrize(("benchmark", "options"), [("accuracy", "--activations FILE"), ("parity", "--steps 1")])
+def test_a_benchmark_takes_it(benchmark: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of its own kernel in a file of its own; the default's are as they were, without a column for the scheme."""
+    torch.save({0: dict(zip(("q", "k", "v", "d_o"), Case().tensors(), strict=True))}, tmp_path / "model.pt")
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    words = options.replace("FILE", str(tmp_path / "model.pt")).split()
+    monkeypatch.setattr("sys.argv", [benchmark, "--scheme", "toy", *words])
+    importlib.import_module(f"benchmarks.{benchmark}").main()
+    (path,) = tmp_path.glob("*.csv")
+    rows = tables.read(path)
+    assert path.name == f"{benchmark}-toy-cpu-toy.csv" and tables.newest(rows, benchmark) == rows
+    assert {(row["scheme"], row["kernel"]) for row in rows} == {("toy", "cpu/toy")}
+    exact = [float(row["kernel_error"]) < 1e-4 for row in rows if row.get("measure") != "loss"]
+    assert exact and all(exact)
+    assert "scheme" not in common.conditions("cpu") and "toy" not in common.kernel_file(benchmark, "cpu").name

@@ -57,6 +57,45 @@ def test_a_mark_that_would_never_be_checked_is_named(
     assert "docs/kernel.md: <!-- rati" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("attention-sm70 device=H100 part=both peer=fa4", "No such file"),
+        ("attention-sm90 device=H100 part=both", "missing 1 required positional argument: 'peer'"),
+        ("attention-sm90 device=H100 part=both peer=fa4 shade=3", "no column 'shade'"),
+        ("attention-sm90 device=H100 part=both peer=fa4 mask=full+", "could not convert string to float"),
+        ("attention-sm90 device=H100 part=both peer", "length 1; 2 is required"),
+        ("attention-sm90 device=H100 part=both peer=fa4 t=8192 odd=1", "no column 'odd'"),
+    ],
+)
+def test_a_mark_that_cannot_be_made_is_named(
+    checkout: Path, options: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = checkout.read_text() + f"And <!-- ratio: {options} -->1.00x<!-- end -->.\n"
+    checkout.write_text(page)
+    capsys.readouterr()
+    for words in (["--check"], []):
+        assert tables.main(words) == 1
+        out = capsys.readouterr().out
+        assert out.startswith(f"docs/kernel.md: <!-- ratio: {options} --> cannot be made: ") and said in out
+    assert checkout.read_text() == page
+
+
+@pytest.mark.parametrize("content", [None, "", "shape,mask\n", "\0\xff", "device,shape\nH100,1x2x3x4x5\n"], ids=repr)
+def test_rows_that_are_not_there_are_named(
+    checkout: Path, content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    if content is not None:
+        (tmp_path / "attention-sm90.csv").write_text(content, encoding="latin-1")
+    capsys.readouterr()
+    assert tables.main(["--check"]) == 1
+    assert (
+        "docs/kernel.md: <!-- speed: attention-sm90 device=H100 part=both --> cannot be made" in capsys.readouterr().out
+    )
+
+
 def test_a_comment_that_would_cut_a_paragraph_is_named(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkout.write_text(checkout.read_text().replace("Reaches <!--", "Reaches\n<!--"))
     assert tables.main(["--check"]) == 1
@@ -111,6 +150,11 @@ def test_what_cannot_be_chosen_is_said() -> None:
         tables.made("speed", "attention-sm90 part=both")
     with pytest.raises(ValueError, match="no row of attention-sm90.csv"):
         tables.made("ratio", "attention-sm90 device=H100 part=both t=7 peer=fa4")
+
+
+def test_a_benchmark_without_a_case_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="benchmark 'heat' is none of attention, .*tables.CASES"):
+        common.write([{"device": "H100", "joules": 3}], tmp_path / "heat-sm90.csv")
 
 
 @pytest.mark.parametrize(

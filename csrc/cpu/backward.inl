@@ -202,20 +202,20 @@ static size_t backward_bytes(const BackwardParams& p) {
 // One item: chunk `chunk` of the keys of (sequence n, key/value head).
 template <int kDim, bool kHalf>
 static void backward_item(const BackwardParams& p, const BackwardScratch<kDim>& w, int64_t n, int64_t head_kv,
-                          int64_t chunk, int64_t slot) {
+                          int64_t chunk, int64_t worker) {
   const Shape& s = p.shape;
   const Sequence q = sequence(s, n);
   const int64_t query_tiles = ceil_div(q.tq, T), key_tiles = ceil_div(q.tk, kKeys), q_per_kv = s.heads_q / s.heads_kv;
   const int64_t first = key_tiles * chunk / w.chunks, last = key_tiles * (chunk + 1) / w.chunks;
   const int64_t tile_floats = kDim * T, all_tiles = w.query_tiles[s.num_sequences];
   const float* v_mean = p.v_mean + (n * s.heads_kv + head_kv) * s.head_dim;
-  TilePair<kDim>& t = w.pairs[slot];
-  QuerySide<kDim>* queries = w.queries + slot * w.max_query_tiles;
-  KeySide<kDim>* keys = w.keys + slot * ceil_div(w.max_key_tiles, w.chunks);
+  TilePair<kDim>& t = w.pairs[worker];
+  QuerySide<kDim>* queries = w.queries + worker * w.max_query_tiles;
+  KeySide<kDim>* keys = w.keys + worker * ceil_div(w.max_key_tiles, w.chunks);
   for (int64_t j = first; j < last; ++j) pack_key_side<kDim, kHalf>(p, q, head_kv, j * kKeys, v_mean, keys[j - first]);
   for (int64_t head = head_kv * q_per_kv; head < (head_kv + 1) * q_per_kv; ++head) {
     float* d_q = w.chunks > 1 ? w.partial + ((chunk * s.heads_q + head) * all_tiles + w.query_tiles[n]) * tile_floats
-                              : w.d_q + slot * w.max_query_tiles * tile_floats;
+                              : w.d_q + worker * w.max_query_tiles * tile_floats;
     __builtin_memset(d_q, 0, query_tiles * tile_floats * 4);
     for (int64_t i = 0; i < query_tiles; ++i)
       pack_query_side<kDim, kHalf>(p, q, head, i * T, v_mean, t, queries[i]);
@@ -266,21 +266,21 @@ static void backward_padded(const BackwardParams& p) {
   backward_outside(p);
 
   const bool half = half_dot() && s.dtype == DType::bfloat16;
-  auto work = [&](int64_t item, int64_t slot) {
+  auto work = [&](int64_t item, int64_t worker) {
     const int64_t chunk = item % w.chunks, pair = item / w.chunks;
     const auto f = half ? backward_item<kDim, kHalfDot> : backward_item<kDim, false>;
-    f(p, w, pair / s.heads_kv, pair % s.heads_kv, chunk, slot);
+    f(p, w, pair / s.heads_kv, pair % s.heads_kv, chunk, worker);
   };
   for_each(p.parallel, s.num_sequences * s.heads_kv * w.chunks, work);
   if (w.chunks == 1) return;
 
-  auto sum = [&](int64_t item, int64_t slot) {
+  auto sum = [&](int64_t item, int64_t worker) {
     const int64_t n = item / s.heads_q, head = item % s.heads_q, all_tiles = w.query_tiles[s.num_sequences];
     const Sequence q = sequence(s, n);
     const int64_t tile_floats = kDim * T;
     for (int64_t i = 0; i < ceil_div(q.tq, T); ++i)
       write_d_q<kDim>(p, q, n, head, i * T, w.partial + (head * all_tiles + w.query_tiles[n] + i) * tile_floats,
-                      w.chunks, s.heads_q * all_tiles * tile_floats, w.pairs[slot].x);
+                      w.chunks, s.heads_q * all_tiles * tile_floats, w.pairs[worker].x);
   };
   for_each(p.parallel, s.num_sequences * s.heads_q, sum);
 }

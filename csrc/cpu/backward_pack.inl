@@ -43,10 +43,10 @@ struct BackwardScratch {
   int64_t* query_tiles;       // [N + 1] running count
   float* partial;             // [chunks][Hq][query tiles, all batches][Dp][T], only when chunks > 1
   int64_t max_query_tiles, max_key_tiles;
-  TilePair<kDim>* pairs;            // [slots]
-  QuerySide<kDim>* queries;         // [slots][max_query_tiles]
-  KeySide<kDim>* keys;              // [slots][max_key_tiles]
-  float* d_q;                 // [slots][max_query_tiles][Dp][T]
+  TilePair<kDim>* pairs;            // [workers]
+  QuerySide<kDim>* queries;         // [workers][max_query_tiles]
+  KeySide<kDim>* keys;              // [workers][max_key_tiles]
+  float* d_q;                 // [workers][max_query_tiles][Dp][T]
 };
 
 template <int kDim>
@@ -60,7 +60,7 @@ static BackwardScratch<kDim> backward_scratch(const Shape& s, const Parallel& pa
     query_tiles += ceil_div(q.tq, T);
     items += q.tq && q.tk ? s.heads_kv : 0;
   }
-  const int64_t threads = slots(parallel);
+  const int64_t threads = workers(parallel);
   const bool few = threads > 1 && items < 2 * threads && items > 0;
   w.chunks = few ? larger<int64_t>(1, smaller(ceil_div(2 * threads, items), w.max_key_tiles)) : 1;
   w.query_tiles = arena.take<int64_t>(s.num_sequences + 1);

@@ -20,34 +20,34 @@ struct QueryTile {                   // one thread's
   int32_t limit[T];                  // keys that a lane sees, counted from the start of the key tile
 };
 struct ForwardScratch {
-  int64_t *query_tiles, *key_tiles, *value_slots;  // [N + 1] running counts over the sequences
+  int64_t *query_tiles, *key_tiles, *padded_values;  // [N + 1] running counts over the sequences
   elem* k;           // [B * Hkv][Tk + 32][Dp]   K8 as broadcast operand
   int32_t* k_bias;   // [B * Hkv][Tk + 32]       -U * sum_d K8
   float* k_scale;    // [B * Hkv][Tk + 32]       key scale, with the sign of the softmax scale
-  elem* v;           // [B * Hkv][value_slots / G][D][G]  V8^T as broadcast operand
+  elem* v;           // [B * Hkv][padded_values / G][D][G]  V8^T as broadcast operand
   float* v_scale;    // [B * Hkv][key_tiles][D]  sV / 255
-  QueryTile* tiles;  // [slots]
+  QueryTile* tiles;  // [workers]
 };
-constexpr int kValueSlot = 8;  // a ragged tile's keys are rounded up to this
+constexpr int kValuePad = 8;  // a ragged tile's keys are rounded up to this
 
 static ForwardScratch forward_scratch(const Shape& s, const Parallel& parallel, Arena& arena) {
   const int64_t n = s.num_sequences, heads = s.batch * s.heads_kv;
-  int64_t key_tiles = 0, value_slots = 0;
+  int64_t key_tiles = 0, padded_values = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t tk = sequence(s, i).tk;
-    key_tiles += ceil_div(tk, kKeyTileForward), value_slots += round_up(tk, kValueSlot);
+    key_tiles += ceil_div(tk, kKeyTileForward), padded_values += round_up(tk, kValuePad);
   }
-  if (!s.cu_seqlens_q && n) key_tiles /= n, value_slots /= n;  // counted per batch through B * Hkv
+  if (!s.cu_seqlens_q && n) key_tiles /= n, padded_values /= n;  // counted per batch through B * Hkv
   ForwardScratch w;
   w.query_tiles = arena.take<int64_t>(n + 1);
   w.key_tiles = arena.take<int64_t>(n + 1);
-  w.value_slots = arena.take<int64_t>(n + 1);
+  w.padded_values = arena.take<int64_t>(n + 1);
   w.k = arena.take<elem>(heads * (s.tokens_k + kKeyTileForward) * s.head_dim_padded);
   w.k_bias = arena.take<int32_t>(heads * (s.tokens_k + kKeyTileForward));
   w.k_scale = arena.take<float>(heads * (s.tokens_k + kKeyTileForward));
-  w.v = arena.take<elem>(heads * value_slots * s.head_dim);
+  w.v = arena.take<elem>(heads * padded_values * s.head_dim);
   w.v_scale = arena.take<float>(heads * key_tiles * s.head_dim);
-  w.tiles = arena.take<QueryTile>(slots(parallel));
+  w.tiles = arena.take<QueryTile>(workers(parallel));
   return w;
 }
 
@@ -65,7 +65,7 @@ static PackedKeys packed_keys(const ForwardScratch& w, const Shape& s, int64_t n
   const bool packed = s.cu_seqlens_q;
   const int64_t per_head = packed ? s.num_sequences : 1, before = packed ? n : 0;
   return {w.k + row * s.head_dim_padded, w.k_bias + row, w.k_scale + row,
-          w.v + (h * w.value_slots[per_head] + w.value_slots[before]) * s.head_dim,
+          w.v + (h * w.padded_values[per_head] + w.padded_values[before]) * s.head_dim,
           w.v_scale + (h * w.key_tiles[per_head] + w.key_tiles[before]) * s.head_dim};
 }
 
@@ -106,7 +106,7 @@ static void pack_values(const ForwardParams& p, const Sequence& q, int64_t head,
   const int64_t offset = q.batch * p.v_strides.batch + head * p.v_strides.head + q.k0 * p.v_strides.token;
   float x[kKeyTileForward * 128], residual[128] = {};
   for (int64_t j = 0; j < q.tk; j += kKeyTileForward) {
-    const int64_t count = smaller<int64_t>(kKeyTileForward, q.tk - j), slots = round_up(count, kValueSlot);
+    const int64_t count = smaller<int64_t>(kKeyTileForward, q.tk - j), padded = round_up(count, kValuePad);
     float largest[128 + W] = {}, finite[128 + W] = {}, inverse[128 + W], scale[128 + W];
     for (int64_t i = 0; i < count; ++i) {
       read_row(s.dtype, p.v, offset + (j + i) * p.v_strides.token, dim, x + i * dim);
@@ -124,7 +124,7 @@ static void pack_values(const ForwardParams& p, const Sequence& q, int64_t head,
     float* v_scale = out.v_scale + j / kKeyTileForward * dim;
     for (int64_t d = 0; d < dim; ++d) {
       elem* v8 = out.v + j * dim + d * G;
-      for (int64_t i = 0; i < slots; ++i) {
+      for (int64_t i = 0; i < padded; ++i) {
         float rounded = 0.0f;
         if (i < count) {
           const float v = x[i * dim + d];
@@ -141,7 +141,7 @@ static void pack_values(const ForwardParams& p, const Sequence& q, int64_t head,
 }
 
 // ---- phase 2: one query tile against its keys ------------------------------------------------------------------
-// One key tile (`keys` of it packed, a multiple of kValueSlot) against one lane block.
+// One key tile (`keys` of it packed, a multiple of kValuePad) against one lane block.
 template <int kDim, bool kMasked>
 static void attend(QueryTile& t, int64_t lane0, int dim, int keys, const PackedKeys& k) {
   vf largest[NV], g[NV], sum[NV] = {};
@@ -252,7 +252,7 @@ static void attend_tile(const ForwardParams& p, const Sequence& q, int64_t head,
   const int64_t seen_by_all = visible(s, q, i0), seen_by_any = visible(s, q, i0 + count - 1);
   for (int64_t j = 0; j < seen_by_any; j += kKeyTileForward) {
     const int64_t rest = smaller<int64_t>(kKeyTileForward, q.tk - j);
-    const int keys = (int)round_up(rest, kValueSlot);
+    const int keys = (int)round_up(rest, kValuePad);
     const bool masked = j + keys > seen_by_all;
     if (masked)
       for (int64_t i = 0; i < lanes; ++i)
@@ -311,16 +311,16 @@ static void run_forward(const ForwardParams& p) {
   const Shape& s = p.shape;
   Arena arena{(char*)p.workspace};
   const ForwardScratch w = forward_scratch(s, p.parallel, arena);
-  w.query_tiles[0] = w.key_tiles[0] = w.value_slots[0] = 0;
+  w.query_tiles[0] = w.key_tiles[0] = w.padded_values[0] = 0;
   for (int64_t n = 0; n < s.num_sequences; ++n) {
     const Sequence q = sequence(s, n);
     w.query_tiles[n + 1] = w.query_tiles[n] + ceil_div(q.tq, T);
     w.key_tiles[n + 1] = w.key_tiles[n] + ceil_div(q.tk, kKeyTileForward);
-    w.value_slots[n + 1] = w.value_slots[n] + round_up(q.tk, kValueSlot);
+    w.padded_values[n + 1] = w.padded_values[n] + round_up(q.tk, kValuePad);
   }
   forward_outside(p);
 
-  auto pack = [&](int64_t item, int64_t slot) {
+  auto pack = [&](int64_t item, int64_t worker) {
     const int64_t n = item / s.heads_kv, head = item % s.heads_kv;
     const Sequence q = sequence(s, n);
     const PackedKeys out = packed_keys(w, s, n, q, head);
@@ -329,7 +329,7 @@ static void run_forward(const ForwardParams& p) {
              p.k_strides.token, q.tk, s.head_dim, k_mean);
     mean_row(s.dtype, p.v, q.batch * p.v_strides.batch + head * p.v_strides.head + q.k0 * p.v_strides.token,
              p.v_strides.token, q.tk, s.head_dim, v_mean);
-    pack_keys(p, q, head, k_mean, w.tiles[slot], out);
+    pack_keys(p, q, head, k_mean, w.tiles[worker], out);
     pack_values(p, q, head, v_mean, out);
     if (!s.cu_seqlens_k || n == s.num_sequences - 1) {  // the last tile reads up to 32 rows past the last key
       __builtin_memset(out.k + q.tk * s.head_dim_padded, 0, kKeyTileForward * s.head_dim_padded * sizeof(elem));
@@ -340,7 +340,7 @@ static void run_forward(const ForwardParams& p) {
   for_each(p.parallel, s.num_sequences * s.heads_kv, pack);
 
   // Items: sequence by sequence, head by head, last query tile (longest when causal) first.
-  auto work = [&](int64_t item, int64_t slot) {
+  auto work = [&](int64_t item, int64_t worker) {
     int64_t low = 0, high = s.num_sequences;  // sequence n with query_tiles[n] <= item / Hq < query_tiles[n + 1]
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
@@ -353,7 +353,7 @@ static void run_forward(const ForwardParams& p) {
     const float* v_mean = p.v_mean + (n * s.heads_kv + head_kv) * s.head_dim;
     const PackedKeys k = packed_keys(w, s, n, q, head_kv);
     (s.head_dim_padded == 64 ? attend_tile<64> : attend_tile<128>)(p, q, head, tile * T, k, k_mean, v_mean,
-                                                                    w.tiles[slot]);
+                                                                    w.tiles[worker]);
   };
   for_each(p.parallel, w.query_tiles[s.num_sequences] * s.heads_q, work);
 }

@@ -74,7 +74,7 @@ SAGE_INLINE vf exp2_by_shift(vf x) {
 }
 
 // ---- the micro-kernel ------------------------------------------------------------------------------------------
-// acc[M][NV] += rows x lanes over `groups` groups. The row step is a compile-time constant, so that each operand is one
+// acc[M][NV] += rows x lanes over `groups` groups. The row stride is a compile-time constant, so that each operand is one
 // address register plus displacements.
 template <int kLaneStep, int kRowStep, bool kRowUnsigned, int M>
 SAGE_INLINE void multiply(vacc (&acc)[M][NV], const elem* lanes, const elem* rows, int groups,
@@ -181,17 +181,17 @@ struct Arena {
   }
 };
 
-static int64_t slots(const Parallel& parallel) { return larger<int64_t>(1, parallel.num_threads); }
+static int64_t workers(const Parallel& parallel) { return larger<int64_t>(1, parallel.num_threads); }
 
-// f(item, slot) for every item; each slot (a thread with its own scratch) takes the next item when it is free, so the
+// f(item, worker) for every item; each worker (a thread with its own scratch) takes the next item when it is free, so the
 // order of the items is the schedule: longest first.
 template <class F>
 static void for_each(const Parallel& parallel, int64_t items, F& f) {
   struct Job { F* f; int64_t next, items; } job{&f, 0, items};
   if (items > 0)
-    parallel.run(smaller(slots(parallel), items), &job, [](void* context, int64_t begin, int64_t end) {
+    parallel.run(smaller(workers(parallel), items), &job, [](void* context, int64_t begin, int64_t end) {
       Job& job = *(Job*)context;
-      for (int64_t slot = begin; slot < end; ++slot)
-        for (int64_t i; (i = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED)) < job.items;) (*job.f)(i, slot);
+      for (int64_t worker = begin; worker < end; ++worker)
+        for (int64_t i; (i = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED)) < job.items;) (*job.f)(i, worker);
     });
 }

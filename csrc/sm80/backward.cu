@@ -356,6 +356,7 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
 template <typename T, int Dp, bool fused>
 void launch(const BackwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = DkvMemory<Dp, fused>::bytes;
+  static_assert(fused || bytes <= SHARED_BYTES);  // `fused` is chosen where a block has as much (attention.cu)
   cudaFuncSetAttribute(dkv_kernel<T, Dp, fused>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const unsigned blocks = a.keys.tiles * a.p.shape.heads_kv * a.splits;
   if (blocks) launch_kernel(dkv_kernel<T, Dp, fused>, blocks, 32 * DkvShape<Dp>::warps, bytes, stream, a);

@@ -133,6 +133,7 @@ __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) 
 template <typename T, int Dp>
 void launch(const BackwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = 2 * sizeof(DqKeyRecord<Dp>);
+  static_assert(bytes <= SHARED_BYTES);
   cudaFuncSetAttribute(dq_kernel<T, Dp>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const unsigned blocks = all_tiles<DqShape<Dp>::rows>(a.queries) * a.p.shape.heads_q;
   if (blocks) launch_kernel(dq_kernel<T, Dp>, blocks, 32 * DqShape<Dp>::warps, bytes, stream, a);

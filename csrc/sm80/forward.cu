@@ -206,6 +206,7 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
 template <typename T, int Dp>
 void launch(const ForwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = 2 * sizeof(KeyValueRecord<Dp>);
+  static_assert(bytes <= SHARED_BYTES);
   cudaFuncSetAttribute(forward_kernel<T, Dp>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const int64_t blocks = all_tiles<16 * BLOCK_WARPS>(a.queries) * a.p.shape.heads_q;
   if (blocks) launch_kernel(forward_kernel<T, Dp>, static_cast<unsigned>(blocks), 32 * BLOCK_WARPS, bytes, stream, a);

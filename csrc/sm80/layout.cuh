@@ -13,6 +13,8 @@
 
 namespace sagetrain::sm80 {
 
+constexpr int SHARED_BYTES = 99 * 1024;  // that a block can have on all architectures that these are compiled for (8.6, 8.9, 12.0)
+
 // Column i's scale and bias.
 __device__ __forceinline__ void write_scale(float2* scales, float2* biases, int i, float scale) {
   reinterpret_cast<float*>(scales)[i] = scale, reinterpret_cast<float*>(biases)[i] = -MAGIC_FLOAT * scale;

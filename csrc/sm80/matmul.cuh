@@ -52,10 +52,10 @@ __device__ __forceinline__ int lane_offset(int half = 0) {
 
 // A operand of 16 rows from a row-major byte matrix in global memory; row r of `rows` is this lane's `group + 8 r`.
 // Bytes from `limit` on are zeros.
-template <int steps>
-__device__ __forceinline__ void load_operand(uint32_t (&a)[steps][4], const void* const (&rows)[2], const bool (&valid)[2], int t, int limit) {
+template <int k_steps>
+__device__ __forceinline__ void load_operand(uint32_t (&a)[k_steps][4], const void* const (&rows)[2], const bool (&valid)[2], int t, int limit) {
 #pragma unroll
-  for (int k = 0; k < steps; ++k)
+  for (int k = 0; k < k_steps; ++k)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -65,13 +65,13 @@ __device__ __forceinline__ void load_operand(uint32_t (&a)[steps][4], const void
       }
 }
 
-// y = MAGIC + a B^T for `tiles` x 8 columns; a: 32 k-bytes a step, signed or (u8) unsigned; B: rows of row_bytes at
+// y = MAGIC + a B^T for `tiles` x 8 columns; a: 32 bytes a k-step, signed or (u8) unsigned; B: rows of row_bytes at
 // `columns`, a column of the result each.
-template <bool u8, int row_bytes, int tiles, int m, int steps>
-__device__ __forceinline__ void product_int8(int (&y)[tiles][m][4], const uint32_t (&a)[m][steps][4], uint32_t columns) {
+template <bool u8, int row_bytes, int tiles, int m, int k_steps>
+__device__ __forceinline__ void product_int8(int (&y)[tiles][m][4], const uint32_t (&a)[m][k_steps][4], uint32_t columns) {
   const int magic[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
 #pragma unroll
-  for (int k = 0; k < steps; k += 2) {
+  for (int k = 0; k < k_steps; k += 2) {
     const uint32_t from = columns + lane_offset<row_bytes>(k / 2);
     uint32_t b[tiles][4];
 #pragma unroll
@@ -92,9 +92,9 @@ __device__ __forceinline__ void product_int8(int (&y)[tiles][m][4], const uint32
 }
 
 // A operands of dP: in registers, or read from a swizzled tile in shared memory whenever they are needed.
-template <int m, int steps>
+template <int m, int k_steps>
 struct InRegisters {
-  const uint32_t (&a)[m][steps][4];
+  const uint32_t (&a)[m][k_steps][4];
   __device__ __forceinline__ void get(uint32_t (&to)[4], int i, int k) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) to[j] = a[i][k][j];
@@ -108,11 +108,11 @@ struct InShared {
   }
 };
 
-// y = start (a value per row) + a B^T, 16-bit operands: 16 k a step.
-template <typename T, int row_bytes, int steps, int tiles, int m, typename Rows>
+// y = start (a value per row) + a B^T, 16-bit operands: 16 numbers a k-step.
+template <typename T, int row_bytes, int k_steps, int tiles, int m, typename Rows>
 __device__ __forceinline__ void product_16bit(float (&y)[tiles][m][4], const Rows& rows, uint32_t columns, const float (&start)[m][2]) {
 #pragma unroll
-  for (int k = 0; k < steps; k += 2) {
+  for (int k = 0; k < k_steps; k += 2) {
     const uint32_t from = columns + lane_offset<row_bytes>(k / 2 % 2) + k / 4 * 128;
     uint32_t a[2][m][4], b[tiles][4];
 #pragma unroll

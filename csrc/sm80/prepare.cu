@@ -1,15 +1,12 @@
 // Before the backward, once per token: the records of keys and queries, and the constants of each row (layout.cuh); sums
 // start as zeros. Bound by memory: every tensor is read once, and a tile stays in registers from its load to its last use.
 //
-//   barriers        __syncthreads between the steps of a block, no other
+//   barriers        __syncthreads between the parts of a block's work, no other
 //   shared memory   keys: k8 of the tile, transposed: 8 KiB (D = 64), 16 (D = 128), and 0.6; queries: first q8, then do8, 8 and 16, and 5.6
 //                   and 8.1 of rows' and channels' constants
 //   tile size       TILE tokens of a head, all channels, 256 threads (common/rows.cuh). Registers limit the blocks of a multiprocessor: three
 //                   with 80; queries at D = 128: two with 128
-#include <cfloat>
-
-#include "../common/launch.cuh"
-#include "../common/outside.cuh"
+#include "../common/prepare.cuh"
 #include "../common/transpose.cuh"
 #include "layout.cuh"
 
@@ -17,20 +14,7 @@ namespace sagetrain::sm80 {
 namespace {
 
 constexpr int SHIFT_MAX = 100;  // |k_i|
-// Small rows are lifted to this share of the largest in their block or tile, so that rounding dS by the other axis keeps
-// their digits; their q8t and k8t shrink instead.
-constexpr int LEAST_WEIGHT = -2;       // of a query, log2
-constexpr int LEAST_WEIGHT_OF_ZEROS = -10;  // ... whose dO is zero: the bounds of the others are loose, dS of d_lse alone is not
-constexpr float LEAST_RELATIVE = 0x1p-5f;  // of a key
-constexpr int U_MAX = 12;              // log2 of |u|, which must fit a half
-
-// ---------------------------------------------------------------------------------------------------- outside sequences
-
-template <typename T>
-__global__ void __launch_bounds__(THREADS) backward_rest_kernel(const __grid_constant__ BackwardArgs a) {
-  after_previous();
-  zero_rest<T>(a);
-}
+constexpr float LEAST_RELATIVE = 0x1p-5f;  // of a key: as LEAST_WEIGHT of a query, of the largest in its tile
 
 // ---------------------------------------------------------------------------------------------------- backward: keys
 
@@ -118,7 +102,7 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
 
 // ---------------------------------------------------------------------------------------------------- backward: queries
 
-// In three steps between barriers: rows of dO and o (eight lanes each); the constants of each row (one thread each, both
+// In three parts between barriers: rows of dO and o (eight lanes each); the constants of each row (one thread each, both
 // halves of the block the same); channels of dO / rho.
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_kernel(const __grid_constant__ BackwardArgs a) {
@@ -148,14 +132,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     uint2 q8[ROWS][n];
     load_rows(q8, a.p.q8 + first_row * Dp, rows);
     load_rows(d_o, row_at<T>(a.p.d_o, a.p.d_o_strides, queries.batch, head, queries.begin + begin), a.p.d_o_strides.token, rows, dim);
-    uint32_t norm = 0, bound = 0;
-    const int64_t first_tile = static_cast<int64_t>(head_kv) * a.keys.tiles + keys.first_tile;
-    for (int i = t; i < (keys.length + TILE - 1) / TILE; i += THREADS) {
-      norm = max(norm, magnitude(a.w.v_norm[first_tile + i]));
-      bound = max(bound, magnitude(a.w.k_bound[first_tile + i]));
-    }
-    norm = __reduce_max_sync(~0u, norm), bound = __reduce_max_sync(~0u, bound);
-    if (t % 32 == 0) warp_norm[warp] = norm, warp_bound[warp] = bound;
+    bounds_of_keys(warp_norm, warp_bound, a, keys, head_kv);
     transpose_rows(tile8, q8);
 #pragma unroll
     for (int j = 0; j < ROWS; ++j)
@@ -301,7 +278,7 @@ void launch(const BackwardArgs& a, cudaStream_t stream) {
   const size_t key_blocks = a.keys.tiles * a.p.shape.heads_kv, query_blocks = a.queries.tiles * a.p.shape.heads_q;
   if (a.fused) cudaMemsetAsync(a.w.d_q, 0, query_blocks * (TILE * Dp * sizeof(float)), stream);
   if (a.splits > 1) cudaMemsetAsync(a.w.d_kv, 0, key_blocks * (2 * TILE * Dp * sizeof(float)), stream);
-  if (a.queries.cu_seqlens) launch_kernel(backward_rest_kernel<T>, REST_BLOCKS, THREADS, 0, stream, a);
+  if (a.queries.cu_seqlens) launch_kernel(backward_rest_kernel<T, BackwardArgs>, REST_BLOCKS, THREADS, 0, stream, a);
   if (key_blocks) launch_kernel(prepare_keys_kernel<T, Dp>, key_blocks, THREADS, 0, stream, a);
   if (query_blocks) launch_kernel(prepare_queries_kernel<T, Dp>, query_blocks, THREADS, 0, stream, a);
 }

@@ -45,12 +45,14 @@ namespace {
 constexpr int KEY_WARPGROUPS = TILE / KEYS;  // warpgroups of keys
 constexpr int BLOCK_THREADS = 128 * (1 + KEY_WARPGROUPS);
 constexpr int DQ_REGISTERS = 88, KEY_REGISTERS = 208;  // 88 + 2 * 208 = 3 * 168: what the launch takes
+static_assert(128 * (DQ_REGISTERS + KEY_WARPGROUPS * KEY_REGISTERS) <= registers_of(BLOCK_THREADS));
 template <int Dp>
 constexpr int STAGES = Dp == 64 ? 3 : 2;  // of records, and of dS
 template <int Dp>
 constexpr bool IN_TWO = Dp == 128;        // records come in two copies, since there is no third stage
 constexpr int COPIER = 96;  // thread of the first warpgroup that starts copies
 constexpr int DQ_BARRIER = 1;  // named barrier of the first warpgroup
+static_assert(DQ_BARRIER < NAMED_BARRIERS);
 
 // The record of a step, one step after another.
 struct Walk {
@@ -175,7 +177,7 @@ __device__ __forceinline__ uint32_t bits(__half2 x) { return reinterpret_cast<co
 __device__ __forceinline__ __half2 half2_of(uint32_t x) { return reinterpret_cast<const __half2&>(x); }
 
 // What takes the largest numbers to `levels`, never above levels + 0.2 (all halves tried), at most 65504; NaN of NaN. The bits of a half are about
-// its logarithm, so a difference of bits is within 6% of a quotient; one step of Newton's takes that to 0.4%.
+// its logarithm, so a difference of bits is within 6% of a quotient; one iteration of Newton's takes that to 0.4%.
 // Infinity would come out as zero, but does not come in: P'' and dS'' stay within 2^15 (layout.cuh), and rows that are not finite are NaN.
 template <int levels>
 __device__ __forceinline__ __half2 inverse_scales(__half2 tops) {
@@ -432,7 +434,7 @@ struct KeyWarpgroup {
 
 template <int Dp>
 __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared) {
-  constexpr int steps16 = TILE / 16, steps32 = TILE / 32, chunks = Dp / 32;  // a step of 16: the keys of a warp; chunks of 32 channels
+  constexpr int steps16 = TILE / 16, steps32 = TILE / 32, chunks = Dp / 32;  // k-steps of 16 keys, those of a warp, and of 32; chunks of 32 channels
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp * 16 + lane / 4;
   Walk walk = shared.block.walk;
   const int steps = shared.block.steps, blocks = shared.block.blocks, stride = shared.block.stride;
@@ -530,7 +532,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1) backward_kernel(const __grid
 template <typename T, int Dp>
 void launch(const BackwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = sizeof(Shared<Dp>);
-  static_assert(bytes <= 227 * 1024);
+  static_assert(bytes <= SHARED_BYTES);
   cudaFuncSetAttribute(backward_kernel<T, Dp>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const unsigned blocks = a.keys.tiles * a.p.shape.heads_kv * a.splits;
   if (blocks) launch_kernel(backward_kernel<T, Dp>, blocks, BLOCK_THREADS, bytes, stream, a);

@@ -35,6 +35,7 @@ constexpr int CONSUMERS = 3;  // warpgroups
 constexpr int BLOCK_QUERIES = 64 * CONSUMERS, BLOCK_THREADS = 128 * (1 + CONSUMERS);
 constexpr int FETCHERS = 96;                                      // threads 32 to 127; thread 0 is the producer
 constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;  // 128 * (32 + 3 * 160): the 65536 of a multiprocessor
+static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= registers_of(BLOCK_THREADS));
 template <int Dp>
 constexpr int STAGES = Dp == 64 ? 6 : 4;
 constexpr float GROWTH = 10.f;           // a row's maximum may outgrow its reference by 2^10 before O and the sum are rescaled
@@ -44,6 +45,7 @@ constexpr int LOWEST = -(1 << 21);       // below every integer score
 
 // Named barriers, by number. A turn is given by the warp of the same number in the warpgroup before: they share a scheduler.
 constexpr int TURN = 1, FETCHED = TURN + 4 * CONSUMERS;
+static_assert(FETCHED < NAMED_BARRIERS);
 
 template <int Dp>
 struct __align__(1024) Stage {
@@ -125,7 +127,7 @@ __device__ __forceinline__ int known_later(int x) {
 }
 
 // Ends the thread if x is a number that it cannot be: no instruction makes a NaN with these bits. Barriers the assembler does not move past
-// this, and two slots are all it costs.
+// this, and two issue slots are all it costs.
 __device__ __forceinline__ void fence(float x) {
   asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0xffc12345;\n@p exit;\n}" ::"r"(__float_as_int(x)));
 }
@@ -348,9 +350,9 @@ __device__ __forceinline__ void produce(const ForwardArgs& a, Shared<Dp>& shared
 template <typename T, int Dp>
 __device__ __forceinline__ void fetch(const ForwardArgs& a, Shared<Dp>& shared) {
   const int t = threadIdx.x - (128 - FETCHERS);
-  int slot = 0, parity = 1;  // the first round finds both empty
+  int place = 0, parity = 1;  // the first round finds both empty
   for (int round = 0;; ++round) {
-    WorkTile<Dp>& work = shared.work[slot];
+    WorkTile<Dp>& work = shared.work[place];
     wait(shared_address(&work.empty), parity);
     if (t == 0) {
       round = round_with_queries(a, round);
@@ -390,7 +392,7 @@ __device__ __forceinline__ void fetch(const ForwardArgs& a, Shared<Dp>& shared) 
     }
     arrive(shared_address(&work.full));
     if (!rows) return;
-    parity ^= slot, slot ^= 1;
+    parity ^= place, place ^= 1;
   }
 }
 
@@ -420,6 +422,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1) forward_kernel(const __grid_
 template <typename T, int Dp>
 void launch(const ForwardArgs& a, cudaStream_t stream) {
   constexpr int bytes = sizeof(Shared<Dp>);
+  static_assert(bytes <= SHARED_BYTES);
   cudaFuncSetAttribute(forward_kernel<T, Dp>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   int device = 0, processors = 0;
   cudaGetDevice(&device);

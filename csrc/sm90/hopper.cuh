@@ -9,6 +9,13 @@
 
 namespace sagetrain::sm90 {
 
+// ---------------------------------------------------------------------------------------------------- limits
+
+constexpr int SHARED_BYTES = 227 * 1024;  // that a block can have
+constexpr int NAMED_BARRIERS = 16;        // of a block, 0 among them: __syncthreads
+// Registers of a block that has a multiprocessor for itself, as they are launched; what warpgroups give and take stays within them.
+constexpr int registers_of(int threads) { return 65536 / threads / 8 * 8 * threads; }
+
 // ---------------------------------------------------------------------------------------------------- barriers, copies
 
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {

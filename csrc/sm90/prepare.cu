@@ -1,25 +1,19 @@
 // Before the backward, once per token: the records of keys and queries, and the constants of each row (layout.cuh); sums start as zeros.
 // Bound by memory: every tensor is read once, and a tile stays in registers from its load to its last use.
 //
-//   barriers        __syncthreads between the steps of a block, no other
+//   barriers        __syncthreads between the parts of a block's work, no other
 //   shared memory   keys: k8 of the tile, transposed: 8 KiB (D = 64), 16 (D = 128); queries: q8 and do8, 16 and 32, and 2.6 of rows' constants
 //   tile size       TILE tokens of a head, all channels, 256 threads (common/rows.cuh). Registers limit the blocks of a multiprocessor: three
 //                   with 80, D = 128: two with 128
-#include <cfloat>
-
-#include "../common/launch.cuh"
-#include "../common/outside.cuh"
-#include "../common/round.cuh"
+#include "../common/prepare.cuh"
 #include "../common/transpose.cuh"
 #include "layout.cuh"
 
 namespace sagetrain::sm90 {
 namespace {
 
-constexpr int FINE = 25;                // log2 of what the sums of dQ may reach: rounding is to 2^-25 of that, and most products of a block are below 2^22
-constexpr int LEAST_WEIGHT = -2;        // log2 of what small queries are lifted to, of the largest in their record
-constexpr int LEAST_WEIGHT_OF_ZEROS = -10;  // ... where dO is zero: the bounds of the others are loose, dS of d_lse alone is not
-constexpr int U_MAX = 12, DP_MAX = 10;  // log2 of |u| and of |dP16|, which must fit a half
+constexpr int FINE = 25;    // log2 of what the sums of dQ may reach: rounding is to 2^-25 of that, and most products of a block are below 2^22
+constexpr int DP_MAX = 10;  // log2 of |dP16|, which must fit a half
 
 // Row `row` of a matrix of 16-bit numbers, 64 rows of 64 channels to a panel: this lane's chunk i.
 __device__ __forceinline__ void write_panel(int16_t* matrix, int row, int i, const uint4& x) {
@@ -43,14 +37,6 @@ __device__ __forceinline__ uint32_t largest_of_row(const uint4 (&x)[n]) {  // as
 #pragma unroll
     for (int d = 0; d < 8; ++d) amax = max(amax, magnitude(element<T>(x[i], d)));
   return fold_row(amax, Max{});
-}
-
-// ---------------------------------------------------------------------------------------------------- outside sequences
-
-template <typename T>
-__global__ void __launch_bounds__(THREADS) backward_rest_kernel(const __grid_constant__ BackwardArgs a) {
-  after_previous();
-  zero_rest<T>(a);
 }
 
 // ---------------------------------------------------------------------------------------------------- keys
@@ -126,7 +112,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_keys_kernel
 
 // ---------------------------------------------------------------------------------------------------- queries
 
-// In three steps with barriers between them: the largest row of V and scale of K in the sequence; rows of dO and o (eight lanes each); the
+// In three parts with barriers between them: the largest row of V and scale of K in the sequence; rows of dO and o (eight lanes each); the
 // constants of each row (one thread each).
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_kernel(const __grid_constant__ BackwardArgs a) {
@@ -159,14 +145,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   {
     uint2 q8[ROWS][n];
     load_rows(q8, a.p.q8 + first_row * Dp, rows);
-    uint32_t norm = 0, bound = 0;
-    const int64_t first_tile = static_cast<int64_t>(head_kv) * a.keys.tiles + keys.first_tile;
-    for (int i = t; i < (keys.length + TILE - 1) / TILE; i += THREADS) {
-      norm = max(norm, magnitude(a.w.v_norm[first_tile + i]));
-      bound = max(bound, magnitude(a.w.k_bound[first_tile + i]));
-    }
-    norm = __reduce_max_sync(~0u, norm), bound = __reduce_max_sync(~0u, bound);
-    if (t % 32 == 0) warp_norm[warp] = norm, warp_bound[warp] = bound;
+    bounds_of_keys(warp_norm, warp_bound, a, keys, head_kv);
     transpose_rows(tile8[0], q8);
 #pragma unroll
     for (int j = 0; j < ROWS; ++j)
@@ -288,7 +267,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
 template <typename T, int Dp>
 void launch(const BackwardArgs& a, cudaStream_t stream) {
   const size_t key_blocks = a.keys.tiles * a.p.shape.heads_kv, query_blocks = a.queries.tiles * a.p.shape.heads_q;
-  if (a.queries.cu_seqlens) launch_kernel(backward_rest_kernel<T>, REST_BLOCKS, THREADS, 0, stream, a);
+  if (a.queries.cu_seqlens) launch_kernel(backward_rest_kernel<T, BackwardArgs>, REST_BLOCKS, THREADS, 0, stream, a);
   if (key_blocks) launch_kernel(prepare_keys_kernel<T, Dp>, key_blocks, THREADS, 0, stream, a);
   if (query_blocks) launch_kernel(prepare_queries_kernel<T, Dp>, query_blocks, THREADS, 0, stream, a);
 }

@@ -4,7 +4,7 @@ Method: `after_import` puts a finder in front of `sys.meta_path` that lets the i
 and then imports our plug. The plugs add entries to the libraries' registries and change nothing else there.
 Choice: neither transformers nor Lightning has an entry point for this, and importing them ourselves would make `import
 sagetrain` cost seconds and need them.
-Cost: one string comparison per import, until the library has come.
+Cost: one string comparison for every module that is imported.
 """
 
 import importlib

@@ -329,9 +329,12 @@ def register(scheme: schemes.Scheme) -> None:
 
     Raises ValueError for a name that transformers has already.
     """
-    if scheme.name in AttentionInterface().valid_keys():
+    taken = AttentionInterface().get(scheme.name)
+    if scheme.name == "eager" or (taken is not None and not hasattr(taken, "scheme")):
         raise ValueError(f"scheme {scheme.name!r}: transformers has an attention of that name")
-    AttentionInterface.register(scheme.name, adapter(scheme.name, _kernel(scheme.name)))
+    attend = adapter(scheme.name, _kernel(scheme.name))
+    attend.scheme = scheme.name  # known again when this module is reloaded
+    AttentionInterface.register(scheme.name, attend)
     AttentionMaskInterface.register(scheme.name, sage_mask)
 
 

@@ -52,7 +52,7 @@ def attention(
             "sequence only. Leave the context_parallel block, or use SDPA (attention='sdpa') for these runs."
         )
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
     chosen = schemes.get(scheme)

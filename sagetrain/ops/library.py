@@ -29,7 +29,8 @@ def define(name: str, saved: Callable[..., tuple[Tensor, ...]]) -> Op:
     NAME_forward(q, k, v, scale, is_causal, cu_seqlens_q, cu_seqlens_k, deterministic) -> (o, lse, *saved)
     NAME_backward(d_o, d_lse, v, o, *saved, scale, is_causal, cu_seqlens_q, cu_seqlens_k, deterministic)
         -> (d_q, d_k, d_v)
-    saved(q, k, cu_seqlens_q): empty tensors of the shapes and types that the forward saves beyond v and o.
+    saved(q, k, cu_seqlens_q): empty tensors of the shapes and types that the forward saves beyond v and o. The first
+        call that will have a backward raises ValueError where it saves others.
     """
     namespace, op = name.split("::")
     forward = getattr(getattr(torch.ops, namespace), f"{op}_forward").default
@@ -55,18 +56,27 @@ def define(name: str, saved: Callable[..., tuple[Tensor, ...]]) -> Op:
         gradients = backward(d_o, d_lse, v, o, *kept, scale, is_causal, cu_seqlens_q, cu_seqlens_k, deterministic)
         return *gradients, *(None,) * 5
 
-    torch.library.register_autograd(f"{name}_forward", derivative, setup_context=_keep)
+    stated_right = False
+
+    def keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        nonlocal stated_right
+        q, k, v, scale, is_causal, cu_seqlens_q, cu_seqlens_k, deterministic = inputs
+        o, _, *kept = output
+        if not stated_right and type(o) is Tensor and not o.is_meta:  # else they are those that `saved` made
+            found, stated = (
+                [(list(x.shape), x.dtype) for x in tensors] for tensors in (kept, saved(q, k, cu_seqlens_q))
+            )
+            if found != stated:
+                raise ValueError(f"{name}_forward saves {found} beyond v and o, but `saved` says {stated}")
+            stated_right = True
+        ctx.save_for_backward(v, o, *kept, cu_seqlens_q, cu_seqlens_k)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.options = scale, is_causal, deterministic
+
+    torch.library.register_autograd(f"{name}_forward", derivative, setup_context=keep)
     torch.library.register_autograd(f"{name}_backward", _no_double_backward)
     return forward
-
-
-def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    _, _, v, scale, is_causal, cu_seqlens_q, cu_seqlens_k, deterministic = inputs
-    o, _, *saved = output
-    ctx.save_for_backward(v, o, *saved, cu_seqlens_q, cu_seqlens_k)
-    ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)
-    ctx.options = scale, is_causal, deterministic
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> tuple[None, ...]:

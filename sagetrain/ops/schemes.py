@@ -26,12 +26,13 @@ FLOATS = (torch.bfloat16, torch.float16)
 class Scheme:
     """One way to compute attention.
 
-    name: unique, no name of transformers' own. label: for people, in reports.
+    name: unique, an identifier, no name of transformers' own. label: for people, in reports.
     forward: (q, k, v, scale, is_causal, cu_seqlens_q, cu_seqlens_k, deterministic) -> (o, lse, *saved), differentiable;
         shapes and meaning as `sagetrain.attention`, whose checks have passed (`library.define` makes one of two ops).
     kernel_name: device -> name of the kernel that serves it; RuntimeError that says why when none does.
     preset: name of a kernel -> name of the preset of reference.py that it computes (tests hold it to that).
     dtypes: by device type, what the kernels take. max_head_dim: of q, k, v; a multiple of 8.
+    Raises ValueError for a field that could not be used.
     """
 
     name: str
@@ -42,32 +43,61 @@ class Scheme:
     dtypes: dict[str, tuple[torch.dtype, ...]]
     max_head_dim: int = 128
 
+    def __post_init__(self) -> None:
+        name = self.name
+        if not (isinstance(name, str) and name.isidentifier()) or "flash" in name or name.startswith("bf16"):
+            raise ValueError(
+                f"scheme {name!r}: a name has letters, digits and underscores, no 'flash' (transformers would look for "
+                "a package) and no 'bf16' at its start (what schemes are compared with)"
+            )
+        if not self.dtypes or not all(_is_device(kind) and _are_dtypes(x) for kind, x in self.dtypes.items()):
+            raise ValueError(
+                f"scheme {name!r}: dtypes is {self.dtypes}, expected a device type of torch's ('cpu', 'cuda', ...) and "
+                "a tuple of torch dtypes for each"
+            )
+        if self.max_head_dim < 8 or self.max_head_dim % 8:
+            raise ValueError(f"scheme {name!r}: max_head_dim is {self.max_head_dim}, expected a multiple of 8")
+
+
+def _is_device(kind: Any) -> bool:
+    try:
+        return torch.device(kind).type == kind
+    except (RuntimeError, TypeError):
+        return False
+
+
+def _are_dtypes(found: Any) -> bool:
+    return isinstance(found, tuple) and len(found) > 0 and all(isinstance(x, torch.dtype) for x in found)
+
 
 SCHEMES: dict[str, Scheme] = {}
-_watchers: list[Callable[[Scheme], Any]] = []
+_watchers: dict[str, Callable[[Scheme], Any]] = {}
 
 
 def register(scheme: Scheme) -> Scheme:
     """Adds a scheme, also to the integrations that are loaded. Raises ValueError for a name that is taken."""
     if scheme.name in SCHEMES:
         raise ValueError(f"there is a scheme {scheme.name!r} already")
-    SCHEMES[scheme.name] = scheme
-    for watcher in _watchers:
+    for watcher in _watchers.values():
         watcher(scheme)
+    SCHEMES[scheme.name] = scheme  # no sooner: one that an integration refuses is none
     return scheme
 
 
 def watch(watcher: Callable[[Scheme], Any]) -> None:
-    """Calls `watcher` with every scheme, those to come too: for integrations that register names elsewhere."""
+    """Calls `watcher` with every scheme, those to come too: for integrations that register names elsewhere.
+
+    One a module: that of a module that is loaded anew takes the old one's place.
+    """
     for scheme in SCHEMES.values():
         watcher(scheme)
-    _watchers.append(watcher)
+    _watchers[watcher.__module__] = watcher
 
 
 def get(name: str | None = None) -> Scheme:
     """The scheme of that name (None: the default, INT8). Raises ValueError with the choices."""
     name = DEFAULT if name is None else name
-    if name not in SCHEMES:
+    if not isinstance(name, str) or name not in SCHEMES:
         raise ValueError(f"unknown scheme {name!r}: choose from {', '.join(SCHEMES)}")
     return SCHEMES[name]
 

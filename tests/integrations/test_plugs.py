@@ -43,3 +43,12 @@ def test_a_library_that_the_plug_does_not_fit_stays_usable(order: str, tmp_path:
     done = python(f"{first}\n{second}\nprint(library.value, library.__spec__.loader is library.__loader__)", tmp_path)
     assert done.stdout.strip() == "3 True", done.stderr
     assert "RuntimeWarning: plug does not load" in done.stderr and "something_new" in done.stderr
+
+
+def test_a_library_that_is_broken_says_so_itself_and_can_be_mended(tmp_path: Path) -> None:
+    (tmp_path / "library.py").write_text("import os\nif 'BROKEN' in os.environ: raise OSError('its own words')")
+    (tmp_path / "plug.py").write_text("print('plugged')")
+    hook = "import os, sagetrain.integrations\nsagetrain.integrations.after_import('library', 'plug')"
+    again = "os.environ['BROKEN'] = ''\ntry: import library\nexcept OSError as e: print(e)\ndel os.environ['BROKEN']"
+    done = python(f"{hook}\n{again}\nimport library", tmp_path)
+    assert done.stdout.split("\n")[:2] == ["its own words", "plugged"], done.stderr

@@ -32,7 +32,7 @@ BASE = Case(hq=2, hkv=1, tq=130, tk=130)
 CASES = {
     "causal": BASE,
     "causal, d 128, fp16": replace(BASE, d=128, dtype=torch.float16),
-    "full, d 40, fp16": replace(BASE, d=40, is_causal=False, tk=200, dtype=torch.float16),
+    "full, d 40, fp16": replace(BASE, d=40, is_causal=False, tq=200, tk=300, dtype=torch.float16),
     "full, d 128, longer than a tile": replace(BASE, hq=1, d=128, is_causal=False, tq=65, tk=300),
     "causal, more queries than keys": replace(BASE, tq=200, tk=70, d=96),
     "one query": replace(BASE, b=2, hq=4, hkv=2, tq=1, tk=257),

@@ -210,6 +210,15 @@ def test_autocast_casts_as_sdpa_does():
     assert o.dtype == torch.bfloat16 and torch.equal(o, sagetrain.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
 
 
+def test_meta_tensors_have_shapes_and_no_autocast():
+    """torch refuses to say whether autocast is on for a device that has none."""
+    q, k, v = (torch.empty(x.shape, device="meta", requires_grad=True) for x in Case(tq=7, tk=9).tensors()[:3])
+    o, lse = sagetrain.attention(q, k, v, return_lse=True)
+    assert (o.shape, lse.shape, o.device.type) == (q.shape, q.shape[:3], "meta")
+    o.sum().backward()
+    assert k.grad.shape == k.shape
+
+
 def test_scale_is_honoured():
     case = replace(BASE, dtype=torch.float32)
     q, k, v, _ = case.tensors()
