@@ -138,8 +138,9 @@ def tensors(trainer: L.Trainer) -> Iterator[Tensor]:
 def parts(x: Tensor) -> Iterator[Tensor]:
     """The plain floating-point tensors that `x` is made of: a DTensor's shard, the scales of quantised moments."""
     if is_traceable_wrapper_subclass(x):
-        for name in x.__tensor_flatten__()[0]:
-            yield from parts(getattr(x, name))
+        inner = (getattr(x, name) for name in x.__tensor_flatten__()[0])  # a DTensor's mesh may be among them
+        for part in inner:
+            yield from parts(part) if isinstance(part, Tensor) else ()
     elif x.is_floating_point():
         yield x
 

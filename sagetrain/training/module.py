@@ -63,6 +63,28 @@ def model_config(model: DictConfig) -> PreTrainedConfig:
     return type(base).from_dict(base.to_dict() | changes if model.path else changes)
 
 
+def prepare(model: PreTrainedModel, how: DictConfig) -> None:
+    """Has `model`, with whole weights, compute its loss and layers as `how` (conf/train.yaml, `model`) says.
+
+    Raises ValueError for unknown choices and for what this model cannot do, ModuleNotFoundError without torchao.
+    """
+    fused = how.fused_loss and can_fuse(model)
+    if how.fused_loss is True and not fused:
+        raise ValueError(
+            f"model.fused_loss=true: the loss of {type(model).__name__} is more than a linear head on its hidden "
+            "states (capped or scaled logits, more terms). Set model.fused_loss=false or auto"
+        )
+    if fused:
+        fuse(model)
+    if how.linear == "float8":
+        float8_layers(model)
+    elif how.linear is not None:
+        raise ValueError(f"model.linear={how.linear}: choose float8, or null for the precision of the run")
+    checkpoint_layers(model, how.checkpointing, how.checkpoint_every)
+    if how.compile:
+        compile_layers(model)
+
+
 def numel(weight: Tensor) -> int:
     """Elements of a parameter, all ranks' shares together."""
     return getattr(weight, "ds_numel", weight.numel())
@@ -127,30 +149,12 @@ class CausalLM(L.LightningModule):
             else:
                 self.model = AutoModelForCausalLM.from_config(self.hf_config, **options)
         self.model.train()
-        self._prepare(self.model)
+        prepare(self.model, self.cfg.model)
+        # What a model keeps in fp32 beside its weights (RoPE's frequencies) stays so, whatever the precision.
+        buffers = self.model.named_buffers()
+        self._fp32_buffers = {name: buffer.clone() for name, buffer in buffers if buffer.dtype == torch.float32}
         if isinstance(self.trainer.strategy, SageFSDP2Strategy):
             shard(self.model, self.device_mesh)
-
-    def _prepare(self, model: PreTrainedModel) -> None:
-        """Everything that conf/model says about how the model is trained."""
-        how = self.cfg.model
-        fused = how.fused_loss and can_fuse(model)
-        if how.fused_loss is True and not fused:
-            raise ValueError(
-                f"model.fused_loss=true: the loss of {type(model).__name__} is more than a linear head on its hidden "
-                "states (capped or scaled logits, more terms). Set model.fused_loss=false or auto"
-            )
-        if fused:
-            fuse(model)
-        if how.linear == "float8":
-            float8_layers(model)
-        elif how.linear is not None:
-            raise ValueError(f"model.linear={how.linear}: choose float8, or null for the precision of the run")
-        checkpoint_layers(model, how.checkpointing, how.checkpoint_every)
-        if how.compile:
-            compile_layers(model)
-        # What a model keeps in fp32 beside its weights (RoPE's frequencies) stays so, whatever the precision.
-        self._fp32_buffers = {name: b.clone() for name, b in model.named_buffers() if b.dtype == torch.float32}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Raises ValueError for accumulation over batches that do not say how many targets their step has."""

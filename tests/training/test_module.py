@@ -2,9 +2,11 @@
 
 import csv
 import math
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from sagetrain.data.loader import Batches
 from sagetrain.integrations import lightning as strategies
-from sagetrain.training import callbacks, module
+from sagetrain.training import callbacks, layers, loss, module
 from sagetrain.training.callbacks import RunLog
 from sagetrain.training.module import CausalLM, model_config
 
@@ -262,9 +264,92 @@ def test_no_decay_on_vectors_and_no_empty_group(run: Run) -> None:
     assert group["weight_decay"] == 10
 
 
+# --- How it is trained ---
+
+
+def test_a_frequency_of_rope_stays_fp32_whatever_the_precision(run: Run) -> None:
+    """In bf16 the angle of position 16,000 would be off by up to 60 radians."""
+    run.fit(max_steps=1, precision="bf16-true")
+    weights = {p.dtype for p in run.module.parameters()}
+    (name, frequencies), *_ = [x for x in run.module.model.named_buffers() if x[0].endswith("inv_freq")]
+    assert weights == {torch.bfloat16}
+    assert torch.equal(frequencies, dict(run.model().named_buffers())[name]) and frequencies.dtype == torch.float32
+
+
+def cosine(step: int) -> float:
+    return step / 2 if step < 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / 8)) / 2
+
+
+def wsd(step: int, decay: int) -> float:
+    return 0.1 + 0.9 * min(1.0, step / 2, 1 - math.sqrt(max(0.0, (step - 10 + decay) / decay)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, cosine),
+        ({"schedule": "wsd"}, partial(wsd, decay=2)),
+        ({"schedule": "wsd", "decay_steps": 4}, partial(wsd, decay=4)),
+    ],
+)
+def test_schedules(run: Run, settings: dict, expected: Callable[[int], float]) -> None:
+    run.cfg.optim.update({"lr": 1.0, "warmup_steps": 2, "min_lr_ratio": 0.1} | settings)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = module.learning_rates(optimizer, run.cfg.optim, 10)
+    found = []
+    for _ in range(10):
+        found += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert found == pytest.approx([expected(step) for step in range(10)])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"optim": {"kind": "adam"}}, ValueError, "optim.kind=adam: choose adamw or adamw8bit"),
+        ({"optim": {"schedule": "line"}}, ValueError, "optim.schedule=line: choose cosine or wsd"),
+        (
+            {"optim": {"kind": "adamw8bit"}},
+            ModuleNotFoundError,
+            "optim.kind=adamw8bit: no package torchao: pip install",
+        ),
+        ({"model": {"linear": "int4"}}, ValueError, "model.linear=int4: choose float8, or null"),
+        ({"model": {"linear": "float8"}}, ModuleNotFoundError, "model.linear=float8: no package torchao"),
+    ],
+)
+def test_unknown_choices(run: Run, monkeypatch, change: dict, error: type[Exception], message: str) -> None:
+    for name in ("torchao", "torchao.optim", "torchao.float8"):
+        monkeypatch.setitem(sys.modules, name, None)
+    run.cfg.merge_with(change)
+    with pytest.raises(error, match=message):
+        run.fit(max_steps=1)
+
+
+def test_a_loss_that_cannot_be_fused_is_refused_or_left_alone(run: Run) -> None:
+    run.cfg.model.config = {
+        "model_type": "granite", "vocab_size": 264, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "logits_scaling": 4.0,
+    }  # fmt: skip
+    run.fit(max_steps=1)
+    run.cfg.model.fused_loss = True
+    with pytest.raises(ValueError, match="model.fused_loss=true: the loss of GraniteForCausalLM is more than a linear"):
+        run.fit(max_steps=1)
+
+
+@pytest.mark.parametrize("settings", [{"checkpointing": "attention_saved"}, {"compile": True}, {"fused_loss": False}])
+def test_how_it_is_computed_changes_no_step(run: Run, settings: dict) -> None:
+    run.cfg.attention.implementation = "sage_int8"
+    plain = run.fit(max_steps=3, accumulate_grad_batches=2)
+    run.cfg.model.update(settings)
+    found = run.fit(max_steps=3, accumulate_grad_batches=2)
+    for column in ("loss", "grad_norm"):  # INT8 may round to the neighbour
+        assert of(found, column) == pytest.approx(of(plain, column), rel=0.0 if "checkpointing" in settings else 2e-3)
+
+
 # --- What is waited for, and what is written ---
 
-OURS = {module.__file__, callbacks.__file__, strategies.__file__}
+OURS = {x.__file__ for x in (module, callbacks, strategies, loss, layers)}
 
 
 class Step(L.Callback):
