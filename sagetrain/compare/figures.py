@@ -63,7 +63,7 @@ def panels(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
         ("grad_norm", "Gradient norm", seeds, "gradient norm", norm),
         ("tokens_per_s", "Speed", " ".join([seeds, *medians]), "tokens per second", speed),
         ("val_loss", "Validation loss", "Measured on held-out data.", NATS, held_out),
-        ("probe/loss_int8", "Probe: loss gap", PROBE, "INT8 − BF16 (nats per token)", _draw_probe_gap),
+        ("probe/loss_lowbit", "Probe: loss gap", PROBE, "low-bit − BF16 (nats per token)", _draw_probe_gap),
         ("probe/grad_cosine", "Probe: gradient agreement", f"{PROBE} 1: they point the same way.", "cosine", cosine),
         ("probe/ds_rowsum", "Probe: dS row-sum residual", ZERO, "residual", rowsum),
     ]
@@ -197,7 +197,7 @@ def _draw_difference(axes: Axes, comparison: Comparison) -> None:
 def _draw_probe_gap(axes: Axes, comparison: Comparison) -> None:
     axes.axhline(0, color=INK, lw=0.8)
     for arm in comparison.arms:
-        pairs = [on_common_steps([run.series("probe/loss_int8"), run.series("probe/loss_bf16")]) for run in arm.runs]
+        pairs = [on_common_steps([run.series("probe/loss_lowbit"), run.series("probe/loss_bf16")]) for run in arm.runs]
         gaps = [(steps, both[0] - both[1]) for steps, both in pairs]
         _draw_arm(axes, comparison, arm, gaps, comparison.label(arm.name), sparse=True)
 

@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 
 from sagetrain.ops.schemes import SCHEMES
+from sagetrain.training.folder import RENAMED
 
 Series = tuple[np.ndarray, np.ndarray]  # steps (int64, strictly increasing), values (float64)
 STATUSES = ("running", "finished", "failed")
@@ -96,7 +97,8 @@ class Run:
                 raise ValueError(f"{file}: the last line is cut off, although run.json says finished")
             text = text[: text.rfind("\n") + 1]
             self.notes.append("metrics.csv: its half-written last line was left out")
-        self.header, *lines = list(csv.reader(text.splitlines())) or [[]]
+        header, *lines = list(csv.reader(text.splitlines())) or [[]]
+        self.header = [RENAMED.get(column, column) for column in header]
         if "step" not in self.header or "loss" not in self.header or len(set(self.header)) < len(self.header):
             raise ValueError(
                 f"{file}: the header must name step and loss, and no column twice: {','.join(self.header)}"

@@ -25,6 +25,7 @@ from sagetrain.errors import asked_for
 from sagetrain.terminal import console
 
 LOCK = ".lock"
+RENAMED = {"probe/loss_int8": "probe/loss_lowbit"}  # columns of metrics.csv in older run directories
 
 
 def write(path: Path, content: str | bytes) -> None:
