@@ -27,7 +27,6 @@ Series = tuple[np.ndarray, np.ndarray]  # steps (int64, strictly increasing), va
 STATUSES = ("running", "finished", "failed")
 NUMERIC = ("tokens", "loss", "grad_norm", "tokens_per_s", "step_ms", "val_loss")  # and all that begin with "probe/"
 REQUIRED = {"recipe": str, "arm": str, "seed": int, "status": str, "steps": int}
-OPTIONAL = {"max_steps": int, "parameters": int, "tokens_per_step": int | float, "unigram_entropy": int | float}
 EMPTY: Series = (np.empty(0, np.int64), np.empty(0))
 
 
@@ -178,10 +177,9 @@ def _read_info(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: holds {type(info).__name__}, not an object")
     if missing := [key for key in REQUIRED if key not in info]:
         raise ValueError(f"{file}: {', '.join(missing)} missing")
-    for key, kind in (REQUIRED | OPTIONAL).items():
-        value = info.get(key)
-        if isinstance(value, bool) or not isinstance(value, kind if key in REQUIRED else kind | None):
-            raise ValueError(f"{file}: {key!r} is {value!r}, expected {getattr(kind, '__name__', 'a number')}")
+    for key, kind in REQUIRED.items():
+        if not isinstance(info[key], kind):
+            raise ValueError(f"{file}: {key!r} is {info[key]!r}, expected {kind.__name__}")
     if info["status"] not in STATUSES:
         raise ValueError(f"{file}: status is {info['status']!r}, expected one of {', '.join(STATUSES)}")
     return info

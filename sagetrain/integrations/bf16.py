@@ -274,13 +274,12 @@ def _flash(version: int) -> Callable[..., Tensor]:
 
 
 def sdpa_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
-    local_size: int | None = None, use_vmap: bool = False, **options: Any,
-) -> Tensor | None:  # fmt: skip
+    *, kv_length: int, kv_offset: int = 0, local_size: int | None = None, use_vmap: bool = False, **options: Any
+) -> Tensor | None:
     """The masks of `sage_mask`, and transformers' dense ones for windows and custom patterns."""
     windowed = kv_offset != 0 or (local_size is not None and kv_length > local_size)
-    options |= {"q_offset": q_offset, "kv_offset": kv_offset, "local_size": local_size, "use_vmap": use_vmap}
-    return (dense_mask if windowed or use_vmap else sage_mask)(batch_size, q_length, kv_length, **options)
+    options |= {"kv_length": kv_length, "kv_offset": kv_offset, "local_size": local_size, "use_vmap": use_vmap}
+    return (dense_mask if windowed or use_vmap else sage_mask)(**options)
 
 
 def _sdpa_arm(name: str, backend: SDPBackend | None = None) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -14,6 +14,7 @@ the memory of two sets of gradients.
 
 import csv
 import io
+import json
 import math
 import os
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sagetrain.ops import reference, schemes
 from sagetrain.terminal import console
 from sagetrain.training.checkpoint import way_back
-from sagetrain.training.folder import RENAMED, write, write_json
+from sagetrain.training.folder import RENAMED, write
 from sagetrain.training.module import CausalLM
 
 COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "val_loss")
@@ -133,7 +134,8 @@ class RunLog(L.Callback):
             self.amend(trainer, {"val_loss": float(trainer.callback_metrics["val_loss"])})
 
     def write_status(self, status: str, steps: int, **more: Any) -> None:
-        write_json(self.folder / "run.json", self.facts | {"status": status, "steps": steps} | more)
+        info = self.facts | {"status": status, "steps": steps} | more
+        write(self.folder / "run.json", json.dumps(info, indent=2) + "\n")
 
     def close(self) -> None:
         if self._file is not None:

@@ -17,7 +17,8 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -92,10 +93,6 @@ def _flush(path: Path) -> None:
             os.close(descriptor)
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 class DirectCheckpointIO(TorchCheckpointIO):
     """Writes straight to the path (Lightning's own builds the file in memory, then in the temporary folder)."""
 
@@ -121,19 +118,13 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def tensors(trainer: L.Trainer) -> Iterator[Tensor]:
-    """This rank's share of everything a checkpoint keeps of the training: weights, and the state of the optimizers."""
-    for weight in trainer.lightning_module.parameters():
-        yield getattr(weight, "ds_tensor", weight)
-    for optimizer in trainer.optimizers:
-        for weight, state in optimizer.state.items():
-            yield from (x for x in (weight, *state.values()) if isinstance(x, Tensor) and x.is_floating_point())
-
-
 @torch.no_grad()
 def is_finite(trainer: L.Trainer) -> bool:
-    """Whether all of that is finite, on every rank."""
-    sums = [(x.to_local() if isinstance(x, DTensor) else x).detach().sum(dtype=torch.float64) for x in tensors(trainer)]
+    """Whether the weights and the state of the optimizers, every rank's share of them, are finite."""
+    weights = [getattr(weight, "ds_tensor", weight) for weight in trainer.lightning_module.parameters()]
+    kept = [(weight, *state.values()) for each in trainer.optimizers for weight, state in each.state.items()]
+    numbers = [x for x in chain(weights, *kept) if isinstance(x, Tensor) and x.is_floating_point()]
+    sums = [(x.to_local() if isinstance(x, DTensor) else x).sum(dtype=torch.float64) for x in numbers]
     here = all(bool(torch.isfinite(x)) for x in sums)
     return trainer.strategy.reduce_boolean_decision(here, all=True)
 
@@ -210,9 +201,9 @@ class Checkpoint(L.Callback):
         need, free = self.room(module), shutil.disk_usage(self.out).free
         if need > free:
             raise OSError(
-                f"no room for the checkpoints of this run: they need {_size(need)} and {self.folder} has {_size(free)} "
-                "free. Free some space, choose another disk with out=FOLDER, or save less: checkpoint.keep=none "
-                "checkpoint.every_n_steps=0 checkpoint.every_minutes=0 saves nothing"
+                f"no room for the checkpoints of this run: they need {need / 1e6:,.1f} MB and {self.folder} has "
+                f"{free / 1e6:,.1f} MB free. Free some space, choose another disk with out=FOLDER, or save less: "
+                "checkpoint.keep=none checkpoint.every_n_steps=0 checkpoint.every_minutes=0 saves nothing"
             )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
