@@ -11,11 +11,6 @@ from typing import Any
 PACKAGE_DIR = Path(__file__).resolve().parent
 
 
-def home(path: str | Path) -> Path:
-    """`path`, with `~` as the home folder."""
-    return Path(path).expanduser()
-
-
 def _folder(name: str) -> Path:
     """The folder `name` inside the package (a wheel) or beside it (a checkout)."""
     for parent in (PACKAGE_DIR, PACKAGE_DIR.parent):

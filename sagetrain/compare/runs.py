@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,7 @@ class Run:
         if not file.exists():
             self.notes.append("config.yaml is missing: settings were not compared")
             return {}
-        try:
-            config = yaml.safe_load(_read_text(file))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{file}: not valid YAML: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{file}: holds no mapping of settings (half-written?)")
-        return config
+        return _read_mapping(file, yaml.safe_load)
 
     def _read_metrics(self, file: Path) -> None:
         text = _read_text(file)
@@ -168,13 +162,18 @@ def _read_text(file: Path) -> str:
         raise ValueError(f"{file}: not UTF-8 text (byte {error.start}): the file is corrupt") from error
 
 
-def _read_info(file: Path) -> dict[str, Any]:
+def _read_mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        info = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON (half-written?): {error}") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{file}: holds {type(info).__name__}, not an object")
+        found = parse(_read_text(file))
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: not valid {file.suffix[1:].upper()} (half-written?): {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: holds {type(found).__name__}, no mapping of names to values")
+    return found
+
+
+def _read_info(file: Path) -> dict[str, Any]:
+    info = _read_mapping(file, json.loads)
     if missing := [key for key in REQUIRED if key not in info]:
         raise ValueError(f"{file}: {', '.join(missing)} missing")
     for key, kind in REQUIRED.items():

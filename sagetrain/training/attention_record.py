@@ -42,8 +42,8 @@ class AttentionRecord(L.Callback):
         self.seen = True
         facts = self.record.facts
         ours = self.implementation in schemes.SCHEMES
-        ran = (f"{self.implementation} ({facts['kernel']})", None) if ours else bf16.ran(self.implementation)
-        what, handicap = ran
+        kernel = f"{self.implementation} ({facts['kernel']})"
+        what, handicap = (kernel, None) if ours else bf16.ran(self.implementation)
         facts |= {"attention": what, "handicap": handicap}
         self.record.write_status("running", trainer.global_step)
         why = f"; its speed is no baseline: {handicap}" if handicap else ""

@@ -111,14 +111,12 @@ class RunLog(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step)
         bad = module.first_bad_step()
-        if bad is not None or not math.isfinite(loss):
-            what = f"loss of step {step} is {loss}"
-            if bad is not None and bad < step:
-                what = f"loss or the gradient of step {bad} is not finite"
-            elif math.isfinite(loss):
-                what = f"gradient norm of step {step} is {norm}"
-            raise FloatingPointError(f"the {what}. {way_back(self.folder / 'checkpoints')}")
-        return True
+        if bad is None and math.isfinite(loss):
+            return True
+        raise FloatingPointError(
+            f"the loss or the gradient of step {bad or step} is not finite (step {step}: loss {loss}, gradient norm "
+            f"{norm}). {way_back(self.folder / 'checkpoints')}"
+        )
 
     def amend(self, trainer: L.Trainer, values: dict[str, float]) -> None:
         """Add columns to the row of the last step."""
@@ -275,19 +273,16 @@ class Bar(L.Callback):
         self.record = record
         self.title = title
         self.console = console(stderr=True)
-        self.progress: Progress | None = None
+        shown = "loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tokens/s · left"
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(shown))
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
         self._seen = 0
 
     def on_train_start(self, trainer: L.Trainer, module: CausalLM) -> None:
-        if not trainer.is_global_zero:
-            return
         self._total, self._seen = int(trainer.estimated_stepping_batches), trainer.global_step
-        shown = "loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tokens/s · left"
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(shown))
-        if self.console.is_terminal:
-            self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
-            fields = {"loss": math.nan, "speed": 0.0}
-            self.task = self.progress.add_task(self.title, total=self._total, completed=self._seen, **fields)
+        fields = {"total": self._total, "completed": self._seen, "loss": math.nan, "speed": 0.0}
+        self.task = self.progress.add_task(self.title, **fields)
+        if trainer.is_global_zero and self.console.is_terminal:
             self.progress.start()
 
     def on_train_batch_end(
@@ -297,9 +292,8 @@ class Bar(L.Callback):
         if not trainer.is_global_zero or step == self._seen or not row:
             return
         self._seen = step
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step, loss=row["loss"], speed=row["tokens_per_s"])
-        elif step * 10 // self._total > (step - 1) * 10 // self._total:
+        self.progress.update(self.task, completed=step, loss=row["loss"], speed=row["tokens_per_s"])
+        if not self.console.is_terminal and step * 10 // self._total > (step - 1) * 10 // self._total:
             left = (self._total - step) * row["step_ms"] / 1e3
             self.console.print(
                 f"{self.title}  step {step}/{self._total}  loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s"
@@ -307,6 +301,5 @@ class Bar(L.Callback):
             )
 
     def stop(self) -> None:
-        if self.progress is not None:
+        if self.progress.live.is_started:
             self.progress.stop()
-            self.progress = None

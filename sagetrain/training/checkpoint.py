@@ -228,34 +228,24 @@ class Checkpoint(L.Callback):
         if not self._whole:  # within an accumulation
             return
         self._seen = step
-        stop, save, late = self._asked(trainer)
         due = bool(self.every_n_steps) and step % self.every_n_steps == 0
-        if due or late or save or stop or (self.keep == "last" and step == trainer.max_steps):
-            self.save(trainer)
-        self._act(trainer, stop, save)
+        late = bool(self.every_minutes) and time.monotonic() - self._saved_time >= 60 * self.every_minutes
+        self._heed(trainer, due or late or (self.keep == "last" and step == trainer.max_steps))
 
     def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any, **__: Any) -> None:
         """A signal need not wait for a long validation (as long on every rank), but for one within an accumulation."""
-        if not (self.watch.stepping and self._whole):
-            return
-        stop, save, _ = self._asked(trainer)
-        if (stop or save) and trainer.global_step != self._saved_step:
-            self.save(trainer)
-        self._act(trainer, stop, save)
+        if self.watch.stepping and self._whole:
+            self._heed(trainer)
 
-    def _asked(self, trainer: L.Trainer) -> tuple[int, int, bool]:
-        """(signal to stop, signal to save, whether the minutes are over): the same on all ranks."""
-        late = bool(self.every_minutes) and time.monotonic() - self._saved_time >= 60 * self.every_minutes
+    def _heed(self, trainer: L.Trainer, due: bool = False) -> None:
+        """Do what signals or, where it is `due` on a rank, the time ask for: the same on all ranks. Raises Stopped."""
         save, self.watch.save = self.watch.save, 0
-        asked = (self.watch.stop, save, int(late))
+        asked = torch.tensor((self.watch.stop, save, int(due)))
         if self._group is not None:
-            everywhere = torch.tensor(asked)
-            dist.all_reduce(everywhere, dist.ReduceOp.MAX, group=self._group)
-            asked = everywhere.tolist()
-        return asked[0], asked[1], bool(asked[2])
-
-    def _act(self, trainer: L.Trainer, stop: int, save: int) -> None:
-        """What a signal asks for beyond a checkpoint. Raises Stopped."""
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+        stop, save, _ = asked.tolist()
+        if asked.any() and trainer.global_step != self._saved_step:
+            self.save(trainer)
         if stop:
             where = f"; its checkpoint: {newest(self.folder)}" if not self.never else ", without a checkpoint"
             raise Stopped(stop, f"after step {trainer.global_step}{where}")

@@ -373,7 +373,7 @@ def test_command_line_names_mistakes(parent: Path, tmp_path: Path, capsys: pytes
         ("run.json", '{"recipe": "r", "arm": "a", "seed": "0", "status": "failed", "steps": 1}', "'seed' is '0'"),
         ("run.json", '{"recipe": "r", "arm": "a", "seed": 0, "status": "done", "steps": 1}', "status is 'done'"),
         ("config.yaml", "a: [1", "config.yaml: not valid YAML"),
-        ("config.yaml", "", "config.yaml: holds no mapping"),
+        ("config.yaml", "", "config.yaml: holds NoneType, no mapping"),
         ("metrics.csv", None, "metrics.csv is missing"),
         ("metrics.csv", "", "metrics.csv: empty"),
         ("metrics.csv", "step,tokens\n1,2\n", "the header must name step and loss"),
