@@ -171,9 +171,7 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | No
 
 
 def _sdpa(backend: SDPBackend | None = None) -> Callable[..., Tensor]:
-    def kernel(
-        q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | None, dropout: float, deterministic: bool
-    ) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | None, dropout: float, **_: Any) -> Tensor:
         q, k, v = _cast(q, k, v)
         mask, is_causal = None, s.is_causal
         if s.cu_q is not None:
@@ -193,7 +191,7 @@ def _packed(name: str, what: str, call: Callable[..., Tensor], plain: Callable[.
     [B, T, H, D]) for whole rows."""
 
     def kernel(
-        q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | None, dropout: float, deterministic: bool
+        q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | None, deterministic: bool, **_: Any
     ) -> Tensor:
         q, k, v = _cast(q, k, v)
         if q.dtype not in (torch.bfloat16, torch.float16):

@@ -34,9 +34,7 @@ class AttentionRecord(L.Callback):
             torch.compiler.reset()
         bf16.forget()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
         if self.seen or not trainer.is_global_zero:
             return
         self.seen = True

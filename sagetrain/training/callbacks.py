@@ -73,9 +73,7 @@ class RunLog(L.Callback):
             self._open(trainer.global_step)
             self.write_status("running", trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: dict[str, Any], batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
         step = trainer.global_step
         if step == self._seen:
             return
@@ -191,9 +189,7 @@ class Probe(L.Callback):
             self.batch = {k: v.detach().clone().cpu() if isinstance(v, Tensor) else v for k, v in batch.items()}
             self.batch.pop("num_items_in_batch", None)  # the probe takes this batch by itself, not its step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: dict[str, Any], batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
         due = self.every and trainer.global_step % self.every == 0
         if due and self.record.has_row(trainer, module) and PROBE[0] not in self.record.row:
             self.record.amend(trainer, self.measure(trainer, module))
@@ -285,9 +281,7 @@ class Bar(L.Callback):
         if trainer.is_global_zero and self.console.is_terminal:
             self.progress.start()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: dict[str, Any], batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
         step, row = trainer.global_step, self.record.row
         if not trainer.is_global_zero or step == self._seen or not row:
             return

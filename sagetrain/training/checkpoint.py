@@ -215,14 +215,12 @@ class Checkpoint(L.Callback):
             settings_of_this_run(trainer, module)
         self.watch.stepping = True
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         if self._random_state is not None:  # as late as possible: whatever the start of the run drew is undone
             set_random_state(self._random_state)
             self._random_state = None
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         self._whole = step != self._seen
         if not self._whole:  # within an accumulation
