@@ -103,3 +103,4 @@ def test_ds_rowsum_residual_is_small_and_real():
     residual, paper = (reference.ds_rowsum_residual(q, k, v, d_o, preset=name) for name in ("sage", "paper"))
     assert 0 < residual < 0.2 and 0 < paper < 0.2 and residual != paper
     assert reference.ds_rowsum_residual(q, k, v, torch.zeros_like(d_o)) == 0
+    assert 0 < reference.ds_rowsum_residual(q, k, v[..., :32], d_o[..., :32]) < 0.2  # values of another width
