@@ -16,7 +16,6 @@ import itertools
 import os
 import re
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,10 @@ with needs("train", command=__name__ == "__main__"):
     from hydra.core.override_parser.types import Override
     from hydra.errors import HydraException
     from hydra.types import RunMode
+    from lightning.pytorch import Trainer
     from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    from sagetrain.errors import is_bad_input, one_line
+    from sagetrain.errors import refused
     from sagetrain.training.folder import agreed, quoted
     from sagetrain.training.signals import Stopped, follow_launcher, is_helper
 
@@ -73,20 +72,11 @@ def register() -> None:
         ConfigStore.instance().store(group="recipe", name=name, node=node, package="_global_")
 
 
-def _choose(what: str, given: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(given, choices, 1, 0.5)
-    return f"unknown {what}; choose from {', '.join(choices)}" + (f". Did you mean {close[0]}?" if close else "")
-
-
-def _values(override: Override) -> list[Any]:
-    """The values an override takes: one, or each one of a sweep."""
-    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
-
-
-def check(arguments: list[str]) -> list[str]:
+def check(arguments: list[str], sweep: bool = False) -> list[str]:
     """The overrides, ready for Hydra: `trainer`, `data` and `model.config` take keys that conf/ does not list.
 
-    Raises ValueError in one line for what cannot be composed: no recipe, an unknown option, an unknown key.
+    sweep: whether Hydra will take the values of a list one by one (`-m`).
+    Raises ValueError, or what Hydra raises, for what cannot be composed: no recipe, an unknown option or key.
     """
     register()
     overrides = []
@@ -99,33 +89,29 @@ def check(arguments: list[str]) -> list[str]:
             overrides += OverridesParser.create().parse_overrides([argument])
         except HydraException as error:
             raise ValueError(f"cannot read {argument!r}, expected key=value: {str(error).splitlines()[0]}") from error
-    choices = groups()
-    chosen = [o for o in overrides if o.key_or_group in choices and not o.is_delete()]
-    for override in chosen:
-        for value in _values(override):
-            if str(value) not in choices[override.key_or_group]:
-                name = override.key_or_group
-                raise ValueError(_choose(f"{name}: {name}={value}", str(value), choices[name]))
-    if "recipe" not in [o.key_or_group for o in chosen]:
-        close = [o.key_or_group for o in overrides if difflib.get_close_matches(o.key_or_group, ["recipe"])]
-        typed = f" ({close[0]}= is no key)" if close else ""
-        listed = "; ".join(f"{name}: {text}" for name, text in recipes().items())
-        raise ValueError(f"no recipe given{typed}: add recipe=NAME. {listed}")
-    texts = [[f"{o.key_or_group}={value}" for value in _values(o)] for o in chosen]
+    chosen = [o for o in overrides if o.key_or_group in groups() and not o.is_delete()]
     rest = [o for o in overrides if o not in chosen]
-    ready: dict[int, str] = {}
-    for combination in itertools.product(*texts):
-        known = OmegaConf.to_container(_compose(list(combination)), resolve=False)
-        for i, override in enumerate(rest):
-            ready[i] = _known(override, known)
-        one_each = [o.input_line for o in rest if not o.is_sweep_override() and not o.is_hydra_override()]
-        cfg = _compose([*combination, *(_known(o, known) for o in rest if o.input_line in one_each)])
-        if cfg.compare.arms and "attention" in [o.key_or_group for o in chosen]:
+    names = [o.key_or_group for o in chosen]
+    ready: list[str] = []
+    for options in itertools.product(*([f"{o.key_or_group}={value}" for value in _values(o)] for o in chosen)):
+        known = OmegaConf.to_container(_compose(list(options)), resolve=False)
+        ready = [_known(override, known) for override in rest]
+        single = [line for line, o in zip(ready, rest, strict=True) if not (sweep and o.is_sweep_override())]
+        cfg = _compose([*options, *single])
+        if cfg.compare.arms and "attention" in names:
             raise ValueError(
                 f"attention={cfg.attention.name} has no part in a comparison of {', '.join(cfg.compare.arms)}: say "
                 "compare.arms=null for one run, or name the arms in compare.arms"
             )
-    return [*(o.input_line for o in chosen), *ready.values()]
+    if "recipe" not in names:
+        listed = "; ".join(f"{name}: {text}" for name, text in recipes().items())
+        raise ValueError(f"no recipe given: add recipe=NAME. {listed}")
+    return [*(o.input_line for o in chosen), *ready]
+
+
+def _values(override: Override) -> list[Any]:
+    """The values an override takes: one, or each one of a sweep."""
+    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
 
 
 def compose(arguments: list[str]) -> DictConfig:
@@ -145,22 +131,17 @@ def _known(override: Override, cfg: Any) -> str:
         return line
     parts, node = key.split("."), cfg
     for i, part in enumerate(parts):
-        if not isinstance(node, dict):
-            raise ValueError(f"unknown key {key}: {'.'.join(parts[:i])} is a single value")
-        if part in node:
-            node = node[part]
-            continue
         place = ".".join(parts[:i])
-        if place in ("model.config", "data"):  # the model's configuration and sagetrain.data check what they are given
-            return f"++{line}"
-        names = [str(name) for name in node]
-        if place == "trainer":
-            from lightning.pytorch import Trainer
-
-            names = list(inspect.signature(Trainer).parameters)
-            if part in names:
+        if not isinstance(node, dict):
+            raise ValueError(f"unknown key {key}: {place} is a single value")
+        if part not in node:
+            names = list(inspect.signature(Trainer).parameters) if place == "trainer" else [str(name) for name in node]
+            # The model's configuration and sagetrain.data check what they are given.
+            if place in ("model.config", "data") or part in names:
                 return f"++{line}"
-        raise ValueError(_choose(f"key {key}", part, names))
+            close = "".join(f". Did you mean {name}?" for name in difflib.get_close_matches(part, names, 1, 0.5))
+            raise ValueError(f"unknown key {key}; choose from {', '.join(names)}{close}")
+        node = node[part]
     return line
 
 
@@ -178,26 +159,12 @@ def _run(cfg: DictConfig) -> None:
         # one that it started has another status than 0.
         os._exit(0 if is_helper() else stop.code)
     except Exception as error:
-        _fail(error)
+        sys.exit(refused(error))
 
 
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may be what is gone
         print(line, file=sys.stderr, flush=True)
-
-
-def _fail(error: Exception) -> None:
-    """Leave with code 2 after one line for bad input, with 1 after the traceback of anything else.
-
-    With HYDRA_FULL_ERROR=1, raise it.
-    """
-    if os.environ.get("HYDRA_FULL_ERROR", "0") == "1":
-        raise error
-    expected = is_bad_input(error)
-    if not expected:
-        _say("".join(traceback.format_exception(error)).rstrip())
-    _say(f"sagetrain: error: {one_line(error)}")
-    sys.exit(2 if expected else 1)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -208,21 +175,18 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or set(arguments) & {"-h", "--help"}:
         print(usage())
         sys.exit(0 if arguments else 2)
-    flags = [a for a in arguments if a.startswith("-")]
-    try:
-        values = [a for a in arguments if not a.startswith("-")]
-        if "--cfg" in flags:  # its value is a word of its own
-            values = [a for a in values if a not in ("job", "hydra", "all")]
-        overrides = check(values)
-        if not any(o.startswith("out=") for o in overrides):
-            sweep = bool({"-m", "--multirun"} & set(flags))
-            parsed = OverridesParser.create().parse_overrides(overrides)
-            single = [o for o in parsed if not o.is_hydra_override() and not (sweep and o.is_sweep_override())]
-            overrides.append(f"out={quoted(agreed(_compose([o.input_line for o in single]).out))}")
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
-        _fail(error)
-    # What Hydra sees, and what Lightning starts its other processes with: the same run directory for all of them.
+    # Hydra's own flags; the value of --cfg is a word of its own.
     words = [a for a in arguments if a.startswith("-") or a in ("job", "hydra", "all")]
+    sweep = bool({"-m", "--multirun"} & set(words))
+    try:
+        overrides = check([a for a in arguments if a not in words], sweep)
+        if not any(o.startswith("out=") for o in overrides):
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            single = [o.input_line for o in parsed if not (sweep and o.is_sweep_override())]
+            overrides.append(f"out={quoted(agreed(_compose(single).out))}")
+    except Exception as error:
+        sys.exit(refused(error))
+    # What Hydra sees, and what Lightning starts its other processes with: the same run directory for all of them.
     sys.argv[1:] = [*words, *overrides]
     GlobalHydra.instance().clear()
     _run()

@@ -7,10 +7,12 @@ but called, forward and backward, and held against PyTorch's attention.
 import argparse
 import ctypes.util
 import platform
+import re
 import shutil
 import sys
 import textwrap
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -24,18 +26,11 @@ CPU_FLAGS = {*CPU_LEVELS, "avx_vnni", "avx512f", "avx512bw", "avx512_bf16", "amx
 
 def cpu_facts() -> tuple[str, set[str]]:
     """Name of the processor, and which of the instruction sets that matter here it has."""
-    name, flags = platform.processor() or platform.machine(), set()
-    try:
-        with open("/proc/cpuinfo") as file:
-            lines = [line.partition(":") for line in file]
-    except OSError:  # not Linux
-        return name, flags
-    for key, _, value in lines:
-        if key.strip() == "model name":
-            name = value.strip()
-        if key.strip() == "flags":
-            flags = set(value.split())
-    return name, flags & CPU_FLAGS
+    file = Path("/proc/cpuinfo")  # Linux alone has it
+    text = file.read_text() if file.exists() else ""
+    name, flags = (re.search(rf"^{key}\s*: (.*)", text, re.MULTILINE) for key in ("model name", "flags"))
+    known = CPU_FLAGS & set(flags[1].split()) if flags else set()
+    return name[1] if name else platform.processor() or platform.machine(), known
 
 
 def trial(device: torch.device) -> float:

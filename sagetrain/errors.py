@@ -8,6 +8,7 @@ Choice: no exception class of our own, so that callers catch the usual ValueErro
 """
 
 import dis
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,12 +46,14 @@ def one_line(error: BaseException) -> str:
     """What the error says, in one line; of what Hydra could not build, what the constructor said."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+    said = str(error).partition("\nConfig search path:")[0]  # Hydra's, of an unknown option
+    return " ".join(said.split()) or type(error).__name__
 
 
 def refused(error: Exception) -> int:
-    """Exit status 2 after one line on stderr, of bad input. Raises anything else again, for its traceback."""
-    if not is_bad_input(error):
+    """Exit status 2 after one line on stderr, of bad input. Raises anything else again, for its traceback; with
+    HYDRA_FULL_ERROR=1 everything."""
+    if not is_bad_input(error) or os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
     print(f"sagetrain: error: {one_line(error)}", file=sys.stderr)
     return 2

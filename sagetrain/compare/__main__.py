@@ -8,7 +8,6 @@ from pathlib import Path
 
 from sagetrain.compare import report
 from sagetrain.errors import refused
-from sagetrain.paths import home
 from sagetrain.terminal import console, print_anything
 
 
@@ -18,20 +17,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sagetrain.compare", description="Compare training runs and write a report."
     )
-    parser.add_argument(
-        "runs", nargs="+", type=home, metavar="RUN", help="run directory, or a parent of run directories"
-    )
-    parser.add_argument(
-        "--out", type=home, help="folder of the report (default: the parent if one is given, else ./comparison)"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or a parent of run directories")
+    where = "the parent if one is given, else ./comparison"
+    parser.add_argument("--out", metavar="FOLDER", help=f"folder of the report (default: {where})")
     default = "bf16, else the first that is no scheme of ours"
     parser.add_argument("--baseline", metavar="ARM", help=f"arm to hold the others against (default: {default})")
     options = parser.parse_args(arguments)
-    paths = options.runs
-    parent = paths[0] if len(paths) == 1 and not (paths[0] / "run.json").exists() else Path("comparison")
-    out = options.out or parent
+    first = Path(options.runs[0]).expanduser()
+    parent = first if len(options.runs) == 1 and not (first / "run.json").exists() else "comparison"
+    out = Path(options.out or parent).expanduser()
     try:
-        comparison = report(paths, out, options.baseline)
+        comparison = report(options.runs, out, options.baseline)
     except Exception as error:
         return refused(error)
     console().print(comparison.table())

@@ -9,20 +9,16 @@ Choice: settings that differ between attentions alone make no arms; they are mis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from sagetrain.compare.runs import Run
+from sagetrain.paths import settings
 
-# What may differ between two runs of one arm: whole groups, and names at any depth.
-FREE_SETTINGS = ("recipe", "seed", "out", "resume", "logger", "compare", "probe", "checkpoint", "attention.name")
-FREE_LEAVES = ("seed", "attn_implementation", "default_root_dir", "enable_progress_bar", "log_every_n_steps")
+# What may differ between two runs of one arm.
+FREE = ("recipe", "seed", "out", "resume", "logger", "compare", "probe", "checkpoint", "attention.name")
+FREE += tuple(f"trainer.{name}" for name in ("default_root_dir", "enable_progress_bar", "log_every_n_steps"))
 LONGEST = 60  # characters of settings in a name; arms that would need more are numbered instead
-
-
-def settings(run: Run) -> dict[str, Any]:
-    """{dotted name: value} of the settings that make a run what it is."""
-    return dict(_flat(run.config))
 
 
 def name_arms(runs: list[Run]) -> tuple[set[str], list[str]]:
@@ -32,7 +28,7 @@ def name_arms(runs: list[Run]) -> tuple[set[str], list[str]]:
     Raises:
         ValueError: two runs of one attention and seed that differ in nothing.
     """
-    given = [settings(run) for run in runs]
+    given = [settings(run.config, FREE) for run in runs]
     names = _differing(runs, given)
     if _twins(runs, given, names):
         given = [values | _conditions(run) for run, values in zip(runs, given, strict=True)]
@@ -77,17 +73,6 @@ def _conditions(run: Run) -> dict[str, Any]:
     commit = str(run.info.get("git_commit") or "")[:8]
     known = {"device": run.info.get("device"), "commit": commit} | (versions if isinstance(versions, dict) else {})
     return {name: value for name, value in known.items() if value}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key in FREE_LEAVES or name in FREE_SETTINGS:
-            continue
-        if isinstance(value, dict):
-            yield from _flat(value, f"{name}.")
-        else:
-            yield name, value
 
 
 def _show(value: Any) -> str:

@@ -9,8 +9,9 @@ Cost: a curve is drawn with at most POINTS points, so that the report of very lo
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import matplotlib
 import numpy as np
@@ -46,38 +47,36 @@ def colours(comparison: Comparison) -> dict[str, str]:
 def panels(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
     """Title, caption and <svg> element of each picture for which the runs have measurements, in reading order."""
     measured = {name for run in comparison.runs for name in run.columns}
-    held_out, norm = _curves_of("val_loss", sparse=True, wide=True), _curves_of("grad_norm", log=True)
+    if any(arm.pairs for arm in comparison.others):
+        measured.add("gap")
+    held_out, norm = _curves_of("val_loss", sparse=True), _curves_of("grad_norm", log=True)
     speed, cosine = _curves_of("tokens_per_s", zero=True), _curves_of("probe/grad_cosine", sparse=True)
     rowsum = _curves_of("probe/ds_rowsum", sparse=True, log=True)
     several = any(len(arm.runs) > 1 for arm in comparison.arms)
     seeds = "Thin lines: one per seed, smoothed; bold: their mean." if several else "Smoothed."
     base = comparison.short(comparison.baseline)
     band = f"one {base} seed, so its band is unknown" if comparison.band is None else f"shaded: ± the {base} seed band"
-    difference = (
-        f"Against the {base} run of the same seed, mean over a tenth of the steps, so that the right end is the gap"
-    )
+    difference = f"Against the {base} run of the same seed, mean over a tenth of the steps; it ends at the table's gap"
     medians = ["The table gives medians.", *comparison.without_ratio()]
     rows: list[tuple[str, str, str, str, Draw]] = [
         ("loss", "Training loss", seeds, NATS, _draw_loss),
-        ("gap", "Difference in loss", f"{difference} in the table; {band}.", f"loss − {base} {NATS}", _draw_difference),
+        ("gap", "Difference in loss", f"{difference}; {band}.", f"loss − {base} {NATS}", _draw_difference),
         ("grad_norm", "Gradient norm", seeds, "gradient norm", norm),
         ("tokens_per_s", "Speed", " ".join([seeds, *medians]), "tokens per second", speed),
         ("val_loss", "Validation loss", "Measured on held-out data.", NATS, held_out),
-        ("probe/loss_int8", "Probe: loss gap", PROBE, "INT8 − BF16 (nats per token)", _draw_probe_gap),
+        ("probe/loss_lowbit", "Probe: loss gap", PROBE, "low-bit − BF16 (nats per token)", _draw_probe_gap),
         ("probe/grad_cosine", "Probe: gradient agreement", f"{PROBE} 1: they point the same way.", "cosine", cosine),
         ("probe/ds_rowsum", "Probe: dS row-sum residual", ZERO, "residual", rowsum),
     ]
-    for arm, which in ((arm, which) for arm in comparison.arms for which in "qk"):
-        names = {name for run in arm.runs for name in run.columns if name.startswith(f"probe/sigma_{which}_layer")}
-        layers = sorted((int(re.sub(r"\D", "", name)), name) for name in names)
-        title, caption = (
-            f"Probe: sigma of {which}, {comparison.label(arm.name)}",
-            "Standard deviation in each layer, mean over seeds.",
-        )
-        rows += [(layers[0][1], title, caption, f"sigma of {which}", _layers_of(arm, layers))] if layers else []
     for needs, title, caption, unit, draw in rows:
-        if needs in measured or (needs == "gap" and any(arm.pairs for arm in comparison.others)):
+        if needs in measured:
             yield title, caption, _svg(title, unit, comparison, draw)
+    for arm, which in itertools.product(comparison.arms, "qk"):
+        names = {name for run in arm.runs for name in run.columns if name.startswith(f"probe/sigma_{which}_layer")}
+        if names:
+            title = f"Probe: sigma of {which}, {comparison.label(arm.name)}"
+            caption = "Standard deviation in each layer, mean over seeds."
+            yield title, caption, _svg(title, f"sigma of {which}", comparison, _layers_of(arm, names))
 
 
 def _svg(title: str, unit: str, comparison: Comparison, draw: Draw) -> str:
@@ -94,9 +93,8 @@ def _svg(title: str, unit: str, comparison: Comparison, draw: Draw) -> str:
         if axes.get_legend_handles_labels()[0] and not axes.get_legend():
             axes.legend()
         out = io.StringIO()
-        figure.savefig(
-            out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+        unwritten = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=unwritten)
     svg = out.getvalue()[out.getvalue().index("<svg") :]
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
     prefix = re.sub(r"\W+", "-", title)
@@ -124,32 +122,26 @@ def _mean(curves: list[Series], until: int) -> Series:
 
 
 def _draw_arm(
-    axes: Axes,
-    comparison: Comparison,
-    arm: Arm,
-    curves: list[Series],
-    text: str,
-    sparse: bool = False,
-    wide: bool = False,
+    axes: Axes, comparison: Comparison, arm: Arm, curves: list[Series], text: str = "", sparse: bool = False
 ) -> None:
-    """Thin lines per seed and their mean in bold. `wide` lets the baseline show below a curve that covers it."""
+    """Thin lines per seed and their mean in bold. text: behind the name of the arm."""
     colour, curves = colours(comparison)[arm.name], [curve for curve in curves if len(curve[0])]
     for curve in curves if len(curves) > 1 else []:
         axes.plot(*_thin(curve), color=colour, lw=0.8, alpha=0.5)
     if curves:
         mean = _thin(_mean(curves, comparison.common_step) if len(curves) > 1 else curves[0])
-        width = 3.6 if wide and arm.name == comparison.baseline else 1.8
+        width = 3.6 if arm.name == comparison.baseline else 1.8  # it shows below a curve that covers it
         mark = "o" if sparse or len(mean[0]) < 3 else ""
-        axes.plot(*mean, color=colour, lw=width, label=text, marker=mark, ms=2 + width)
+        axes.plot(*mean, color=colour, lw=width, label=comparison.label(arm.name) + text, marker=mark, ms=2 + width)
 
 
-def _curves_of(column: str, sparse: bool = False, wide: bool = False, log: bool = False, zero: bool = False) -> Draw:
+def _curves_of(column: str, sparse: bool = False, log: bool = False, zero: bool = False) -> Draw:
     """Draws a column of all runs: smoothed unless `sparse`, `log` where it spans enough, from 0 with `zero`."""
 
     def draw(axes: Axes, comparison: Comparison) -> None:
         for arm in comparison.arms:
             curves = [run.series(column) if sparse else _smoothed(run, column) for run in arm.runs]
-            _draw_arm(axes, comparison, arm, curves, comparison.label(arm.name), sparse, wide)
+            _draw_arm(axes, comparison, arm, curves, sparse=sparse)
         if log and axes.dataLim.ymax > 3 * axes.dataLim.minposy:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -163,7 +155,7 @@ def _curves_of(column: str, sparse: bool = False, wide: bool = False, log: bool 
 
 
 def _draw_loss(axes: Axes, comparison: Comparison) -> None:
-    _curves_of("loss", wide=True)(axes, comparison)
+    _curves_of("loss")(axes, comparison)
     entropies = {run.info["unigram_entropy"] for run in comparison.runs if run.info.get("unigram_entropy")}
     for entropy in sorted(entropies):
         axes.axhline(entropy, color=INK, lw=1, ls=(0, (5, 4)), label=f"unigram entropy {entropy:.2f}")
@@ -187,7 +179,7 @@ def _draw_difference(axes: Axes, comparison: Comparison) -> None:
     shown = [band[steps >= settled]]
     for arm in (arm for arm in comparison.others if arm.gap is not None):
         curves = comparison.differences(arm)
-        _draw_arm(axes, comparison, arm, curves, f"{comparison.label(arm.name)}: {arm.gap:+.4f}")
+        _draw_arm(axes, comparison, arm, curves, f": {arm.gap:+.4f}")
         shown += [np.abs(values[at >= settled]) for at, values in curves]
     sizes = np.concatenate(shown)
     if (sizes := sizes[np.isfinite(sizes)]).any():  # the first tenth, where losses fall fast, may leave the picture
@@ -197,19 +189,20 @@ def _draw_difference(axes: Axes, comparison: Comparison) -> None:
 def _draw_probe_gap(axes: Axes, comparison: Comparison) -> None:
     axes.axhline(0, color=INK, lw=0.8)
     for arm in comparison.arms:
-        pairs = [on_common_steps([run.series("probe/loss_int8"), run.series("probe/loss_bf16")]) for run in arm.runs]
+        pairs = [on_common_steps([run.series("probe/loss_lowbit"), run.series("probe/loss_bf16")]) for run in arm.runs]
         gaps = [(steps, both[0] - both[1]) for steps, both in pairs]
-        _draw_arm(axes, comparison, arm, gaps, comparison.label(arm.name), sparse=True)
+        _draw_arm(axes, comparison, arm, gaps, sparse=True)
 
 
-def _layers_of(arm: Arm, layers: list[tuple[int, str]]) -> Draw:
+def _layers_of(arm: Arm, names: Iterable[str]) -> Draw:
     def draw(axes: Axes, comparison: Comparison) -> None:
-        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
-        named = {layers[int(i)][0] for i in np.linspace(0, len(layers) - 1, min(len(layers), 6))}
-        for shade, (layer, column) in zip(shades, layers, strict=True):
+        layers = sorted((int(re.sub(r"\D", "", name)), name) for name in names)
+        named = {layers[int(i)] for i in np.linspace(0, len(layers) - 1, min(len(layers), 6))}
+        axes.set_prop_cycle(color=matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers))))
+        for layer, column in layers:
             curve = _mean([run.series(column) for run in arm.runs if column in run.columns], comparison.common_step)
-            text = f"layer {layer}" if layer in named else None
-            axes.plot(*_thin(curve), color=shade, lw=1.5, marker="o", ms=2.5, label=text)
+            text = f"layer {layer}" if (layer, column) in named else None
+            axes.plot(*_thin(curve), lw=1.5, marker="o", ms=2.5, label=text)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
     return draw

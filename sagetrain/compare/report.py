@@ -87,13 +87,11 @@ def _conditions(comparison: Comparison) -> dict[str, list[str]]:
 
 def _all_rows(runs: list[Run]) -> str:
     """All rows of all runs as CSV, recipe, arm and seed first; a column that a run lacks is empty there."""
-    columns = list(dict.fromkeys(column for run in runs for column in run.header))
+    columns = dict.fromkeys(["recipe", "arm", "seed", *(column for run in runs for column in run.header)])
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["recipe", "arm", "seed", *columns])
+    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
     for run in runs:
-        place = {column: index for index, column in enumerate(run.header)}
-        for cells in run.rows.values():
-            row = [cells[place[column]] if column in place else "" for column in columns]
-            writer.writerow([run.recipe, run.arm, run.seed, *row])
+        named = {"recipe": run.recipe, "arm": run.arm, "seed": run.seed}
+        writer.writerows(named | dict(zip(run.header, cells, strict=True)) for cells in run.rows.values())
     return out.getvalue()

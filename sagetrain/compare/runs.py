@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ import numpy as np
 import yaml
 
 from sagetrain.ops.schemes import SCHEMES
+from sagetrain.training.folder import RENAMED
 
 Series = tuple[np.ndarray, np.ndarray]  # steps (int64, strictly increasing), values (float64)
 STATUSES = ("running", "finished", "failed")
 NUMERIC = ("tokens", "loss", "grad_norm", "tokens_per_s", "step_ms", "val_loss")  # and all that begin with "probe/"
 REQUIRED = {"recipe": str, "arm": str, "seed": int, "status": str, "steps": int}
-OPTIONAL = {"max_steps": int, "parameters": int, "tokens_per_step": int | float, "unigram_entropy": int | float}
 EMPTY: Series = (np.empty(0, np.int64), np.empty(0))
 
 
@@ -79,13 +79,7 @@ class Run:
         if not file.exists():
             self.notes.append("config.yaml is missing: settings were not compared")
             return {}
-        try:
-            config = yaml.safe_load(_read_text(file))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{file}: not valid YAML: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{file}: holds no mapping of settings (half-written?)")
-        return config
+        return _read_mapping(file, yaml.safe_load)
 
     def _read_metrics(self, file: Path) -> None:
         text = _read_text(file)
@@ -96,7 +90,8 @@ class Run:
                 raise ValueError(f"{file}: the last line is cut off, although run.json says finished")
             text = text[: text.rfind("\n") + 1]
             self.notes.append("metrics.csv: its half-written last line was left out")
-        self.header, *lines = list(csv.reader(text.splitlines())) or [[]]
+        header, *lines = list(csv.reader(text.splitlines())) or [[]]
+        self.header = [RENAMED.get(column, column) for column in header]
         if "step" not in self.header or "loss" not in self.header or len(set(self.header)) < len(self.header):
             raise ValueError(
                 f"{file}: the header must name step and loss, and no column twice: {','.join(self.header)}"
@@ -167,19 +162,23 @@ def _read_text(file: Path) -> str:
         raise ValueError(f"{file}: not UTF-8 text (byte {error.start}): the file is corrupt") from error
 
 
-def _read_info(file: Path) -> dict[str, Any]:
+def _read_mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        info = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON (half-written?): {error}") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{file}: holds {type(info).__name__}, not an object")
+        found = parse(_read_text(file))
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: not valid {file.suffix[1:].upper()} (half-written?): {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: holds {type(found).__name__}, no mapping of names to values")
+    return found
+
+
+def _read_info(file: Path) -> dict[str, Any]:
+    info = _read_mapping(file, json.loads)
     if missing := [key for key in REQUIRED if key not in info]:
         raise ValueError(f"{file}: {', '.join(missing)} missing")
-    for key, kind in (REQUIRED | OPTIONAL).items():
-        value = info.get(key)
-        if isinstance(value, bool) or not isinstance(value, kind if key in REQUIRED else kind | None):
-            raise ValueError(f"{file}: {key!r} is {value!r}, expected {getattr(kind, '__name__', 'a number')}")
+    for key, kind in REQUIRED.items():
+        if not isinstance(info[key], kind):
+            raise ValueError(f"{file}: {key!r} is {info[key]!r}, expected {kind.__name__}")
     if info["status"] not in STATUSES:
         raise ValueError(f"{file}: status is {info['status']!r}, expected one of {', '.join(STATUSES)}")
     return info

@@ -21,9 +21,10 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from sagetrain.compare.arms import name_arms, settings
+from sagetrain.compare.arms import FREE, name_arms
 from sagetrain.compare.runs import EMPTY, Run, Series
 from sagetrain.ops.schemes import SCHEMES
+from sagetrain.paths import settings
 
 TAIL, LEAST_ROWS = 10, 5  # the final loss is over the last 1/TAIL of the steps, but at least LEAST_ROWS rows
 MOST_SETTINGS = 12  # differing settings that are listed one by one
@@ -283,7 +284,7 @@ class Comparison:
             if len(steps):
                 seen = {run.name: int(count) for run, count in zip(same, tokens[:, -1], strict=True)}
                 yield from self._difference(f"number of tokens up to step {steps[-1]:,}", seen)
-        given = {run.name: settings(run) for run in self.runs if run.config}
+        given = {run.name: settings(run.config, FREE) for run in self.runs if run.config}
         told = {name for name in self._named if not name.startswith(DATA_SETTINGS)}  # by the names of the arms
         keys = sorted({key for flat in given.values() for key in flat if not key.startswith(NOT_LISTED)} - told)
         each = ({name: flat.get(key) for name, flat in given.items()} for key in keys)

@@ -1,17 +1,19 @@
 """Plugs into other libraries, each registered when its library is imported, be it before or after sagetrain.
 
-Method: `after_import` puts a finder in front of `sys.meta_path` that lets the import system load the library as usual
-and then imports our plug. The plugs add entries to the libraries' registries and change nothing else there.
+Method: `after_import` puts a finder in front of `sys.meta_path` that lets the import system find the library as usual
+and has its loader import our plug behind it. The plugs add entries to the libraries' registries and change nothing else
+there.
 Choice: neither transformers nor Lightning has an entry point for this, and importing them ourselves would make `import
 sagetrain` cost seconds and need them.
 Cost: one string comparison for every module that is imported.
 """
 
+import copy
 import importlib
 import importlib.util
 import sys
 import warnings
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -31,24 +33,6 @@ def _plug_in(plug: str) -> None:
         warnings.warn(f"{plug} does not load, so its names are not registered: {error}", RuntimeWarning, stacklevel=2)
 
 
-class _Then(Loader):
-    """A loader that imports `plug` behind its module; for whatever else is asked of it, the module's own answers."""
-
-    def __init__(self, loader: Any, plug: str) -> None:
-        self.loader, self.plug = loader, plug
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        _plug_in(self.plug)
-
-
 class _After(MetaPathFinder):
     def __init__(self, name: str, plug: str) -> None:
         self.name, self.plug, self.looking = name, plug, False
@@ -62,7 +46,14 @@ class _After(MetaPathFinder):
         finally:
             self.looking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, self.plug)
+            spec.loader = copy.copy(spec.loader)  # a library in a zip file shares it with its neighbours
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                _plug_in(self.plug)
+
+            spec.loader.exec_module = exec_module
         return spec
 
 

@@ -171,9 +171,7 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | No
 
 
 def _sdpa(backend: SDPBackend | None = None) -> Callable[..., Tensor]:
-    def kernel(
-        q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | None, dropout: float, deterministic: bool
-    ) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | None, dropout: float, **_: Any) -> Tensor:
         q, k, v = _cast(q, k, v)
         mask, is_causal = None, s.is_causal
         if s.cu_q is not None:
@@ -193,7 +191,7 @@ def _packed(name: str, what: str, call: Callable[..., Tensor], plain: Callable[.
     [B, T, H, D]) for whole rows."""
 
     def kernel(
-        q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | None, dropout: float, deterministic: bool
+        q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | None, deterministic: bool, **_: Any
     ) -> Tensor:
         q, k, v = _cast(q, k, v)
         if q.dtype not in (torch.bfloat16, torch.float16):
@@ -274,13 +272,12 @@ def _flash(version: int) -> Callable[..., Tensor]:
 
 
 def sdpa_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
-    local_size: int | None = None, use_vmap: bool = False, **options: Any,
-) -> Tensor | None:  # fmt: skip
+    *, kv_length: int, kv_offset: int = 0, local_size: int | None = None, use_vmap: bool = False, **options: Any
+) -> Tensor | None:
     """The masks of `sage_mask`, and transformers' dense ones for windows and custom patterns."""
     windowed = kv_offset != 0 or (local_size is not None and kv_length > local_size)
-    options |= {"q_offset": q_offset, "kv_offset": kv_offset, "local_size": local_size, "use_vmap": use_vmap}
-    return (dense_mask if windowed or use_vmap else sage_mask)(batch_size, q_length, kv_length, **options)
+    options |= {"kv_length": kv_length, "kv_offset": kv_offset, "local_size": local_size, "use_vmap": use_vmap}
+    return (dense_mask if windowed or use_vmap else sage_mask)(**options)
 
 
 def _sdpa_arm(name: str, backend: SDPBackend | None = None) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -308,17 +308,13 @@ def adapter(name: str, kernel: Callable[..., Tensor], dropout: bool = False) -> 
 
 
 def _kernel(scheme: str) -> Callable[..., Tensor]:
-    def kernel(
-        q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float | None, deterministic: bool, **_: Any
-    ) -> Tensor:
-        options: dict[str, Any] = {
-            "is_causal": s.is_causal, "scale": scale, "deterministic": deterministic, "scheme": scheme
-        }  # fmt: skip
+    def kernel(q: Tensor, k: Tensor, v: Tensor, s: Sequences, *, dropout: float, **options: Any) -> Tensor:
+        options |= {"is_causal": s.is_causal, "cu_seqlens_q": s.cu_q, "cu_seqlens_k": s.cu_k, "scheme": scheme}
         if s.cu_q is None:
             return attention(q, k, v, **options).transpose(1, 2)
         rows, tokens = q.shape[0], q.shape[2]
         q, k, v = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (q, k, v))
-        output = attention(q, k, v, cu_seqlens_q=s.cu_q, cu_seqlens_k=s.cu_k, **options)
+        output = attention(q, k, v, **options)
         return output[0].transpose(0, 1).unflatten(0, (rows, tokens))
 
     return kernel

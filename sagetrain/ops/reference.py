@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 LOG2E = math.log2(math.e)
 AMAX_MIN, AMAX_MAX = 2.0**-100, 2.0**55  # keeps scales and their products finite for any finite input
@@ -329,19 +330,22 @@ def attention(
     return (o, lse) if return_lse else o
 
 
-def ds_rowsum_residual(q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, *, is_causal: bool = True) -> float:
-    """How far the rows of dS are from summing to zero under `sage`: ||row sums|| / ||dS|| (unitless, 0 is exact).
+def ds_rowsum_residual(
+    q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, *, preset: str = "sage", is_causal: bool = True
+) -> float:
+    """How far the rows of dS are from summing to zero under a preset: ||row sums|| / ||dS|| (unitless, 0 is exact).
 
     The leak that arXiv 2609.34272 traces instability to. Shapes as `sagetrain.attention`; one head at a time, so that
     memory stays at Tq * Tk floats.
     """
-    group = q.shape[1] // k.shape[1]
+    group, scale, width = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5, max(q.shape[-1], v.shape[-1])
+    q, k, v, d_o = (pad(x, (0, width - x.shape[-1])) for x in (q, k, v, d_o))  # as `sagetrain.attention` pads
     leak = total = 0.0
     for h in range(q.shape[1]):
         qh, kh, vh = (x[:, i : i + 1].detach() for x, i in ((q, h), (k, h // group), (v, h // group)))
         record: list[Tensor] = []
         with torch.enable_grad():
-            o = attention(qh.requires_grad_(), kh, vh, is_causal=is_causal, record=record)
+            o = attention(qh.requires_grad_(), kh, vh, preset=preset, is_causal=is_causal, scale=scale, record=record)
         o.backward(d_o[:, h : h + 1])
         leak += sum(float(d_s.sum(-1).square().sum()) for d_s in record)
         total += sum(float(d_s.square().sum()) for d_s in record)

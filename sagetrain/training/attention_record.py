@@ -34,16 +34,14 @@ class AttentionRecord(L.Callback):
             torch.compiler.reset()
         bf16.forget()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
         if self.seen or not trainer.is_global_zero:
             return
         self.seen = True
         facts = self.record.facts
         ours = self.implementation in schemes.SCHEMES
-        ran = (f"{self.implementation} ({facts['kernel']})", None) if ours else bf16.ran(self.implementation)
-        what, handicap = ran
+        kernel = f"{self.implementation} ({facts['kernel']})"
+        what, handicap = (kernel, None) if ours else bf16.ran(self.implementation)
         facts |= {"attention": what, "handicap": handicap}
         self.record.write_status("running", trainer.global_step)
         why = f"; its speed is no baseline: {handicap}" if handicap else ""

@@ -2,9 +2,11 @@
 
 Method: one row per logged optimizer step goes to metrics.csv and is flushed at once; what is measured later in the same
 step (validation, probe) is written over that row in one system call. After a resume, rows beyond the checkpoint are
-dropped, so every step stands there once. The probe compares INT8 with BF16 attention on one held batch.
+dropped, so every step stands there once. The probe compares the run's scheme with BF16 attention on one held batch.
 Choice: the loss of that step alone over all its targets, never smoothed, printed with all its digits, so that two runs
-can be compared bit for bit; times are the mean over the steps since the row before.
+can be compared bit for bit; times are the mean over the steps since the row before. Not Lightning's CSVLogger, which
+begins metrics.csv anew after a resume and writes a row only once; not its progress bars, which count batches of an
+epoch, read what was logged (a wait for the device each time) and show nothing where the output is no terminal.
 Cost: reading a row waits for the step to finish on the device. That happens every `trainer.log_every_n_steps` steps,
 before validation and a probe, and at the end; no other step is waited for. A probe costs about two training steps and
 the memory of two sets of gradients.
@@ -12,10 +14,9 @@ the memory of two sets of gradients.
 
 import csv
 import io
+import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sagetrain.ops import reference, schemes
 from sagetrain.terminal import console
 from sagetrain.training.checkpoint import way_back
-from sagetrain.training.folder import write, write_json
+from sagetrain.training.folder import RENAMED, write
 from sagetrain.training.module import CausalLM
 
 COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "val_loss")
-PROBE = ("probe/loss_bf16", "probe/loss_int8", "probe/grad_cosine", "probe/ds_rowsum")
+PROBE = ("probe/loss_bf16", "probe/loss_lowbit", "probe/grad_cosine", "probe/ds_rowsum")
 
 
 def probe_columns(layers: int) -> tuple[str, ...]:
@@ -55,7 +57,7 @@ class RunLog(L.Callback):
         self._tokens: Tensor | int = 0  # since the run began, on the device until a row is written
         self._seen = 0
         self._logged = (0, 0)  # step and tokens of the row before
-        self._file: io.BufferedRandom | None = None
+        self._file: io.TextIOWrapper | None = None
         self._last_row = 0  # its offset in the file
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,9 +73,7 @@ class RunLog(L.Callback):
             self._open(trainer.global_step)
             self.write_status("running", trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: dict[str, Any], batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
         step = trainer.global_step
         if step == self._seen:
             return
@@ -109,14 +109,12 @@ class RunLog(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step)
         bad = module.first_bad_step()
-        if bad is not None or not math.isfinite(loss):
-            what = f"loss of step {step} is {loss}"
-            if bad is not None and bad < step:
-                what = f"loss or the gradient of step {bad} is not finite"
-            elif math.isfinite(loss):
-                what = f"gradient norm of step {step} is {norm}"
-            raise FloatingPointError(f"the {what}. {way_back(self.folder / 'checkpoints')}")
-        return True
+        if bad is None and math.isfinite(loss):
+            return True
+        raise FloatingPointError(
+            f"the loss or the gradient of step {bad or step} is not finite (step {step}: loss {loss}, gradient norm "
+            f"{norm}). {way_back(self.folder / 'checkpoints')}"
+        )
 
     def amend(self, trainer: L.Trainer, values: dict[str, float]) -> None:
         """Add columns to the row of the last step."""
@@ -132,7 +130,8 @@ class RunLog(L.Callback):
             self.amend(trainer, {"val_loss": float(trainer.callback_metrics["val_loss"])})
 
     def write_status(self, status: str, steps: int, **more: Any) -> None:
-        write_json(self.folder / "run.json", self.facts | {"status": status, "steps": steps} | more)
+        info = self.facts | {"status": status, "steps": steps} | more
+        write(self.folder / "run.json", json.dumps(info, indent=2) + "\n")
 
     def close(self) -> None:
         if self._file is not None:
@@ -140,30 +139,27 @@ class RunLog(L.Callback):
             self._file = None
 
     def _write(self) -> None:
-        self._file.write(self._line([self.row.get(c, "") for c in self.columns]))
+        self._table(self._file).writerow(self.row)
         self._file.flush()
 
-    @staticmethod
-    def _line(values: list[Any]) -> bytes:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(values)
-        return text.getvalue().encode()
+    def _table(self, file: io.TextIOBase) -> csv.DictWriter:
+        return csv.DictWriter(file, self.columns, restval="", extrasaction="ignore", lineterminator="\n")
 
     def _open(self, step: int) -> None:
         """Open metrics.csv with the rows up to `step`, without what an interrupted run wrote after its checkpoint."""
-        path = self.folder / "metrics.csv"
-        lines = [self._line(list(self.columns))]
+        path, text = self.folder / "metrics.csv", io.StringIO()
+        self._table(text).writeheader()
         if path.exists():
             rows = csv.DictReader(line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
-            kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
-            lines += [self._line([row.get(c, "") for c in self.columns]) for row in kept]
-        write(path, b"".join(lines))
+            rows.fieldnames = [RENAMED.get(column, column) for column in rows.fieldnames or ()]
+            self._table(text).writerows(row for row in rows if row["step"].isdigit() and int(row["step"]) <= step)
+        write(path, text.getvalue())
         self.close()
-        self._file = open(path, "r+b")  # noqa: SIM115 (closed in close())
+        self._file = open(path, "r+", newline="")  # noqa: SIM115 (closed in close())
 
 
 class Probe(L.Callback):
-    """Every `every` steps: how far INT8 attention is from BF16 on one held batch, with the weights of the moment.
+    """Every `every` steps: how far the run's scheme is from BF16 on one held batch, with the weights of the moment.
 
     The batch is the first of the run (kept in the checkpoint). Gradients are taken with `torch.autograd.grad`, so
     neither `.grad`, optimizer nor random state change: a run with the probe has the losses of a run without. Needs
@@ -193,19 +189,16 @@ class Probe(L.Callback):
             self.batch = {k: v.detach().clone().cpu() if isinstance(v, Tensor) else v for k, v in batch.items()}
             self.batch.pop("num_items_in_batch", None)  # the probe takes this batch by itself, not its step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: dict[str, Any], batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
         due = self.every and trainer.global_step % self.every == 0
         if due and self.record.has_row(trainer, module) and PROBE[0] not in self.record.row:
             self.record.amend(trainer, self.measure(trainer, module))
 
     def measure(self, trainer: L.Trainer, module: CausalLM) -> dict[str, float]:
         """All columns of `probe_columns` for the held batch and the weights of now."""
-        from sagetrain.ops.reference import ds_rowsum_residual
-
         batch = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in self.batch.items()}
         devices = [module.device] if module.device.type == "cuda" else []
+        scheme = schemes.get(module.model.config._attn_implementation)
         with (
             torch.random.fork_rng(devices),
             torch.enable_grad(),
@@ -213,13 +206,14 @@ class Probe(L.Callback):
             trainer.precision_plugin.forward_context(),
         ):
             loss_bf16, grads_bf16 = self._gradients(module, batch, "sdpa")
-            with captured(module.model.config._attn_implementation) as (name, layers):
-                loss_int8, grads_int8 = self._gradients(module, batch, name)
-        norm = math.sqrt(sum(_dot(a, a) for a in grads_bf16) * sum(_dot(b, b) for b in grads_int8))
-        cosine = sum(_dot(a, b) for a, b in zip(grads_bf16, grads_int8, strict=True)) / norm
-        length = min(first_document(batch), self.max_tokens)
-        residuals = [ds_rowsum_residual(*(x[:1, :, :length] for x in tensors), is_causal=True) for tensors in layers]
-        values = dict(zip(PROBE, (loss_bf16, loss_int8, cosine, max(residuals)), strict=True))
+            name, layers = captured(scheme.name)
+            loss_lowbit, grads_lowbit = self._gradients(module, batch, name)
+        norm = math.sqrt(sum(_dot(a, a) for a in grads_bf16) * sum(_dot(b, b) for b in grads_lowbit))
+        cosine = sum(_dot(a, b) for a, b in zip(grads_bf16, grads_lowbit, strict=True)) / norm
+        length, preset = min(first_document(batch), self.max_tokens), scheme.preset(scheme.kernel_name(module.device))
+        first = ([x[:1, :, :length] for x in tensors] for tensors in layers)
+        residual = max(reference.ds_rowsum_residual(*tensors, preset=preset) for tensors in first)
+        values = dict(zip(PROBE, (loss_bf16, loss_lowbit, cosine, residual), strict=True))
         for i, (q, k, *_) in enumerate(layers):
             values[f"probe/sigma_q_layer{i}"] = float(q.float().std())
             values[f"probe/sigma_k_layer{i}"] = float(k.float().std())
@@ -251,9 +245,9 @@ def first_document(batch: dict[str, Any]) -> int:
     return batch["input_ids"].shape[1]
 
 
-@contextmanager
-def captured(name: str) -> Iterator[tuple[str, list[list[Tensor]]]]:
-    """Registers an attention that is `name`, but keeps q, k, v and dO `[B, H, T, D]` of each layer. Yields its name."""
+def captured(name: str) -> tuple[str, list[list[Tensor]]]:
+    """Registers an attention that is `name`, but keeps q, k, v and dO `[B, H, T, D]` of each layer. Returns its name
+    and what it will keep."""
     layers: list[list[Tensor]] = []
 
     def attention(layer: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
@@ -265,7 +259,7 @@ def captured(name: str) -> Iterator[tuple[str, list[list[Tensor]]]]:
 
     AttentionInterface.register(f"{name}_captured", attention)
     AttentionMaskInterface.register(f"{name}_captured", ALL_MASK_ATTENTION_FUNCTIONS[name])
-    yield f"{name}_captured", layers
+    return f"{name}_captured", layers
 
 
 class Bar(L.Callback):
@@ -275,31 +269,25 @@ class Bar(L.Callback):
         self.record = record
         self.title = title
         self.console = console(stderr=True)
-        self.progress: Progress | None = None
+        shown = "loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tokens/s · left"
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(shown))
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
         self._seen = 0
 
     def on_train_start(self, trainer: L.Trainer, module: CausalLM) -> None:
-        if not trainer.is_global_zero:
-            return
         self._total, self._seen = int(trainer.estimated_stepping_batches), trainer.global_step
-        shown = "loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tokens/s · left"
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(shown))
-        if self.console.is_terminal:
-            self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
-            fields = {"loss": math.nan, "speed": 0.0}
-            self.task = self.progress.add_task(self.title, total=self._total, completed=self._seen, **fields)
+        fields = {"total": self._total, "completed": self._seen, "loss": math.nan, "speed": 0.0}
+        self.task = self.progress.add_task(self.title, **fields)
+        if trainer.is_global_zero and self.console.is_terminal:
             self.progress.start()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: CausalLM, outputs: Any, batch: dict[str, Any], batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
         step, row = trainer.global_step, self.record.row
         if not trainer.is_global_zero or step == self._seen or not row:
             return
         self._seen = step
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step, loss=row["loss"], speed=row["tokens_per_s"])
-        elif step * 10 // self._total > (step - 1) * 10 // self._total:
+        self.progress.update(self.task, completed=step, loss=row["loss"], speed=row["tokens_per_s"])
+        if not self.console.is_terminal and step * 10 // self._total > (step - 1) * 10 // self._total:
             left = (self._total - step) * row["step_ms"] / 1e3
             self.console.print(
                 f"{self.title}  step {step}/{self._total}  loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s"
@@ -307,6 +295,5 @@ class Bar(L.Callback):
             )
 
     def stop(self) -> None:
-        if self.progress is not None:
+        if self.progress.live.is_started:
             self.progress.stop()
-            self.progress = None

@@ -17,7 +17,8 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -92,10 +93,6 @@ def _flush(path: Path) -> None:
             os.close(descriptor)
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 class DirectCheckpointIO(TorchCheckpointIO):
     """Writes straight to the path (Lightning's own builds the file in memory, then in the temporary folder) and reads
     onto the CPU by its name (Lightning's own gives a function, which quantised moments refuse)."""
@@ -125,30 +122,23 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def tensors(trainer: L.Trainer) -> Iterator[Tensor]:
-    """This rank's share of everything a checkpoint keeps of the training: weights, and the state of the optimizers."""
-    for weight in trainer.lightning_module.parameters():
-        yield from parts(getattr(weight, "ds_tensor", weight))
-    for optimizer in trainer.optimizers:
-        for weight, state in optimizer.state.items():
-            for x in (weight, *state.values()):
-                yield from parts(x) if isinstance(x, Tensor) else ()
-
-
-def parts(x: Tensor) -> Iterator[Tensor]:
-    """The plain floating-point tensors that `x` is made of: a DTensor's shard, the scales of quantised moments."""
+def parts(x: Any) -> Iterator[Tensor]:
+    """The plain floating-point tensors in `x`: itself, a DTensor's shard, the scales of quantised moments, or none."""
+    if not isinstance(x, Tensor):  # a step that is counted in Python, a DTensor's mesh
+        return
     if is_traceable_wrapper_subclass(x):
-        inner = (getattr(x, name) for name in x.__tensor_flatten__()[0])  # a DTensor's mesh may be among them
-        for part in inner:
-            yield from parts(part) if isinstance(part, Tensor) else ()
+        for name in x.__tensor_flatten__()[0]:
+            yield from parts(getattr(x, name))
     elif x.is_floating_point():
         yield x
 
 
 @torch.no_grad()
 def is_finite(trainer: L.Trainer) -> bool:
-    """Whether all of that is finite, on every rank."""
-    sums = [x.detach().sum(dtype=torch.float64) for x in tensors(trainer)]
+    """Whether the weights and the state of the optimizers, every rank's share of them, are finite."""
+    weights = [getattr(weight, "ds_tensor", weight) for weight in trainer.lightning_module.parameters()]
+    kept = [(weight, *state.values()) for each in trainer.optimizers for weight, state in each.state.items()]
+    sums = [part.sum(dtype=torch.float64) for x in chain(weights, *kept) for part in parts(x)]
     here = all(bool(torch.isfinite(x)) for x in sums)
     return trainer.strategy.reduce_boolean_decision(here, all=True)
 
@@ -226,9 +216,9 @@ class Checkpoint(L.Callback):
         need, free = self.room(module), shutil.disk_usage(self.out).free
         if need > free:
             raise OSError(
-                f"no room for the checkpoints of this run: they need {_size(need)} and {self.folder} has {_size(free)} "
-                "free. Free some space, choose another disk with out=FOLDER, or save less: checkpoint.keep=none "
-                "checkpoint.every_n_steps=0 checkpoint.every_minutes=0 saves nothing"
+                f"no room for the checkpoints of this run: they need {need / 1e6:,.1f} MB and {self.folder} has "
+                f"{free / 1e6:,.1f} MB free. Free some space, choose another disk with out=FOLDER, or save less: "
+                "checkpoint.keep=none checkpoint.every_n_steps=0 checkpoint.every_minutes=0 saves nothing"
             )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -240,47 +230,35 @@ class Checkpoint(L.Callback):
             settings_of_this_run(trainer, module)
         self.watch.stepping = True
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         if self._random_state is not None:  # as late as possible: whatever the start of the run drew is undone
             set_random_state(self._random_state)
             self._random_state = None
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         self._whole = step != self._seen
         if not self._whole:  # within an accumulation
             return
         self._seen = step
-        stop, save, late = self._asked(trainer)
         due = bool(self.every_n_steps) and step % self.every_n_steps == 0
-        if due or late or save or stop or (self.keep == "last" and step == trainer.max_steps):
-            self.save(trainer)
-        self._act(trainer, stop, save)
+        late = bool(self.every_minutes) and time.monotonic() - self._saved_time >= 60 * self.every_minutes
+        self._heed(trainer, due or late or (self.keep == "last" and step == trainer.max_steps))
 
     def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any, **__: Any) -> None:
         """A signal need not wait for a long validation (as long on every rank), but for one within an accumulation."""
-        if not (self.watch.stepping and self._whole):
-            return
-        stop, save, _ = self._asked(trainer)
-        if (stop or save) and trainer.global_step != self._saved_step:
-            self.save(trainer)
-        self._act(trainer, stop, save)
+        if self.watch.stepping and self._whole:
+            self._heed(trainer)
 
-    def _asked(self, trainer: L.Trainer) -> tuple[int, int, bool]:
-        """(signal to stop, signal to save, whether the minutes are over): the same on all ranks."""
-        late = bool(self.every_minutes) and time.monotonic() - self._saved_time >= 60 * self.every_minutes
+    def _heed(self, trainer: L.Trainer, due: bool = False) -> None:
+        """Do what signals or, where it is `due` on a rank, the time ask for: the same on all ranks. Raises Stopped."""
         save, self.watch.save = self.watch.save, 0
-        asked = (self.watch.stop, save, int(late))
+        asked = torch.tensor((self.watch.stop, save, int(due)))
         if self._group is not None:
-            everywhere = torch.tensor(asked)
-            dist.all_reduce(everywhere, dist.ReduceOp.MAX, group=self._group)
-            asked = everywhere.tolist()
-        return asked[0], asked[1], bool(asked[2])
-
-    def _act(self, trainer: L.Trainer, stop: int, save: int) -> None:
-        """What a signal asks for beyond a checkpoint. Raises Stopped."""
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+        stop, save, _ = asked.tolist()
+        if asked.any() and trainer.global_step != self._saved_step:
+            self.save(trainer)
         if stop:
             where = f"; its checkpoint: {newest(self.folder)}" if not self.never else ", without a checkpoint"
             raise Stopped(stop, f"after step {trainer.global_step}{where}")

@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sagetrain.data import build_tokenizer
 from sagetrain.errors import asked_for
-from sagetrain.paths import home
 from sagetrain.training.module import model_config
 
 PREFIX = "model."  # of the Hugging Face model inside CausalLM
@@ -37,7 +36,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
 
     Raises FileNotFoundError for what is no run or holds no checkpoint, FileExistsError when `folder` is in use.
     """
-    run, folder = home(run).absolute(), home(folder).absolute()
+    run, folder = (Path(path).expanduser().absolute() for path in (run, folder))
     checkpoint = run if run.parent.name == "checkpoints" else None
     source = run.parent.parent if checkpoint else run
     if not (source / "config.yaml").exists():

@@ -8,7 +8,6 @@ Cost: a file system without locks (some NFS and Lustre mounts) protects nothing;
 """
 
 import fcntl
-import json
 import os
 import re
 import socket
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from torch.distributed import TCPStore
 
@@ -25,6 +23,7 @@ from sagetrain.errors import asked_for
 from sagetrain.terminal import console
 
 LOCK = ".lock"
+RENAMED = {"probe/loss_int8": "probe/loss_lowbit"}  # columns of metrics.csv in older run directories
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -32,10 +31,6 @@ def write(path: Path, content: str | bytes) -> None:
     aside = path.with_name(f".{path.name}.partial")
     aside.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(aside, path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write(path, json.dumps(content, indent=2) + "\n")
 
 
 def global_rank() -> int:

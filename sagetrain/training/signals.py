@@ -89,6 +89,7 @@ class Watch:
         self.on_forced_end: Callable[[str], Any] = lambda said: None
         self._stepping, self._left, self._asked = False, 0.0, 0.0
         self._before: dict[int, Any] = {}
+        self._thread: threading.Thread | None = None
 
     @property
     def stepping(self) -> bool:
@@ -113,7 +114,7 @@ class Watch:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if threading.current_thread() is threading.main_thread() and hasattr(self, "_thread"):
+        if self._thread is not None:
             for signum, before in self._before.items():
                 signal.signal(signum, before)
             signal.set_wakeup_fd(self._wakeup)

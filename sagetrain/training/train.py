@@ -40,7 +40,7 @@ from sagetrain.doctor import quick_bf16, versions
 from sagetrain.errors import asked_for, is_bad_input
 from sagetrain.integrations import bf16
 from sagetrain.ops import schemes
-from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups
+from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups, settings
 from sagetrain.terminal import console
 from sagetrain.training.attention_record import AttentionRecord
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
@@ -146,7 +146,7 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
     if before.exists():
         if cfg.resume == "never" and global_rank() == 0:  # other ranks may meet what rank 0 has just written
             raise ValueError(f"{out} holds a run already and resume=never: choose another out=FOLDER, or resume=auto")
-        old, new = (_flat(c) for c in (OmegaConf.load(before), cfg))
+        old, new = (settings(OmegaConf.to_container(c, resolve=True), FREE) for c in (OmegaConf.load(before), cfg))
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         if changed:
             listed = ", ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in changed[:3])
@@ -163,23 +163,6 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
         check_checkpoint(start, _in_one_file(cfg))
         return start.resolve(), True
     return None, False
-
-
-def _flat(cfg: DictConfig) -> dict[str, Any]:
-    """{dotted key: value} of all that makes this run what it is."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, node: Any) -> None:
-        if prefix.rstrip(".") in FREE:
-            return
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(f"{prefix}{key}.", value)
-        else:
-            flat[prefix.rstrip(".")] = node
-
-    walk("", OmegaConf.to_container(cfg, resolve=True))
-    return flat
 
 
 def kernel(cfg: DictConfig) -> str:

@@ -198,12 +198,13 @@ def test_report_is_self_contained_and_complete(parent: Path, tmp_path: Path):
     assert page.tags.count("svg") == 3
 
 
-def test_panels_of_sparse_columns(tmp_path: Path):
+@pytest.mark.parametrize("column", ["probe/loss_lowbit", "probe/loss_int8"])
+def test_panels_of_sparse_columns(tmp_path: Path, column: str):
     sparse = [None if index % 5 else 1.0 + index for index in range(STEPS)]
     probe = {
         name: sparse for name in ("probe/loss_bf16", "probe/grad_cosine", "probe/ds_rowsum", "probe/sigma_q_layer0")
     }
-    probe |= {"probe/loss_int8": [None if value is None else value + 0.5 for value in sparse], "val_loss": sparse}
+    probe |= {column: [None if value is None else value + 0.5 for value in sparse], "val_loss": sparse}
     probe |= {"probe/sigma_q_layer10": sparse, "grad_norm": [0.1 * (index + 1) for index in range(STEPS)]}
     write_run(tmp_path, "sage_int8", 0, falling(2.0), columns=probe)
     comparison = report([tmp_path], tmp_path / "out")
@@ -372,7 +373,7 @@ def test_command_line_names_mistakes(parent: Path, tmp_path: Path, capsys: pytes
         ("run.json", '{"recipe": "r", "arm": "a", "seed": "0", "status": "failed", "steps": 1}', "'seed' is '0'"),
         ("run.json", '{"recipe": "r", "arm": "a", "seed": 0, "status": "done", "steps": 1}', "status is 'done'"),
         ("config.yaml", "a: [1", "config.yaml: not valid YAML"),
-        ("config.yaml", "", "config.yaml: holds no mapping"),
+        ("config.yaml", "", "config.yaml: holds NoneType, no mapping"),
         ("metrics.csv", None, "metrics.csv is missing"),
         ("metrics.csv", "", "metrics.csv: empty"),
         ("metrics.csv", "step,tokens\n1,2\n", "the header must name step and loss"),

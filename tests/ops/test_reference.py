@@ -100,6 +100,7 @@ def test_shared_scales_cost_less_than_a_kernel_may(sigma):
 
 def test_ds_rowsum_residual_is_small_and_real():
     q, k, v, d_o = Case(hq=4, hkv=2).tensors()
-    residual = reference.ds_rowsum_residual(q, k, v, d_o)
-    assert 0 < residual < 0.2
+    residual, paper = (reference.ds_rowsum_residual(q, k, v, d_o, preset=name) for name in ("sage", "paper"))
+    assert 0 < residual < 0.2 and 0 < paper < 0.2 and residual != paper
     assert reference.ds_rowsum_residual(q, k, v, torch.zeros_like(d_o)) == 0
+    assert 0 < reference.ds_rowsum_residual(q, k, v[..., :32], d_o[..., :32]) < 0.2  # values of another width

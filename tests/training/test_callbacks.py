@@ -43,12 +43,12 @@ def test_probe_measures_and_leaves_training_untouched(tmp_path: Path) -> None:
     for column in ("step", "loss", "grad_norm", "lr"):
         assert [r[column] for r in probed] == [r[column] for r in plain]
     assert not any(c.startswith("probe/") for c in plain[0])
-    assert [bool(r["probe/loss_int8"]) for r in probed] == [False, True] * 3
+    assert [bool(r["probe/loss_lowbit"]) for r in probed] == [False, True] * 3
     for row in probed[1::2]:
         values = {c: float(row[c]) for c in probe_columns(layers=2)}
         assert all(map(math.isfinite, values.values()))
         assert 0.9 < values["probe/grad_cosine"] < 1.0
-        assert 0 < abs(values["probe/loss_bf16"] - values["probe/loss_int8"]) < 0.05
+        assert 0 < abs(values["probe/loss_bf16"] - values["probe/loss_lowbit"]) < 0.05
         assert all(values[f"probe/sigma_{x}_layer{i}"] > 0 for x in "qk" for i in range(2))
         assert values["probe/ds_rowsum"] >= 0
 
@@ -64,8 +64,9 @@ def test_probe_on_packed_documents_and_off_in_bf16(tmp_path: Path) -> None:
 
 def test_rows_beyond_the_checkpoint_and_half_rows_are_dropped(tmp_path: Path) -> None:
     trainer = SimpleNamespace(global_step=2, is_global_zero=True, loggers=[])
-    (tmp_path / "metrics.csv").write_text("step,tokens,loss\n1,10,0.5\n2,20,0.25\n3,30,0.125\n4,40,0.0")
-    log = RunLog(tmp_path, {}, extra=("probe/grad_cosine",))
+    rows = "1,10,0.5,\n2,20,0.25,0.75\n3,30,0.125,\n4,40,0.0"
+    (tmp_path / "metrics.csv").write_text(f"step,tokens,loss,probe/loss_int8\n{rows}")  # its former name
+    log = RunLog(tmp_path, {}, extra=("probe/grad_cosine", "probe/loss_lowbit"))
     log._open(trainer.global_step)
     for step in (3, 4):
         log.row = {"step": step, "loss": 1 / step}
@@ -79,6 +80,7 @@ def test_rows_beyond_the_checkpoint_and_half_rows_are_dropped(tmp_path: Path) ->
     assert [r["step"] for r in rows] == ["1", "2", "3", "4"]
     assert [r["val_loss"] for r in rows] == ["", "", "7.0", ""]
     assert rows[1]["loss"] == "0.25" and rows[3]["loss"] == "0.25" and rows[0]["probe/grad_cosine"] == ""
+    assert rows[1]["probe/loss_lowbit"] == "0.75" and "probe/loss_int8" not in rows[1]
 
 
 @pytest.mark.parametrize(
