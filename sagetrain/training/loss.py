@@ -5,9 +5,10 @@ Method: the tokens are cut into chunks. Of each chunk the logits are made, turne
 takes their memory. So there are never more than `CHUNK` rows of logits, forward and backward together, and no matrix
 product is done twice. The gradient is kept unscaled, the sum over targets, until the backward knows its factor, so that
 nothing underflows. Sums over tokens are in fp32.
-Choice: measured on an H100 at 8,192 tokens of 128,256 logits (docs/LOG.md): as fast as logits that exist in full, and
-2.2 to 3 times as fast as liger-kernel, whose chunks are 256 tokens there. `fuse` replaces a Hugging Face model's
-`forward` and the head's, so whatever wraps these modules (FSDP2, ZeRO-3) still gathers their weights.
+Choice: not liger-kernel's, which cuts 8,192 tokens of 128,256 logits into chunks of 256 and passes over the gradient of
+the head for each of them: several times slower on an H100 (docs/LOG.md), and there is none for CPUs. `fuse` replaces a
+Hugging Face model's `forward` and the head's, so whatever wraps these modules (FSDP2, ZeRO-3) still gathers their
+weights.
 Cost: the gradient of the head's weight is held from forward to backward. Logits are rounded to the type of the matrix
 product, as under autocast.
 """
