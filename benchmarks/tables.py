@@ -39,6 +39,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention": (("shape", "mask", "backend"), ()),
     "passes": (("shape", "direction"), ("pass",)),
     "train_step": (("model", "layers", "shape", "attention"), ()),
+    "pretrain": (("recipe", "tokens", "data", "checkpointing", "precision", "linear", "optimizer", "attention"), ()),
     "accuracy": (("case", "d", "tokens", "dtype"), ("result",)),
     "ablation": (("case", "d", "tokens"), ("variant",)),
     "parity": (("size", "tokens", "steps", "every", "text", "batch"), ("part", "measure")),

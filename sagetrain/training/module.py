@@ -100,6 +100,26 @@ def check_length(config: PreTrainedConfig, seq_len: int) -> None:
         )
 
 
+def optimizer_of(optim: DictConfig, groups: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
+    """AdamW of torch (`fused` where that runs) or, with moments in 8 bits, of torchao, over groups of weights.
+
+    Raises ValueError for another `optim.kind`, ModuleNotFoundError without torchao.
+    """
+    options = {"lr": optim.lr, "betas": tuple(optim.betas)}
+    if optim.kind == "adamw":
+        return torch.optim.AdamW(groups, fused=fused or None, **options)
+    if optim.kind != "adamw8bit":
+        raise ValueError(f"optim.kind={optim.kind}: choose adamw or adamw8bit")
+    try:
+        from torchao.optim import AdamW8bit
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"optim.kind=adamw8bit: {TORCHAO}", name=error.name) from error
+    for group in groups:
+        for weight in group["params"]:
+            weight.grad_dtype = torch.float32  # gradients of many micro-batches are summed in it
+    return AdamW8bit(groups, bf16_stochastic_round=True, **options)
+
+
 def learning_rates(optimizer: torch.optim.Optimizer, optim: DictConfig, steps: int) -> LambdaLR:
     """The schedule over `steps` optimizer steps: linear warm-up, then `cosine`, or `wsd` (constant, then down like
     1 - sqrt over the last `decay_steps`; null: a fifth of all). Raises ValueError for another one."""
@@ -280,31 +300,14 @@ class CausalLM(L.LightningModule):
         groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         # DeepSpeed takes empty groups out of the optimizer, and the schedule then has more of them than it.
         groups = [group for group in groups if group["params"]]
-        optimizer = self._optimizer(groups)
+        # Fused, an optimizer itself undoes the scale of an fp16 loss, and clipping would come too early.
+        fused = self.device.type == "cuda" and self._engine() is None and not self._loss_is_scaled()
+        optimizer = optimizer_of(optim, groups, fused)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("the learning-rate schedule needs an end: set trainer.max_steps")
         schedule = learning_rates(optimizer, optim, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """AdamW of torch or, with moments in 8 bits, of torchao. Raises ValueError for another kind."""
-        optim = self.cfg.optim
-        options = {"lr": optim.lr, "betas": tuple(optim.betas)}
-        if optim.kind == "adamw":
-            # Fused, the optimizer itself undoes the scale of an fp16 loss, and clipping would come too early.
-            fused = self.device.type == "cuda" and self._engine() is None and not self._loss_is_scaled()
-            return torch.optim.AdamW(groups, fused=fused or None, **options)
-        if optim.kind != "adamw8bit":
-            raise ValueError(f"optim.kind={optim.kind}: choose adamw or adamw8bit")
-        try:
-            from torchao.optim import AdamW8bit
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"optim.kind=adamw8bit: {TORCHAO}", name=error.name) from error
-        for group in groups:
-            for weight in group["params"]:
-                weight.grad_dtype = torch.float32  # gradients of many micro-batches are summed in it
-        return AdamW8bit(groups, bf16_stochastic_round=True, **options)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where a checkpoint in one file is of another model."""

@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -208,6 +209,8 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
     stdlib = cfg.data.get("source") == "stdlib" and not cfg.data.get("path")
     if stdlib and cfg.model.tokenizer == "byte":  # a floor that every reader can place
         facts["unigram_entropy"] = sagetrain.data.unigram_entropy(sagetrain.data.stdlib_documents())
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     tokenizer = sagetrain.data.build_tokenizer(cfg.model.tokenizer)
     data = sagetrain.data.build(cfg.data, tokenizer, cfg.data.seq_len, cfg.seed, cfg.data.batch_size)
@@ -242,26 +245,24 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
 
 @contextlib.contextmanager
 def _enough_memory(cfg: DictConfig) -> Iterator[None]:
-    """Have a GPU whose memory is full say which knobs to turn, in the order of what they cost."""
+    """Have a GPU whose memory is full say which knobs are left to turn, the cheapest first."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         knobs = {
-            "model.fused_loss=true": not cfg.model.fused_loss,
-            f"data.batch_size=1 with trainer.accumulate_grad_batches={cfg.data.batch_size} times what it is": (
-                cfg.data.batch_size > 1
-            ),
+            "model.fused_loss=true": cfg.model.fused_loss is False,
+            f"data.batch_size=1 with trainer.accumulate_grad_batches {cfg.data.batch_size}x": cfg.data.batch_size > 1,
             "memory=24gb": cfg.optim.kind == "adamw",
             "model.checkpointing=attention_saved": cfg.model.checkpointing == "none",
             "model.checkpoint_every=1": cfg.model.checkpoint_every > 1,
-            "model.checkpointing=full": cfg.model.checkpointing != "full",
+            "model.checkpointing=full": cfg.model.checkpointing == "attention_saved",
             "a shorter data.seq_len": True,
             "strategy=fsdp2 on more devices": True,
         }
-        turn = ", ".join(knob for knob, helps in knobs.items() if helps)
-        raise RuntimeError(
-            f"out of GPU memory: {str(error).split('. ')[0]}. What to turn, cheapest first: {turn}"
-        ) from error
+        asked = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
+        full = f"CUDA out of memory{f': {asked[0]}' if asked else ''}"
+        turn = ", ".join(knob for knob, left in knobs.items() if left)
+        raise RuntimeError(f"{full}. What to turn, the cheapest first: {turn}") from error
 
 
 @contextlib.contextmanager
@@ -270,6 +271,8 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
     trainers: list[L.Trainer] = []
 
     def write_down(status: str, **more: Any) -> None:
+        if torch.cuda.is_initialized():
+            log.facts["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if global_rank() == 0 and trainers:
             log.write_status(status, trainers[0].global_step, **more)
 

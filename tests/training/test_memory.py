@@ -1,0 +1,60 @@
+"""What the recipe needs of a GPU's memory: Llama-1B with 16K tokens in a micro-batch."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sagetrain.__main__ import compose
+from sagetrain.training import train
+from sagetrain.training.train import run
+from tests.tiny import RUN
+
+
+def pretrain(tmp_path: Path, *overrides: str) -> dict:
+    """Two steps of two micro-batches of 16K; what run.json says of them."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": "a lone lime " * (20 + i * i % 3000)}) + "\n" for i in range(200)))
+    (folder,) = run(compose([
+        "recipe=llama1b_pretrain", "model.tokenizer=byte", f"data.path={text}", "data.val_documents=1",
+        "data.seq_len=16384", "trainer.max_steps=2", "trainer.accumulate_grad_batches=2", "trainer.limit_val_batches=0",
+        "checkpoint.keep=none", "checkpoint.every_n_steps=0", "checkpoint.every_minutes=0", "probe.every=0",
+        f"out={tmp_path / 'run'}", *overrides,
+    ]))  # fmt: skip
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("memory", "gib"), [("24gb", 23), ("80gb", 76)])
+def test_llama1b_at_16k(tmp_path: Path, memory: str, gib: int) -> None:
+    if memory == "24gb":
+        pytest.importorskip("torchao")
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole)
+    try:
+        facts = pretrain(tmp_path, f"memory={memory}")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert facts["status"] == "finished" and facts["peak_gib"] < gib
+
+
+def test_a_gpu_that_is_full_names_the_knobs_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(train.L.Trainer, "fit", full)
+    for settings, named, unnamed in (
+        (["data.batch_size=4"], ("data.batch_size=1 with trainer", "memory=24gb", "=attention_saved"), ("_every=1",)),
+        (["memory=24gb"], ("model.checkpoint_every=1", "=full", "data.seq_len"), ("memory=24gb", "attention_saved")),
+        (["model.checkpointing=full", "model.fused_loss=false"], ("fused_loss=true",), ("checkpointing=",)),
+    ):
+        with pytest.raises(
+            RuntimeError, match="^CUDA out of memory: Tried to allocate 2.00 GiB. What to turn"
+        ) as error:
+            run(compose([*RUN, *settings, f"out={tmp_path / str(len(settings[0]))}"]))
+        for knob in named:
+            assert knob in str(error.value), knob
+        for knob in unnamed:
+            assert knob not in str(error.value), knob
