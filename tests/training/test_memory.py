@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from sagetrain.__main__ import compose
 from sagetrain.training import train
+from sagetrain.training.callbacks import RunLog
 from sagetrain.training.train import run
-from tests.tiny import RUN
+from tests.tiny import MODEL, RUN
 
 
 def pretrain(tmp_path: Path, *overrides: str) -> dict:
@@ -28,8 +31,6 @@ def pretrain(tmp_path: Path, *overrides: str) -> dict:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("memory", "gib"), [("24gb", 23), ("80gb", 76)])
 def test_llama1b_at_16k(tmp_path: Path, memory: str, gib: int) -> None:
-    if memory == "24gb":
-        pytest.importorskip("torchao")
     whole = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole)
@@ -38,6 +39,39 @@ def test_llama1b_at_16k(tmp_path: Path, memory: str, gib: int) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert facts["status"] == "finished" and facts["peak_gib"] < gib
+
+
+@pytest.mark.slow
+def test_moments_in_8_bits_are_kept_by_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """memory=24gb on a CPU: weights in BF16, and after an interruption the losses of the run without one."""
+
+    def losses(out: Path) -> list[str]:
+        run(compose([
+            "recipe=quickstart", *MODEL, "compare.arms=null", "memory=24gb", "trainer.accelerator=cpu",
+            "data.seq_len=64", "trainer.max_steps=5", "trainer.accumulate_grad_batches=2", "checkpoint.every_n_steps=2",
+            "probe.every=0", "trainer.enable_progress_bar=false", f"out={out}",
+        ]))  # fmt: skip
+        lines = [line.split(",") for line in (out / "metrics.csv").read_text().splitlines()]
+        return [line[lines[0].index("loss")] for line in lines]
+
+    whole = losses(tmp_path / "whole")
+    (saved,) = (tmp_path / "whole" / "checkpoints").glob("step-*.ckpt")
+    state = torch.load(saved, weights_only=True)
+    assert {x.dtype for name, x in state["state_dict"].items() if "weight" in name} == {torch.bfloat16}
+    moments = [x for each in state["optimizer_states"][0]["state"].values() for x in each.values()]
+    assert any(type(x).__name__ == "OptimState8bit" for x in moments)
+
+    end = RunLog.on_train_batch_end
+
+    def fails(self: RunLog, trainer: Trainer, *args: Any) -> None:
+        end(self, trainer, *args)
+        if trainer.global_step == 3:
+            raise KeyError("interrupted")
+
+    with monkeypatch.context() as patched, pytest.raises(KeyError):
+        patched.setattr(RunLog, "on_train_batch_end", fails)
+        losses(tmp_path / "broken")
+    assert losses(tmp_path / "broken") == whole and len(set(whole)) == 6
 
 
 def test_a_gpu_that_is_full_names_the_knobs_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
