@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from sagetrain.data.corpus import ByteTokenizer, build_tokenizer
 from sagetrain.data.loader import TextData
 from sagetrain.data.pretrain import build_pretrain
 from sagetrain.data.tasks import TASKS, build_task
-from sagetrain.data.text import ByteTokenizer, build_tokenizer, stdlib_documents, unigram_entropy
 
-__all__ = ["ByteTokenizer", "TextData", "build", "build_tokenizer", "stdlib_documents", "unigram_entropy"]
+__all__ = ["ByteTokenizer", "TextData", "build", "build_tokenizer"]
 
 _ELSEWHERE = {"tokenizer", "batch_size", "seq_len"}  # may stand in the same group, but are read by the caller
 

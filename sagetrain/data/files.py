@@ -4,7 +4,8 @@ Method: a folder or a glob is read as the hub would read it: files that call the
 the words of `datasets`, in their own name or in a folder's) are splits. Training takes the train split, or what carries
 no such name; validation takes the validation split; test files are never taken unless they are named one by one. Where
 a folder holds tables, the text beside them is documentation or a loading script, not data.
-Choice: lines are read by this module (not by `datasets`), because only so can an error name the file and the line.
+Kept by hand: lines are read here and not by `datasets`, since only so can an error name the file and the line, and
+since it takes a file named train and test for both splits.
 """
 
 from __future__ import annotations
@@ -139,9 +140,9 @@ def _listed(files: Sequence[Path]) -> str:
     return ", ".join(p.name for p in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
-def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, dict]]:
-    """(number, record) of a file after its first `start` lines (rows): one per line of .jsonl, per row of .parquet, and
-    one `{"text": ...}` for a whole .txt or .py.
+def read_records(path: Path) -> Iterator[tuple[int, dict]]:
+    """(number, record) of a file: one per line of .jsonl, per row of .parquet, and one `{"text": ...}` for a whole .txt
+    or .py.
 
     Raises:
         ValueError: broken JSON, text that is not UTF-8, a damaged file; names file and line.
@@ -151,7 +152,7 @@ def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, dict]]:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:
             items = _rows(file) if path.suffix == ".parquet" else file if is_table(path) else [file.read()]
             for number, item in enumerate(items, 1):
-                if number > start and (isinstance(item, dict) or item.strip()):
+                if isinstance(item, dict) or item.strip():
                     yield number, _parse(item, path, f"{path}:{number}")
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: the file is damaged or cut off ({error})") from error

@@ -36,6 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 import sagetrain
 import sagetrain.data
 from sagetrain.data import files
+from sagetrain.data.tables import unigram_entropy
 from sagetrain.doctor import quick_bf16, versions
 from sagetrain.errors import asked_for, is_bad_input
 from sagetrain.integrations import bf16
@@ -222,13 +223,13 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
         console().print(f"{facts['name']}: finished already ({past['steps']} steps), skipped")
         return out
     facts["wandb_id"] = past.get("wandb_id", facts["wandb_id"])
-    stdlib = cfg.data.get("source") == "stdlib" and not cfg.data.get("path")
-    if stdlib and cfg.model.tokenizer == "byte":  # a floor that every reader can place
-        facts["unigram_entropy"] = sagetrain.data.unigram_entropy(sagetrain.data.stdlib_documents())
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     tokenizer = sagetrain.data.build_tokenizer(cfg.model.tokenizer)
     data = sagetrain.data.build(cfg.data, tokenizer, cfg.data.seq_len, cfg.seed, cfg.data.batch_size)
     facts["data"] = data.stream.facts
+    stdlib = cfg.data.get("source") == "stdlib" and not cfg.data.get("path")
+    if stdlib and cfg.model.tokenizer == "byte":  # a floor that every reader can place
+        facts["unigram_entropy"] = unigram_entropy(data.stream.rows(0).table)
     module = CausalLM(cfg)
     if len(tokenizer) > module.hf_config.vocab_size:
         raise ValueError(
