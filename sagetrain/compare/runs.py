@@ -24,7 +24,15 @@ from sagetrain.ops.schemes import SCHEMES
 
 Series = tuple[np.ndarray, np.ndarray]  # steps (int64, strictly increasing), values (float64)
 STATUSES = ("running", "finished", "failed")
-NUMERIC = ("tokens", "loss", "grad_norm", "tokens_per_s", "step_ms", "val_loss")  # and all that begin with "probe/"
+NUMERIC = (
+    "tokens",
+    "loss",
+    "grad_norm",
+    "tokens_per_s",
+    "step_ms",
+    "data_wait",
+    "val_loss",
+)  # and all that begin with "probe/"
 REQUIRED = {"recipe": str, "arm": str, "seed": int, "status": str, "steps": int}
 OPTIONAL = {"max_steps": int, "parameters": int, "tokens_per_step": int | float, "unigram_entropy": int | float}
 EMPTY: Series = (np.empty(0, np.int64), np.empty(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 say = rank_zero_only(logging.getLogger("sagetrain.data").warning)  # what the reader has to know, once, not per rank
-FIELD_HINT = "Set data.text_field= to the one that holds the text."
-TOGETHER = 256  # texts a tokenizer call gets: it takes 100 bytes a token
+TOGETHER = 1024, 2**22  # texts, and characters of them, that a tokenizer call gets: it takes 100 bytes a token
+IDS = "input_ids", "tokens"  # fields of records that are tokenised already
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -114,6 +114,27 @@ def get_text(record: Mapping[str, Any], field: str, where: str, hint: str = "") 
     if not isinstance(record[field], str):
         raise ValueError(f"{where}: field '{field}' is {type(record[field]).__name__}, a string is needed")
     return clean(record[field])
+
+
+def contents(record: Mapping[str, Any], field: str, tokenizer: Any, where: str) -> Iterator[str | np.ndarray]:
+    """The documents in a record that are not empty: its text, or its token ids (which `field` may hold too; without
+    that field `input_ids` or `tokens`), cut after each eos.
+
+    Raises:
+        ValueError: neither, or ids that the tokenizer does not have; starts with `where`.
+    """
+    field = next((name for name in (field, *IDS) if name in record), field)
+    if not isinstance(record.get(field), list | np.ndarray):
+        hint = f"Set data.text_field= to the one that holds the text (token ids are read from {' or '.join(IDS)})."
+        return filter(None, [get_text(record, field, where, hint)])
+    ids = np.asarray(record[field])
+    numbers = ids.ndim == 1 and (ids.dtype.kind in "iu" or not len(ids))
+    if not numbers or len(ids) and not 0 <= ids.min() <= ids.max() < len(tokenizer):
+        raise ValueError(
+            f"{where}: field '{field}' must be a list of token ids from 0 to {len(tokenizer) - 1}, those of the "
+            f"tokenizer '{tokenizer.name_or_path}'; give the tokenizer that made them (model.tokenizer=)"
+        )
+    return filter(len, np.split(ids, np.flatnonzero(ids[:-1] == tokenizer.eos_token_id) + 1))
 
 
 def clean(text: str) -> str:

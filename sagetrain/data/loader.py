@@ -4,13 +4,16 @@ Method: a stream is a function from a position (plain types) to the batches that
 after it. The data module keeps the position after the last batch that was *trained on*: Lightning fetches one batch
 ahead, and an interrupted step is to be done again, so neither what was fetched nor what was started counts. Positions
 are global (the same on every rank): rank r takes its slice of each global batch, so one rank's checkpoint serves all,
-and a run may go on with another number of ranks. Batches are made in the training process, no workers.
+and a run may go on with another number of ranks. With accumulation checkpoints fall between optimizer steps, and so do
+positions. A thread makes the batches of the next two steps while a step runs, and `waited` counts the seconds for which
+training waited nevertheless; no worker processes, since a row takes well under a millisecond.
 Kept by hand, since the stateful loaders of torchdata and `datasets` lack it: they count what was handed out, each rank
 for itself, and none counts the targets of an optimizer step beforehand.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -24,6 +27,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
 from sagetrain.data.collate import IGNORE
+from sagetrain.data.tables import ahead
 
 Batch = dict[str, Any]
 
@@ -122,6 +126,7 @@ class TextData(LightningDataModule):
         super().__init__()
         self.stream = stream
         self._position = dict(stream.start)
+        self.waited = 0.0  # seconds, by all who iterated over training batches
         self._in_step: tuple[dict[str, Any], Any, int] | None = None  # position after it, step counter, its count
 
     def train_dataloader(self) -> TrainBatches:
@@ -219,6 +224,8 @@ class TextData(LightningDataModule):
                     "trainer.limit_train_batches, or a fixed trainer.accumulate_grad_batches"
                 )
             self._in_step = after, steps, steps.processed
+        if self.trainer.strategy.root_device.type == "cuda":  # so that the host need not wait for the copy
+            batch = {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
         return batch
 
     def fitting(self) -> bool:
@@ -228,9 +235,10 @@ class TextData(LightningDataModule):
     def hand_out(self) -> Iterator[Batch]:
         """Batches from where the data stands, optimizer step by optimizer step; where no trainer is running, a batch
         handed out is a batch used."""
-        batches = self.stream.batches(self.position(), *self.rank_of())
+        accumulation = self.trainer.accumulate_grad_batches if self.fitting() else 1
+        batches = ahead(self.stream.batches(self.position(), *self.rank_of()), 2 * accumulation)
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed if self.fitting() else 0
-        while step := list(islice(batches, self._left_in_step(done))):
+        while step := self._timed(batches, self._left_in_step(done)):
             done += len(step)
             accumulation = self.trainer.accumulate_grad_batches if self.fitting() else 1
             count = sum(int(targets(batch["labels"])) for batch, _ in step)
@@ -240,6 +248,13 @@ class TextData(LightningDataModule):
                 else:
                     self._position = position
                 yield batch
+
+    def _timed(self, batches: Iterator[Any], count: int) -> list[Any]:
+        """The next `count` batches."""
+        begun = time.perf_counter()
+        step = list(islice(batches, count))
+        self.waited += time.perf_counter() - begun
+        return step
 
     def _left_in_step(self, done: int) -> int:
         """Micro-batches up to the next optimizer step, `done` batches after the beginning of the epoch."""

@@ -1,41 +1,57 @@
 """Tables of token ids: what is read and tokenised once, with any row at hand at once.
 
-Method: of small data (64 MiB of files) a table is made in memory at each start. Of more, `datasets` writes it to its
-cache as an Arrow file, with a progress bar and under a lock, so that of several processes one does the work; it is
-mapped into memory from there, and a later start reads no text. Its name in the cache is a hash of what it is made from:
-the files (path, size, time of change) or the hub data set, the tokenizer, the settings, and this package's code.
-Choice: small data does without, since importing `datasets` takes two seconds and finding a row in it a tenth of a
-millisecond; so rows are found here, by the running sum of their lengths. Cost: four bytes of disk a token.
+Method: `datasets` writes a table to its cache as Arrow files, aside and under a lock, and renames it when it is whole:
+of several processes one does the work while the others wait (on several nodes: one on each, or one of all where they
+share the cache and its locks), and what a kill leaves behind is never read. It is mapped into memory from there, so a
+later start reads no text. Its name is a hash of what it is made from: files (path, size, time of change) or the hub
+data set, the tokenizer, the settings, and this package's code.
+Choice: all cores tokenise in the threads of the tokenizer itself (RAYON_NUM_THREADS=N for fewer), while this process
+reads the next texts and writes the last; not `num_proc`, whose processes are forks of one that has threads, signal
+handlers and perhaps a GPU, share a single file out to nobody, and were no faster.
+Kept by hand: rows are found by the running sum of their lengths, since a `Dataset` takes a tenth of a millisecond for a
+row and copies all of it, however long; and progress, since its bar knows no end and hence no time left.
+Cost: four bytes of disk a token, forty of memory a row and process.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from sagetrain.data.corpus import frame, say
+from sagetrain.data.corpus import frame
+from sagetrain.errors import is_bad_input
+from sagetrain.terminal import console
 
 Row = dict[str, Any]  # `ids`, the token ids int32 [n], n > 0, and a few numbers, the columns
-LARGE = 2**26  # bytes
+Item = TypeVar("Item")
+EVERY = 10.0  # seconds between two lines about progress where there is no terminal
+
+
+class Empty(ValueError):
+    """Nothing to make a table of."""
 
 
 class Table:
-    """Rows of token ids: `chunks` are whole rows laid end to end, `lengths` those of the rows, int64 `[rows]`."""
+    """Rows of token ids, those of several tables of `datasets`: `lengths` of the rows, int64 `[rows]`, and `columns`,
+    the numbers that go with them, `[rows]` each."""
 
-    def __init__(self, chunks: list[np.ndarray], lengths: np.ndarray, columns: dict[str, np.ndarray]) -> None:
-        self.chunks, self.lengths, self.columns = chunks, lengths, columns
-        self._ends, self._bounds = np.cumsum(lengths), np.cumsum([0, *map(len, chunks)])
-
-    @classmethod
-    def of(cls, rows: list[Row]) -> Table:
-        """In memory."""
-        columns = {key: np.array([row[key] for row in rows]) for key in (rows or [{"digest": 0}])[0] if key != "ids"}
-        ids = [row["ids"] for row in rows]
-        return cls([np.concatenate(ids)] if ids else [], np.array([len(row) for row in ids], np.int64), columns)
+    def __init__(self, parts: Sequence[datasets.Dataset]) -> None:
+        whole = pa.concat_tables([part.data.table for part in parts])
+        ids = whole.column("ids")
+        self.lengths = pc.list_value_length(ids).to_numpy().astype(np.int64)
+        self.columns = {name: whole.column(name).to_numpy() for name in whole.column_names if name != "ids"}
+        self.chunks = [chunk.flatten().to_numpy() for chunk in ids.chunks]  # views of the files: whole rows end to end
+        self._ends, self._bounds = np.cumsum(self.lengths), np.cumsum([0, *map(len, self.chunks)])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -46,16 +62,12 @@ class Table:
         chunk = np.searchsorted(self._bounds, begin, "right") - 1
         return self.chunks[chunk][begin - self._bounds[chunk] : end - self._bounds[chunk]]
 
-    def __add__(self, other: Table) -> Table:
-        columns = {key: np.concatenate([column, other.columns[key]]) for key, column in self.columns.items()}
-        return Table(self.chunks + other.chunks, np.concatenate([self.lengths, other.lengths]), columns)
 
-
-def tabled(rows: Callable[[], Iterator[Row]], name: str, tokenizer: Any, source: Any, *settings: Any) -> Table:
-    """The table of what `rows()` makes of `source`, which is a list of files or a `Dataset`.
+def tabled(rows: Callable[[], Iterator[Row]], name: str, *made_from: Any) -> datasets.Dataset:
+    """The table of what `rows()` yields, which depends on `made_from` alone.
 
     Raises:
-        ValueError: there are no rows. What `rows` raises.
+        Empty: there are no rows. What `rows` raises.
         OSError: the cache cannot be written.
     """
 
@@ -64,43 +76,42 @@ def tabled(rows: Callable[[], Iterator[Row]], name: str, tokenizer: Any, source:
         for row in rows():
             yield row
         if row is None:
-            raise ValueError(f"data set '{name}' is empty")
+            raise Empty(f"data set '{name}' is empty")
 
-    local = isinstance(source, list)
-    if (sum(file.stat().st_size for file in source) if local else source.data.nbytes) < LARGE:
-        return Table.of(list(some()))
-    import datasets
-    import pyarrow.compute as pc
+    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    fingerprint = hashlib.blake2b(repr((made_from, code)).encode(), digest_size=16).hexdigest()
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.Dataset.from_generator(some, fingerprint=fingerprint, writer_batch_size=256)
+    except (OSError, datasets.exceptions.DatasetGenerationError) as failed:
+        error = failed.__cause__ or failed
+        if not isinstance(error, OSError) or is_bad_input(error):
+            raise error from None
+        raise OSError(
+            f"token ids of {name} cannot be kept in {datasets.config.HF_DATASETS_CACHE} ({error}): set "
+            "HF_DATASETS_CACHE=FOLDER in the environment, a folder that can be written, with 4 bytes of room a token"
+        ) from error
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
 
-    stamps = [_stamp(file) for file in source] if local else source._fingerprint
+
+def made_by(tokenizer: Any) -> Any:
+    """What tells tokenizers apart."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend else (tokenizer.name_or_path, len(tokenizer))
-    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    made_from = repr((stamps, type(tokenizer), words, frame(tokenizer), settings, code))
-    fingerprint = hashlib.blake2b(made_from.encode(), digest_size=16).hexdigest()
-    say("%s: tokenised once, then kept in %s", name, datasets.config.HF_DATASETS_CACHE)
-    try:
-        data = datasets.Dataset.from_generator(some, fingerprint=fingerprint).data
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
-    except OSError as error:
-        raise OSError(
-            f"token ids cannot be kept in {datasets.config.HF_DATASETS_CACHE} ({error}): set HF_DATASETS_CACHE=FOLDER "
-            "in the environment, a folder that can be written"
-        ) from error
-    ids, names = data.column("ids"), set(data.column_names) - {"ids"}
-    lengths = pc.list_value_length(ids).to_numpy().astype(np.int64)
-    chunks = [chunk.flatten().to_numpy() for chunk in ids.chunks]  # views of the file
-    return Table(chunks, lengths, {name: data.column(name).to_numpy() for name in names})
+    return type(tokenizer).__name__, hashlib.blake2b(repr(words).encode()).hexdigest(), frame(tokenizer)
 
 
-def _stamp(file: Path) -> tuple[str, int, int]:
-    return str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns
+def stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """What tells files apart without reading them."""
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def digest(text: str) -> int:
-    """Tells texts apart, by 63 bits."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+def digest(content: bytes) -> int:
+    """Tells contents apart, by 63 bits."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def unigram_entropy(table: Table) -> float:
@@ -109,3 +120,47 @@ def unigram_entropy(table: Table) -> float:
     counts = sum(np.bincount(chunk, minlength=256)[:256] for chunk in table.chunks)
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
+
+
+def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """The same items, up to `depth` of them made ahead by a thread."""
+    source, end = iter(items), object()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+    try:
+        waiting = deque(thread.submit(next, source, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, source, end))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+class Meter:
+    """Says how far tokenising is, how fast, and how long it still takes: in place on a terminal, else in a line every
+    `EVERY` seconds.
+
+    name: of the data. total: bytes to read, or tokens to take, `taken` of which are there.
+    """
+
+    def __init__(self, name: str, total: int | None, taken: int = 0) -> None:
+        self.name, self.total, self.taken = name, total, taken
+        self._console, self._since, self._said = console(stderr=True), None, 0.0
+        self._status = self._console.status(f"{name}: tokenising")
+
+    def __enter__(self) -> None:
+        self._said = time.monotonic()
+        self._status.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self._status.stop()
+
+    def __call__(self, tokens: int, read: int) -> None:
+        """`tokens` have been made and, where bytes are counted, `read` bytes been read."""
+        now, terminal, done = time.monotonic(), self._console.is_terminal, read or self.taken + tokens
+        since, first, made = self._since = self._since or (now, done, tokens)
+        if done > first and now - self._said > (0.2 if terminal else EVERY):
+            seconds, self._said = now - since, now
+            left = "" if self.total is None else f", {seconds * max(self.total - done, 0) / (done - first):.0f} s left"
+            share = "" if self.total is None else f" {done / self.total:.0%},"
+            said = f"{self.name}: tokenised{share} {(tokens - made) / seconds:,.0f} tokens/s{left}"
+            self._status.update(said) if terminal else self._console.print(said, soft_wrap=True)

@@ -33,7 +33,7 @@ from sagetrain.data.collate import Example, packed_examples, padded
 from sagetrain.data.corpus import TOGETHER, clean, encode, frame, get_text, load_hub, say
 from sagetrain.data.files import find, find_validation, read_records
 from sagetrain.data.loader import Stream
-from sagetrain.data.tables import Row, Table, digest, tabled
+from sagetrain.data.tables import Row, Table, digest, made_by, stamps, tabled
 
 VAL_FRACTION = 0.05  # held out where nothing is published for validation
 TOO_LONG = ("error", "skip", "truncate")
@@ -194,17 +194,14 @@ def build_task(
     task, files = TASKS[kind], None if path is None else find(path)
     repo, config = source or task.repo, name or (None if source else task.config)
 
-    def read(part: list[Path] | str) -> Table:
-        hub = isinstance(part, str)
-        data, label = (
-            (load_hub(repo, config, part, False), f"{repo} {part}") if hub else (part, ", ".join(map(str, part)))
-        )
-
-        def records() -> Iterator[tuple[str, Record]]:
-            for where, found in [(label, enumerate(data))] if hub else ((file, read_records(file)) for file in part):
-                yield from ((f"{where}:{number}", record) for number, record in found)
-
-        return tabled(lambda: _rows(task, tokenizer, records()), label, tokenizer, data, kind)
+    def read(part: list[Path] | str) -> Any:
+        if isinstance(part, str):
+            data, label = load_hub(repo, config, part, streaming=False), f"{repo} {part}"
+            records, key = lambda: ((f"{label}:{i}", x) for i, x in enumerate(data)), data._fingerprint
+        else:
+            label, key = ", ".join(map(str, part)), stamps(part)
+            records = lambda: ((f"{file}:{i}", x) for file in part for i, x, _ in read_records(file))  # noqa: E731
+        return tabled(lambda: _rows(task, tokenizer, records()), label, kind, made_by(tokenizer), key)
 
     val, fraction = None, 0.0
     if val_path is not None:
@@ -216,11 +213,9 @@ def build_task(
     else:
         fraction = VAL_FRACTION if val_fraction is None else val_fraction
         held = f"({fraction:g} of all, by hash)" if fraction else ""
-    table = read(files.chosen if files else split or task.train)
-    train, apart = np.arange(len(table)), np.flatnonzero(table.columns["share"] < fraction)
-    if val:
-        table = table + read(val)
-        apart = np.arange(len(train), len(table))
+    parts = [read(files.chosen if files else split or task.train), *([read(val)] if val else [])]
+    table, train = Table(parts), np.arange(len(parts[0]))
+    apart = np.arange(len(train), len(table)) if val else np.flatnonzero(table.columns["share"] < fraction)
     prompts = table.columns["digest"]
     train = train[~np.isin(prompts[train], prompts[apart])]
     if not len(train):
@@ -268,7 +263,7 @@ def _rows(task: Task, tokenizer: Any, records: Iterable[tuple[str, Record]]) -> 
     of what the split is decided by. The answer's tokens are chosen as this module's text says."""
     bos, eos = frame(tokenizer)
     records = iter(records)
-    while texts := [task.read(record, where) for where, record in islice(records, TOGETHER)]:
+    while texts := [task.read(record, where) for where, record in islice(records, TOGETHER[0])]:
         prompts = encode(tokenizer, [prompt for _, prompt, _ in texts])
         lasts = [prompt.rpartition("\n")[2] for _, prompt, _ in texts]
         ends = encode(tokenizer, [last + answer for last, (_, _, answer) in zip(lasts, texts, strict=True)])
@@ -276,8 +271,8 @@ def _rows(task: Task, tokenizer: Any, records: Iterable[tuple[str, Record]]) -> 
             joint = np.array_equal(end[: len(last)], last)
             answer = end[len(last) :] if joint else encode(tokenizer, [reply])[0]
             ids = np.concatenate([bos, prompt, answer, eos])
-            share = digest(key) / 2**63
-            yield {"ids": ids, "prompt": len(bos) + len(prompt), "digest": digest(text), "share": share}
+            share = digest(key.encode()) / 2**63
+            yield {"ids": ids, "prompt": len(bos) + len(prompt), "digest": digest(text.encode()), "share": share}
 
 
 def _list(record: Record, field: str, where: str) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import lzma
 
@@ -16,7 +18,13 @@ from sagetrain.data.corpus import encode
 
 TOK = ByteTokenizer()
 GOOD = json.dumps({"text": "some text that is long enough", "id": 1}) + "\n"
-OPEN = {"": open, ".xz": lzma.open, ".gz": gzip.open}
+OPEN = {"": open, ".xz": lzma.open, ".gz": gzip.open, ".zst": lambda path, mode, encoding: zst(path)}
+
+
+@contextlib.contextmanager
+def zst(path):
+    with pyarrow.output_stream(path, compression="zstd") as file, io.TextIOWrapper(file, "utf-8") as text:
+        yield text
 
 
 def pretrain(path, seq_len=16, **cfg):
@@ -39,7 +47,7 @@ def test_broken_json_names_file_and_line(end, tmp_path):
         build({"kind": "gsm8k", "path": str(path)}, TOK, 64, 0)
 
 
-@pytest.mark.parametrize("end", [".xz", ".gz"])
+@pytest.mark.parametrize("end", [".xz", ".gz", ".zst"])
 def test_cut_off_file_names_file_and_line(end, tmp_path):
     path = tmp_path / f"x.jsonl{end}"
     with OPEN[end](path, "wt", encoding="utf-8") as f:
@@ -149,7 +157,8 @@ def test_options(tmp_path):
         ({"kind": "squad"}, "unknown data.kind 'squad'; there are pretrain, gsm8k, mmlu, hellaswag, drop"),
         ({"kind": None}, "unknown data.kind None"),
         ({"shufle_buffer": 3}, "unknown key data.shufle_buffer for kind pretrain; there are source, name, path"),
-        ({"shuffle_buffer": 0}, "data.shuffle_buffer must be an integer of at least 1, not 0"),
+        ({"tokens": 0}, "data.tokens must be an integer of at least 16, not 0"),
+        ({"path": None, "source": "some/set"}, "data.tokens: say how many tokens to take of a hub data set"),
         ({"val_documents": -1}, "data.val_documents must be an integer of at least 0, not -1"),
         ({"path": None, "source": None}, "set data.source= .* or data.path="),
         ({"kind": "gsm8k", "val_fraction": 1.0}, r"data.val_fraction must be in \[0, 1\)"),
@@ -174,7 +183,7 @@ def test_hub_out_of_reach_says_to_pass_local_files(monkeypatch):
         raise ConnectionError("Couldn't reach the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    for cfg in {"kind": "pretrain", "source": "some/set", "name": "s"}, {"kind": "mmlu"}:
+    for cfg in {"kind": "pretrain", "source": "some/set", "name": "s", "tokens": 99}, {"kind": "mmlu"}:
         with pytest.raises(FileNotFoundError, match="cannot be loaded from the hub.*pass local files: data.path="):
             build(cfg, TOK, 16, 0)
 
@@ -214,9 +223,11 @@ def test_odd_but_right_files(tmp_path):
     (tmp_path / "a/x.py").write_bytes(b"# coding: latin-1\n# gr\xf6\xdfe\n")
     with lzma.open(tmp_path / "a/x.txt.xz", "wt", encoding="utf-8") as f:
         f.write(text)
+    with zst(tmp_path / "a/x.txt.zst") as f:
+        f.write(text)
     table = pyarrow.table({"id": range(2), "text": ["", text]})
     parquet.write_table(table, tmp_path / "a/x.parquet")
-    for name in "x.jsonl", "x.txt", "x.txt.xz", "x.parquet":
+    for name in "x.jsonl", "x.txt", "x.txt.xz", "x.txt.zst", "x.parquet":
         assert TOK.decode(pretrain(tmp_path / "a" / name, seq_len=65)["input_ids"][0]) == text
     assert TOK.decode(pretrain(tmp_path / "a/x.py", seq_len=29)["input_ids"][0]) == "# coding: latin-1\n# größe\n"
     (tmp_path / "y.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n', encoding="utf-8")

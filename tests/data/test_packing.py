@@ -18,8 +18,7 @@ from sagetrain.data import ByteTokenizer, build
 from sagetrain.data.collate import IGNORE
 from sagetrain.data.corpus import stdlib_files
 from sagetrain.data.files import read_records
-from sagetrain.data.pretrain import documents
-from sagetrain.data.tables import Table, unigram_entropy
+from sagetrain.data.tables import unigram_entropy
 
 TEXTS = st.lists(
     st.text(st.characters(codec="utf-8", max_codepoint=0x2FFF), min_size=1, max_size=60), min_size=1, max_size=30
@@ -173,12 +172,12 @@ def test_stdlib_is_there_and_its_entropy_is_right():
     names = {p.name for p in files}
     assert {"argparse.py", "tokenize.py", "decoder.py"} <= names and files == stdlib_files()
     assert not any({"test", "site-packages", "dist-packages"} & set(p.parts[-4:-1]) for p in files)
-    text = "".join(record["text"] for file in files for _, record in read_records(file)).encode(errors="replace")
+    text = "".join(record["text"] for file in files for _, record, _ in read_records(file)).encode(errors="replace")
     assert len(text) > 5_000_000
     p = np.bincount(np.frombuffer(text, np.uint8), minlength=256) / len(text)
     table = build({"kind": "pretrain"}, ByteTokenizer(), 64, 0).stream.rows(0).table
     assert unigram_entropy(table) == pytest.approx(-sum(x * np.log(x) for x in p if x))
-    assert unigram_entropy(Table.of(list(documents(ByteTokenizer(), ["ab", "cd"])))) == pytest.approx(np.log(4))
+    assert unigram_entropy(stream_of(["abab", "cdcd"], 8).rows(0).table) == pytest.approx(np.log(4))
 
 
 def test_packed_rows_are_what_sdpa_takes(tmp_path):
