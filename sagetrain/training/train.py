@@ -225,7 +225,7 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
     facts["wandb_id"] = past.get("wandb_id", facts["wandb_id"])
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     tokenizer = sagetrain.data.build_tokenizer(cfg.model.tokenizer)
-    needed = _asked(past, checkpoint) or _needed(cfg)
+    needed = _asked(past, checkpoint) or needed_tokens(cfg)
     data = sagetrain.data.build(cfg.data, tokenizer, cfg.data.seq_len, cfg.seed, cfg.data.batch_size, needed)
     facts["data"] = data.stream.facts
     stdlib = cfg.data.get("source") == "stdlib" and not cfg.data.get("path")
@@ -258,7 +258,7 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
     return out
 
 
-def _needed(cfg: DictConfig) -> int | None:
+def needed_tokens(cfg: DictConfig) -> int | None:
     """Tokens that all ranks read until the last step, or a few more; None where no step is said to be the last."""
     options, env = cfg.trainer, os.environ
     devices = len(options.devices) if OmegaConf.is_list(options.devices) else options.devices

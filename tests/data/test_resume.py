@@ -148,7 +148,7 @@ def test_batches_are_made_ahead(cfgs):
     data.stream.collate = slow
     loader = iter(data.train_dataloader())
     next(loader)
-    for pause, least, most in (0.1, 0, 0.02), (0, 0.02, 0.1):
+    for pause, least, most in (0.1, 0, 0.04), (0, 0.02, 1):
         time.sleep(0.2)
         next(loader), next(loader)
         before = data.waited
