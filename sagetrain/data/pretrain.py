@@ -146,12 +146,12 @@ def build_pretrain(
 
 def _table(tokenizer: Any, name: str, parts: Iterable[Part], size: int | None, tokens: int | None = None) -> Table:
     """The documents of `parts`, tokenised: all, or the first that have `tokens` together. size: bytes of all files."""
-    made, taken = [], 0
+    made, taken, maker = [], 0, made_by(tokenizer)
     for key, read in parts:
         left, meter = None if tokens is None else tokens - taken, Meter(name, size or tokens, taken)
         rows = partial(documents, tokenizer, read, left, meter)
         try:
-            made.append(tabled(rows, name, made_by(tokenizer), key, left))
+            made.append(tabled(rows, name, maker, key, left))
         except Empty:  # there are no more
             if not made:
                 raise

@@ -69,7 +69,7 @@ def test_an_error_names_the_line_and_leaves_nothing(kind, path):
 
 def test_a_cache_that_cannot_be_written(path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", path / "below a file")
-    with pytest.raises(OSError, match="x.jsonl/below a file.*: set HF_DATASETS_CACHE=FOLDER"):
+    with pytest.raises(OSError, match="x.jsonl/below a file.*set HF_DATASETS_CACHE=FOLDER"):
         tensors("pretrain", path)
 
 
