@@ -158,5 +158,16 @@ def load_hub(repo: str, config: str | None, split: str, streaming: bool) -> Any:
         ) from error
 
 
+def fetched(records: Iterable[Any], name: str) -> Iterator[Any]:
+    """The same records. Raises OSError, in one line, when the hub breaks off."""
+    try:
+        yield from records
+    except Exception as error:  # as above
+        raise OSError(
+            f"data set '{name}' cannot be read to its end: {_first_line(error)}. Give the same command again: its files "
+            "that were tokenised whole are kept"
+        ) from error
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

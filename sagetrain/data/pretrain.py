@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from sagetrain.data.collate import Row, packed
-from sagetrain.data.corpus import TOGETHER, contents, encode, frame, load_hub, say, stdlib_files
+from sagetrain.data.corpus import TOGETHER, contents, encode, fetched, frame, load_hub, say, stdlib_files
 from sagetrain.data.files import find, find_validation, is_table, read_records
 from sagetrain.data.loader import Stream
 from sagetrain.data.tables import Empty, Meter, Table, ahead, digest, made_by, stamps, tabled
@@ -231,7 +231,7 @@ def _hub(load: Callable[[], Any], key: tuple, tokenizer: Any, field: str, first:
             data = data.shard(data.num_shards, int(np.random.default_rng(0).permutation(data.num_shards)[file]))
         else:
             return
-        for number, record in enumerate(data):
+        for number, record in enumerate(fetched(data, key[0])):
             for document in contents(record, field, tokenizer, f"{key[0]}:{number}"):
                 yield document, 0
 

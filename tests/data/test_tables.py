@@ -17,6 +17,7 @@ import torch
 from pyarrow import parquet
 
 from sagetrain.data import ByteTokenizer, build, corpus, files, pretrain, tables
+from sagetrain.errors import is_bad_input
 
 CFG = {"pretrain": {"kind": "pretrain", "val_documents": 5}, "gsm8k": {"kind": "gsm8k", "val_fraction": 0.2}}
 TOK = ByteTokenizer()
@@ -240,6 +241,25 @@ def test_all_of_a_hub_data_set_that_is_too_small(hub):
     got = [TOK.decode(b["input_ids"][0]) for b, _ in zip(data.train_dataloader(), range(300), strict=False)]
     assert sorted(got[:150]) == sorted(set(got[:150])) and sorted(got[:150]) != sorted(got[150:])  # a second epoch
     assert build(HUB | {"tokens": 80}, TOK, 16, 0, needed=10**6).stream.facts["tokens"] == 80
+
+
+def test_a_hub_that_breaks_off_costs_one_file(hub, monkeypatch):
+    """Files of 100 rows, 800 tokens: it breaks off after 150 rows, and the first file need not be fetched again."""
+    iterate, rows = datasets.IterableDataset.__iter__, []
+
+    def broken(data):
+        for record in iterate(data):
+            if len(rows) == 150:
+                raise ConnectionError("reset by peer\nat length")
+            rows.append(record)
+            yield record
+
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
+    with pytest.raises(OSError, match="'some/set' cannot be read to its end: reset by peer. Give the same") as error:
+        build(HUB, TOK, 16, 0, needed=10**6)
+    assert is_bad_input(error.value)
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", lambda data: rows.append(0) or iterate(data))
+    assert len(texts(build(HUB, TOK, 16, 0, needed=10**6).stream)) == 300 and len(rows) == 152  # of two files
 
 
 def test_local_files_are_read_whole_unless_tokens_are_given(path, monkeypatch):
