@@ -164,7 +164,7 @@ def fetched(records: Iterable[Any], name: str) -> Iterator[Any]:
         yield from records
     except Exception as error:  # as above
         raise OSError(
-            f"data set '{name}' cannot be read to its end: {_first_line(error)}. Give the same command again: its files "
+            f"data set '{name}' cannot be read to its end: {_first_line(error)}. Give the same command again: files "
             "that were tokenised whole are kept"
         ) from error
 
