@@ -110,7 +110,7 @@ def test_attention_by_name(edges) -> None:
     assert sagetrain.kernel_name("cpu", "toy") == "cpu/toy"
 
 
-@pytest.mark.parametrize("name", [["toy"], {}, 7, schemes.INT8], ids=repr)
+@pytest.mark.parametrize("name", [["toy"], {}, 7, schemes.INT8], ids=["list", "dict", "int", "scheme"])
 def test_what_is_no_name_is_unknown(name: object) -> None:
     with pytest.raises(ValueError, match="unknown scheme .*: choose from sage_int8, toy"):
         sagetrain.attention(*Case().tensors()[:3], scheme=name)

@@ -25,7 +25,15 @@ from sagetrain.training.folder import RENAMED
 
 Series = tuple[np.ndarray, np.ndarray]  # steps (int64, strictly increasing), values (float64)
 STATUSES = ("running", "finished", "failed")
-NUMERIC = ("tokens", "loss", "grad_norm", "tokens_per_s", "step_ms", "val_loss")  # and all that begin with "probe/"
+NUMERIC = (
+    "tokens",
+    "loss",
+    "grad_norm",
+    "tokens_per_s",
+    "step_ms",
+    "data_wait",
+    "val_loss",
+)  # and all that begin with "probe/"
 REQUIRED = {"recipe": str, "arm": str, "seed": int, "status": str, "steps": int}
 EMPTY: Series = (np.empty(0, np.int64), np.empty(0))
 

@@ -6,17 +6,19 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from sagetrain.data.corpus import ByteTokenizer, build_tokenizer
 from sagetrain.data.loader import TextData
 from sagetrain.data.pretrain import build_pretrain
 from sagetrain.data.tasks import TASKS, build_task
-from sagetrain.data.text import ByteTokenizer, build_tokenizer, stdlib_documents, unigram_entropy
 
-__all__ = ["ByteTokenizer", "TextData", "build", "build_tokenizer", "stdlib_documents", "unigram_entropy"]
+__all__ = ["ByteTokenizer", "TextData", "build", "build_tokenizer"]
 
 _ELSEWHERE = {"tokenizer", "batch_size", "seq_len"}  # may stand in the same group, but are read by the caller
 
 
-def build(cfg: Mapping[str, Any], tokenizer: Any, seq_len: int, seed: int, batch_size: int = 1) -> TextData:
+def build(
+    cfg: Mapping[str, Any], tokenizer: Any, seq_len: int, seed: int, batch_size: int = 1, needed: int | None = None
+) -> TextData:
     """The data module that `cfg` describes.
 
     Args:
@@ -26,6 +28,7 @@ def build(cfg: Mapping[str, Any], tokenizer: Any, seq_len: int, seed: int, batch
         seq_len: tokens in a packed row; the most tokens of a fine-tuning example. At least 8.
         seed: decides the order of the data, not what is held out. Not negative.
         batch_size: rows (examples) in a batch of one rank.
+        needed: tokens that the run will read, if it is known: of a pre-training set on the hub no more are taken.
 
     Raises:
         ValueError: an unknown kind or key, a number out of range, data that is empty, broken or too little.
@@ -42,7 +45,8 @@ def build(cfg: Mapping[str, Any], tokenizer: Any, seq_len: int, seed: int, batch
     known = [p.name for p in inspect.signature(function).parameters.values() if p.default is not p.empty]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"unknown key data.{unknown[0]} for kind {kind}; there are {', '.join(known)}")
-    return TextData(function(*first, tokenizer, seq_len, seed, batch_size, **options))
+    more = {"needed": needed} if kind == "pretrain" else {}
+    return TextData(function(*first, tokenizer, seq_len, seed, batch_size, **more, **options))
 
 
 def _plain(value: Any) -> Any:

@@ -4,11 +4,14 @@ Method: a folder or a glob is read as the hub would read it: files that call the
 the words of `datasets`, in their own name or in a folder's) are splits. Training takes the train split, or what carries
 no such name; validation takes the validation split; test files are never taken unless they are named one by one. Where
 a folder holds tables, the text beside them is documentation or a loading script, not data.
-Choice: lines are read by this module (not by `datasets`), because only so can an error name the file and the line.
+Kept by hand: records are read here and not by `datasets`, since only so can an error name the file and the line; since
+it infers one schema for all records, and refuses fields that differ from file to file though nobody asks for them;
+since it unpacks compressed files to the disk first; and since it takes a file named train and test for both splits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import io
@@ -22,9 +25,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TABLES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".parquet")
-FORMATS = (*TABLES, ".txt", ".txt.xz", ".txt.gz", ".py")
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+_COMPRESSED = ("", ".xz", ".gz", ".zst")
+_ROWS = (".parquet", ".arrow", ".npy")  # the last two as save_to_disk of datasets and numpy write them
+TABLES = (*(".jsonl" + end for end in _COMPRESSED), *_ROWS)
+FORMATS = (*TABLES, *(".txt" + end for end in _COMPRESSED), ".py")
 _SPLITS = {  # the first that matches; a test file of the validation split is a test file
     "test": "test|testing|eval|evaluation",
     "validation": "validation|valid|dev|val",
@@ -139,38 +147,52 @@ def _listed(files: Sequence[Path]) -> str:
     return ", ".join(p.name for p in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
-def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, dict]]:
-    """(number, record) of a file after its first `start` lines (rows): one per line of .jsonl, per row of .parquet, and
-    one `{"text": ...}` for a whole .txt or .py.
+def read_records(path: Path) -> Iterator[tuple[int, dict, int]]:
+    """(number, record, bytes of the file read by then) of a file: one per line of .jsonl, per row of a table, and one
+    for a whole .txt, .py (`{"text": ...}`) or .npy (`{"input_ids": ...}`).
 
     Raises:
         ValueError: broken JSON, text that is not UTF-8, a damaged file; names file and line.
     """
     number = 0
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
-            items = _rows(file) if path.suffix == ".parquet" else file if is_table(path) else [file.read()]
+        with open(path, "rb") as file, _OPENERS.get(path.suffix, contextlib.nullcontext)(file) as content:
+            lines = content if is_table(path) else (text.read() for text in [content])
+            items = _rows(content, path.suffix) if path.suffix in _ROWS else lines
             for number, item in enumerate(items, 1):
-                if number > start and (isinstance(item, dict) or item.strip()):
-                    yield number, _parse(item, path, f"{path}:{number}")
+                if isinstance(item, dict) or item.strip():
+                    yield number, _parse(item, path, f"{path}:{number}"), file.tell()
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: the file is damaged or cut off ({error})") from error
 
 
 def is_table(path: Path) -> bool:
     """Whether the file has a record per line or row, not one text."""
-    return path.suffix == ".parquet" or ".jsonl" in path.suffixes[-2:]
+    return path.suffix in _ROWS or ".jsonl" in path.suffixes[-2:]
 
 
-def _rows(file: Any) -> Iterator[dict]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
+def _rows(file: Any, suffix: str) -> Iterator[dict]:
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(256):
+        if suffix == ".npy":
+            yield {"input_ids": np.load(file.name, mmap_mode="r")}
+            return
+        batches = parquet.ParquetFile(file).iter_batches(256) if suffix == ".parquet" else pa.ipc.open_stream(file)
+        for batch in batches:
             yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise EOFError(f"not readable as parquet: {error}") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise EOFError(f"not readable as {suffix[1:]}: {error}") from error
+
+
+@contextlib.contextmanager
+def _zst(file: Any) -> Iterator[Any]:
+    """By pyarrow, which datasets brings along: so no other package is needed."""
+    try:
+        yield io.BufferedReader(pa.CompressedInputStream(file, "zstd"))
+    except OSError as error:
+        raise EOFError(f"not readable as zst: {error}") from error
+
+
+_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".zst": _zst}
 
 
 def _parse(item: Any, path: Path, where: str) -> dict:

@@ -1,142 +1,66 @@
-"""Pre-training data: stream documents, tokenise, pack into rows of equal length.
+"""Pre-training data: rows of equal length, cut from documents that are laid end to end.
 
-Method: documents (bos if the tokenizer uses one, text, eos) are laid end to end and cut into rows of `seq_len` tokens.
-A document that reaches over the end of a row goes on in the next one, where its position restarts at 0 and it no longer
-sees its first part: every token is in exactly one row, no row holds padding, and each cut costs one target.
+Method: in each epoch all documents (bos if the tokenizer uses one, text, eos) are laid end to end, permuted by (seed,
+epoch), and cut into rows of `seq_len` tokens, which are permuted in turn, so that those of a long document come apart.
+The running sum of the documents' lengths says where a row lies: any row is at hand at once, on any rank. A document
+that reaches over the end of a row goes on in the next one, where its position restarts at 0 and it no longer sees its
+first part: every token is in one row, no row holds padding, and each cut costs one target. What does not fill a row at
+the end of an epoch is left out of it. Records that hold token ids are documents as they are, cut after each eos.
 
-Order: files are permuted by (seed, epoch); within that order, blocks of `shuffle_buffer` documents are permuted by
-(seed, epoch, block). Unlike a sliding shuffle buffer this can be put back at any point by reading one block again,
-which is what makes a resume exact and cheap. The stream has no end: after the last document the next epoch begins.
+Documents are tokenised in parts, each a table in the cache (tables.py): a group of local files, or a file of a hub data
+set, so that after a kill only one part is begun again. Local files are tokenised whole unless `tokens` says otherwise.
+Of a hub data set only as many tokens are taken as the run needs: its files in an order that is drawn once, the same for
+every seed, each from its beginning, until there are enough. The shuffle is over all that is taken, not over the rest.
 
-Ranks: global batch g is rows g*B*W to (g+1)*B*W, rank r takes the r-th B of them. So rows and their order do not depend
-on the number of ranks W, and neither does a checkpoint. Choice and cost: each rank reads and tokenises the whole
-stream, W times the work of giving each rank documents of its own, which would tie a checkpoint to its number of ranks.
-
-Validation: `val_path`, or the validation files of a folder, or the first `val_documents` of the corpus in a fixed
-order; training leaves out every document whose text is one of them, wherever it stands.
+Validation: `val_path`, or the validation files of a folder, or `val_documents` of the corpus (of a hub data set its
+first), the same for every seed; training leaves out every document whose tokens are those of one of them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sagetrain.data.collate import Row, packed
-from sagetrain.data.files import Files, find, find_validation
+from sagetrain.data.corpus import TOGETHER, contents, encode, fetched, frame, load_hub, say, stdlib_files
+from sagetrain.data.files import find, find_validation, is_table, read_records
 from sagetrain.data.loader import Stream
-from sagetrain.data.text import HubCorpus, LocalCorpus, encode, frame, say, stdlib_files
+from sagetrain.data.tables import Empty, Meter, Table, ahead, digest, made_by, stamps, tabled
 
-log = logging.getLogger(__name__)
-_TOGETHER = 64  # documents a tokenizer call gets
-_FIXED = (0,)  # key of the one order that does not depend on the seed
-
-
-def pack(documents: Iterable[tuple[np.ndarray, dict]], width: int, skip: int = 0) -> Iterator[tuple[Row, dict]]:
-    """Lays documents (token ids `[n]`, where) end to end, without the first `skip` tokens, and cuts rows of `width`.
-
-    Yields each row with the place after it: `where` of its last document and `token`, how much of that is used up.
-    """
-    filled, row, starts = 0, np.empty(width, np.int32), []
-    for ids, where in documents:
-        at, skip = skip, 0
-        while at < len(ids):
-            take = min(width - filled, len(ids) - at)
-            starts.append(filled)
-            row[filled : filled + take] = ids[at : at + take]
-            at, filled = at + take, filled + take
-            if filled == width:
-                yield (row, starts), where | {"token": at}
-                filled, row, starts = 0, np.empty(width, np.int32), []
+PART = 2**26  # bytes of files that are tokenised into one table
+Read = Iterator[tuple[str | np.ndarray, int]]  # documents: text or token ids; bytes of all files that lie behind it
+Part = tuple[Any, Callable[[], Read]]  # what tells it apart, and its documents
 
 
-class PackedStream(Stream):
-    """Endless stream of packed rows, see the module's text.
+class PackedRows(Sequence):
+    """Rows of `width` tokens: documents of a table, laid end to end in the order `order`."""
 
-    Raises:
-        ValueError: no document, or fewer tokens than one row after the held-out documents are left out.
-    """
+    def __init__(self, table: Table, order: np.ndarray, width: int) -> None:
+        self.table, self.order, self.width = table, order, width
+        self.ends = np.cumsum(table.lengths[order])
 
-    start = {"epoch": 0, "block": 0, "source": None, "document": 0, "token": 0}
+    @property
+    def tokens(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
 
-    def __init__(
-        self,
-        corpus: LocalCorpus | HubCorpus,
-        tokenizer: Any,
-        seq_len: int,
-        seed: int,
-        batch_size: int = 1,
-        shuffle_buffer: int = 1024,
-        boundaries: bool = True,
-        held_out: Sequence[str] = (),
-    ) -> None:
-        self.corpus, self.tokenizer, self.seq_len, self.seed = corpus, tokenizer, seq_len, seed
-        self.batch_size, self.shuffle_buffer, self.boundaries = batch_size, shuffle_buffer, boundaries
-        self.facts: dict[str, str] = {}  # what was read, for the record of the run
-        self._hidden = {_digest(text) for text in held_out}
-        self.name = f"{corpus.name}, seed {seed}, shuffle_buffer {shuffle_buffer}, held out {len(self._hidden)}"
-        self._frame = frame(tokenizer)
-        held = ((self._framed(ids), {}) for ids in encode(tokenizer, held_out))
-        self.held_out = [row for row, _ in pack(held, seq_len)]
-        self._check_enough()
+    def __len__(self) -> int:
+        return self.tokens // self.width
 
-    def batches(self, position: dict[str, Any], rank: int, ranks: int) -> Iterator[tuple[dict, dict]]:
-        size, rows = self.batch_size, pack(self._documents(position), self.seq_len, position["token"])
-        while group := list(islice(rows, size * ranks)):
-            mine = [row for row, _ in group[rank * size : (rank + 1) * size]]
-            yield self.collate(mine), group[-1][1]
-
-    def length(self, ranks: int) -> None:
-        return None
-
-    def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return packed(rows, boundaries=self.boundaries)
-
-    def _documents(self, position: dict[str, Any]) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        epoch, block, source, first = (position[k] for k in ("epoch", "block", "source", "document"))
-        while True:
-            for read, before in self.corpus.blocks((self.seed, epoch), source, self.shuffle_buffer):
-                texts = [text for text in read if self._kept(text)]
-                order = np.random.default_rng((self.seed, epoch, block)).permutation(len(texts))
-                where = {"epoch": epoch, "block": block, "source": before}
-                for low in range(first, len(order), _TOGETHER):
-                    group = [texts[i] for i in order[low : low + _TOGETHER]]
-                    for number, ids in enumerate(encode(self.tokenizer, group), low):
-                        yield self._framed(ids), where | {"document": number}
-                block, first = block + 1, 0
-            epoch, block, source, first = epoch + 1, 0, None, 0
-            log.info("%s: all documents read, epoch %d begins in a new order", self.corpus.name, epoch)
-
-    def _framed(self, ids: np.ndarray) -> np.ndarray:
-        bos, eos = self._frame
-        return np.concatenate([bos, ids, eos])
-
-    def _kept(self, text: str) -> bool:
-        return bool(text) and not (self._hidden and _digest(text) in self._hidden)
-
-    def _check_enough(self) -> None:
-        if self._hidden and not self.held_out:
-            raise ValueError(
-                f"the {len(self._hidden)} validation documents do not fill one row of {self.seq_len} tokens; raise "
-                "data.val_documents or give more data.val_path"
-            )
-        tokens = documents = 0
-        for read, _ in self.corpus.blocks(_FIXED, None, 1):
-            documents += 1
-            tokens += sum(len(self._framed(ids)) for ids in encode(self.tokenizer, list(filter(self._kept, read))))
-            if tokens >= self.seq_len:
-                return
-        if not documents:
-            raise ValueError(f"data set '{self.corpus.name}' is empty: it holds no document")
-        raise ValueError(
-            f"data set '{self.corpus.name}' holds {tokens} tokens in {documents} document(s) after {len(self._hidden)} "
-            f"held out for validation; one row needs {self.seq_len}. Give more text, a shorter seq_len, or fewer "
-            "data.val_documents (a file of .txt or .py is one document)."
-        )
+    def __getitem__(self, row: int) -> Row:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        begin, end = row * self.width, (row + 1) * self.width
+        first, last = np.searchsorted(self.ends, [begin, end - 1], "right")
+        parts = [self.table[i] for i in self.order[first : last + 1]]
+        parts[-1] = parts[-1][: len(parts[-1]) - (self.ends[last] - end)]  # the rest lies in rows after this one
+        parts[0] = parts[0][len(parts[0]) - (min(self.ends[first], end) - begin) :]
+        return np.concatenate(parts), [0, *(self.ends[first:last] - begin).tolist()]
 
 
 def build_pretrain(
@@ -144,49 +68,176 @@ def build_pretrain(
     seq_len: int,
     seed: int,
     batch_size: int,
+    needed: int | None,
     source: str | None = "stdlib",
     name: str | None = None,
     path: Any = None,
     text_field: str = "text",
     split: str = "train",
+    tokens: int | None = None,
     val_path: Any = None,
     val_documents: int | None = None,
     document_boundaries: bool = True,
-    shuffle_buffer: int = 1024,
-) -> PackedStream:
+) -> Stream:
     """Local files (`path`), else Python's standard library (`source="stdlib"`), else a hub data set (`source`, `name`).
 
-    Held out: all documents of `val_path` or of a folder's validation files (the first `val_documents` if set), else the
-    first `val_documents` of the corpus, else nothing.
+    `tokens` are taken, if there are as many: null means all of local files, and `needed` of a hub data set. Held out:
+    all documents of `val_path` or of a folder's validation files (`val_documents` of them if set), else `val_documents`
+    of the corpus, else nothing.
     """
-    for key, value, least in ("shuffle_buffer", shuffle_buffer, 1), ("val_documents", val_documents or 0, 0):
-        if not isinstance(value, int) or value < least:
+    for key, value, least in ("tokens", tokens, seq_len), ("val_documents", val_documents, 0):
+        if value is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"data.{key} must be an integer of at least {least}, not {value!r}")
-    files: Files | None = None
-    if path is not None:
-        files = find(path)
-        corpus: LocalCorpus | HubCorpus = LocalCorpus(files.chosen, text_field)
-        if files.some_left:
-            say("data.path=%s: %s", path, files)
-    elif source == "stdlib":
-        corpus = LocalCorpus(stdlib_files(), name="stdlib", passage=1024)
+    files = None if path is None else find(path)
+    apart = find_validation(val_path, files) if val_path is not None else files.validation if files else []
+    hub = None
+    if files or source == "stdlib":
+        chosen = files.chosen if files else stdlib_files()
+        label = _listed(chosen) if files else "stdlib"
+        corpus = _table(tokenizer, label, *_local(chosen, tokenizer, text_field), tokens)
     elif source:
-        corpus = HubCorpus(source, name, split, text_field)
+        load = cache(lambda: load_hub(source, name, split, streaming=True))  # called for what is not in the cache
+        hub = partial(_hub, load, (source, name, split, text_field), tokenizer, text_field)
+        label = "/".join(filter(None, (source, name, split)))
+        if (tokens := tokens or needed) is None:
+            raise ValueError("data.tokens: say how many tokens to take of a hub data set (or set trainer.max_steps)")
     else:
         raise ValueError("no data: set data.source= (stdlib or the id of a hub data set) or data.path= (local files)")
-    apart = find_validation(val_path, files) if val_path is not None else files.validation if files else []
-    held_out: list[str] = []
+    if files and files.some_left:
+        say("data.path=%s: %s", path, files)
+
+    held_out, hidden, without = [], np.array([], np.int64), 0
     if apart or val_documents:
-        reader = LocalCorpus(apart, text_field) if apart else corpus
-        texts = (text for read, _ in reader.blocks(_FIXED, None, 1) for text in read if text)
-        held_out = list(islice(texts, val_documents or None))
+        if apart:
+            held = _table(tokenizer, _listed(apart), *_local(apart, tokenizer, text_field))
+        else:
+            held = _table(tokenizer, label, hub(first=val_documents), None) if hub else corpus
+        order = np.random.default_rng(0).permutation(len(held))[: val_documents or None]
+        held_out, hidden = list(PackedRows(held, order, seq_len)), np.unique(held.columns["digest"][order])
+        without = int(held.lengths[order].sum())
         if not held_out:
-            raise ValueError(f"data set '{reader.name}' is empty: no document for validation")
-    options = (shuffle_buffer, document_boundaries, held_out)
-    stream = PackedStream(corpus, tokenizer, seq_len, seed, batch_size, *options)
-    stream.facts = {"files": str(files)} if files and files.some_left else {}
+            raise ValueError(
+                f"the {len(hidden)} validation documents do not fill one row of {seq_len} tokens; raise "
+                "data.val_documents or give more data.val_path"
+            )
+    if hub:
+        corpus = _table(tokenizer, label, hub(), None, tokens + without)
+    kept = np.flatnonzero(~np.isin(corpus.columns["digest"], hidden))
+    order = lambda epoch: np.random.default_rng((seed, epoch)).permutation(kept)  # noqa: E731
+    facts = {"documents": len(kept), "tokens": int(corpus.lengths[kept].sum())}
+    stream = Stream(
+        name=f"{label}, {corpus.lengths.sum()} tokens, seed {seed}, held out {len(hidden)}",
+        rows=lambda epoch: PackedRows(corpus, order(epoch), seq_len),
+        held_out=held_out,
+        collate=partial(packed, boundaries=document_boundaries),
+        batch_size=batch_size,
+        seed=seed,
+        endless=True,
+        facts=facts | ({"asked": tokens} if hub else {}) | ({"files": str(files)} if files and files.some_left else {}),
+    )
+    if not stream.rows(0):
+        raise ValueError(
+            f"data set '{label}' holds {facts['tokens']} tokens in {len(kept)} document(s) after {len(hidden)} held "
+            f"out for validation; one row needs {seq_len}. Give more text, a shorter seq_len, or fewer "
+            "data.val_documents (a file of .txt or .py is one document)."
+        )
     return stream
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _table(tokenizer: Any, name: str, parts: Iterable[Part], size: int | None, tokens: int | None = None) -> Table:
+    """The documents of `parts`, tokenised: all, or the first that have `tokens` together. size: bytes of all files."""
+    made, taken, maker = [], 0, made_by(tokenizer)
+    for key, read in parts:
+        left, meter = None if tokens is None else tokens - taken, Meter(name, size or tokens, taken)
+        rows = partial(documents, tokenizer, read, left, meter)
+        try:
+            made.append(tabled(rows, name, maker, key, left))
+        except Empty:  # there are no more
+            if not made:
+                raise
+            break
+        taken += int(Table(made[-1:]).lengths.sum()) if tokens else 0
+        if tokens and taken >= tokens:
+            break
+    return Table(made)
+
+
+def documents(
+    tokenizer: Any, read: Callable[[], Read], limit: int | None = None, meter: Meter | None = None
+) -> Iterator[dict[str, Any]]:
+    """A row of a table for each document: bos (if the tokenizer uses one), text, eos, or the token ids as they are;
+    with its digest. Ends with the document that reaches `limit` tokens."""
+    (bos, eos), taken = frame(tokenizer), 0
+
+    def encoded(group: list[tuple[str | np.ndarray, int]]) -> list[tuple[np.ndarray, int]]:
+        texts = iter(encode(tokenizer, [document for document, _ in group if isinstance(document, str)]))
+        return [
+            (np.concatenate([bos, next(texts), eos]) if isinstance(document, str) else document.astype(np.int32), at)
+            for document, at in group
+        ]
+
+    with meter or contextlib.nullcontext():
+        for group in ahead(map(encoded, ahead(_groups(read()), 2)), 2):
+            for ids, _ in group:
+                yield {"ids": ids, "digest": digest(ids.tobytes())}
+                taken += len(ids)
+                if limit is not None and taken >= limit:
+                    return
+            if meter:
+                meter(taken, group[-1][1])
+
+
+def _groups(read: Read) -> Iterator[list[tuple[str | np.ndarray, int]]]:
+    """As many documents as the tokenizer gets at once."""
+    group, size = [], 0
+    for document, at in read:
+        group.append((document, at))
+        size += len(document)
+        if len(group) == TOGETHER[0] or size > TOGETHER[1]:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _local(files: Sequence[Path], tokenizer: Any, field: str) -> tuple[list[Part], int]:
+    """Local files in groups of about `PART` bytes, and the bytes of all."""
+    groups, size, total = [], PART, 0
+    for file in files:
+        if size >= PART:
+            groups.append((total, []))
+            size = 0
+        groups[-1][1].append(file)
+        size, total = size + file.stat().st_size, total + file.stat().st_size
+
+    def read(behind: int, group: list[Path]) -> Read:
+        for file in group:
+            for number, record, at in read_records(file):
+                for document in contents(record, field if is_table(file) else "text", tokenizer, f"{file}:{number}"):
+                    yield document, behind + at
+            behind += file.stat().st_size
+
+    return [((stamps(group), field), partial(read, behind, group)) for behind, group in groups], total
+
+
+def _hub(load: Callable[[], Any], key: tuple, tokenizer: Any, field: str, first: int | None = None) -> Iterator[Part]:
+    """The files of a hub data set, in an order drawn once; or its `first` records, in its own order."""
+
+    def read(file: int | None) -> Read:
+        data = load()
+        if file is None:
+            data = data.take(first)
+        elif file < data.num_shards:
+            data = data.shard(data.num_shards, int(np.random.default_rng(0).permutation(data.num_shards)[file]))
+        else:
+            return
+        for number, record in enumerate(fetched(data, key[0])):
+            for document in contents(record, field, tokenizer, f"{key[0]}:{number}"):
+                yield document, 0
+
+    for file in count() if first is None else [None]:
+        yield (key, first, file), partial(read, file)
+
+
+def _listed(files: Sequence[Path]) -> str:
+    return ",".join(file.name for file in files[:3]) + (f"+{len(files) - 3}" if len(files) > 3 else "")

@@ -15,31 +15,30 @@ Both layouts of a record are read: the hub data sets' and plain JSON lines. Noth
 validated on: the harness takes GSM8K's and MMLU's test split and the validation split of HellaSwag and DROP. So
 validation is `val_path`, or the validation files of a local folder; else MMLU's own validation split; else a hash of
 the passage, scene or question decides (`val_fraction`), so that one passage is never on both sides.
-All examples are read and tokenised when the data is built, so every error comes before training.
+All examples are read and tokenised when the data is built, so every error comes before training; tables.py keeps them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sagetrain.data.collate import Example, packed_examples, padded
-from sagetrain.data.files import Files, find, find_validation, read_records
+from sagetrain.data.corpus import TOGETHER, clean, encode, frame, get_text, load_hub, say
+from sagetrain.data.files import find, find_validation, read_records
 from sagetrain.data.loader import Stream
-from sagetrain.data.text import clean, encode, frame, get_text, load_hub, say
+from sagetrain.data.tables import Row, Table, digest, made_by, stamps, tabled
 
 VAL_FRACTION = 0.05  # held out where nothing is published for validation
 TOO_LONG = ("error", "skip", "truncate")
 Record = Mapping[str, Any]
 Text = tuple[str, str, str]  # what the split is decided by, prompt, answer (with its leading space)
-Parts = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids: bos, prompt, answer with eos
 
 
 @dataclass(frozen=True)
@@ -129,61 +128,36 @@ TASKS = {
 }
 
 
-class TaskStream(Stream):
-    """Tokenised examples, shuffled by (seed, epoch); with `width` > 0 several are packed in a row of so many tokens.
+class Examples:
+    """Rows of a table as examples; one of more than `longest` tokens loses the beginning of its prompt, but not bos."""
 
-    Global batch g of an epoch is B*W examples (rows when packing) of its permutation, rank r takes the r-th B of them;
-    what is left at the end of an epoch is not used in that epoch.
+    def __init__(self, table: Table, tokenizer: Any, longest: int) -> None:
+        self.table, self.longest = table, longest
+        self.lengths, self.prompts = np.minimum(table.lengths, longest), table.columns["prompt"]
+        self.bos, self.pad = len(frame(tokenizer)[0]), tokenizer.pad_token_id
 
-    Raises:
-        ValueError: no training example.
-    """
+    def __getitem__(self, number: int) -> Example:
+        ids = self.table[number]
+        over = max(len(ids) - self.longest, 0)
+        return np.concatenate([ids[: self.bos], ids[self.bos + over :]]), int(self.prompts[number]) - over
 
-    start = {"epoch": 0, "row": 0}
+    def padded(self, numbers: Sequence[int]) -> dict[str, Any]:
+        return padded([self[number] for number in numbers], self.pad)
 
-    def __init__(
-        self,
-        name: str,
-        train: list[Example],
-        val: list[Example],
-        pad_id: int,
-        batch_size: int,
-        seed: int,
-        width: int,
-        facts: dict[str, Any],
-    ) -> None:
-        self.facts = facts  # what was read, for the record of the run
-        self.pad_id, self.batch_size, self.seed, self.width = pad_id, batch_size, seed, width
-        order = np.random.default_rng((seed,)).permutation(len(train))
-        self.train = _rows([train[i] for i in order] if width else train, width)
-        self.held_out = _rows(val, width)
-        self.name = f"{name}, {len(train)} examples, seed {seed}" + (f", packed to {width}" if width else "")
+    def packed(self, rows: Sequence[list[int]]) -> dict[str, Any]:
+        return packed_examples([[self[number] for number in row] for row in rows], self.longest, self.pad)
 
-    def batches(self, position: dict[str, Any], rank: int, ranks: int) -> Iterator[tuple[dict, dict]]:
-        epoch, row, size = position["epoch"], position["row"], self.batch_size
-        self.length(ranks)
-        if row + size * ranks > len(self.train):  # the checkpoint was written with smaller global batches
-            epoch, row = epoch + 1, 0
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.train))
-        while row + size * ranks <= len(self.train):
-            mine = order[row + rank * size : row + (rank + 1) * size]
-            row += size * ranks
-            ends = row + size * ranks > len(self.train)
-            after = {"epoch": epoch + 1, "row": 0} if ends else {"epoch": epoch, "row": row}
-            yield self.collate([self.train[i] for i in mine]), after
-
-    def length(self, ranks: int) -> int:
-        if len(self.train) < self.batch_size * ranks:
-            raise ValueError(
-                f"{self.name}: {len(self.train)} row(s) of training data, but one step of {ranks} rank(s) with "
-                f"batch_size {self.batch_size} needs {self.batch_size * ranks}"
-            )
-        return len(self.train) // (self.batch_size * ranks)
-
-    def collate(self, rows: Sequence[list[Example]]) -> dict[str, Any]:
-        if self.width:
-            return packed_examples(rows, self.width, self.pad_id)
-        return padded([example for row in rows for example in row], self.pad_id)
+    def together(self, numbers: np.ndarray) -> list[list[int]]:
+        """Rows of as many examples as fit, in their order."""
+        rows: list[list[int]] = []
+        filled = self.longest
+        for number in map(int, numbers):
+            if filled + self.lengths[number] > self.longest:
+                rows.append([])
+                filled = 0
+            rows[-1].append(number)
+            filled += self.lengths[number]
+        return rows
 
 
 def build_task(
@@ -202,7 +176,7 @@ def build_task(
     max_examples: int | None = None,
     packing: bool = False,
     too_long: str = "error",
-) -> TaskStream:
+) -> Stream:
     """Local files (`path`) or the task's hub data set (another one with `source`, `name`, `split`).
 
     `val_fraction` (between 0 and 1, 0 for no validation) holds out by hash; null takes what there is for validation
@@ -217,131 +191,88 @@ def build_task(
         raise ValueError(f"data.max_examples must be at least 1, not {max_examples}")
     if too_long not in TOO_LONG:
         raise ValueError(f"data.too_long must be one of {', '.join(TOO_LONG)}, not {too_long!r}")
-    files = None if path is None else find(path)
-    train, val, held_out = _splits(kind, files, val_path, source, name, split, val_split, val_fraction)
-    prompts = {prompt for _, prompt, _ in val}
-    train = [text for text in train if text[1] not in prompts]
-    if not train:
+    task, files = TASKS[kind], None if path is None else find(path)
+    repo, config = source or task.repo, name or (None if source else task.config)
+
+    def read(part: list[Path] | str) -> Any:
+        if isinstance(part, str):
+            data, label = load_hub(repo, config, part, streaming=False), f"{repo} {part}"
+            records, key = lambda: ((f"{label}:{i}", x) for i, x in enumerate(data)), data._fingerprint
+        else:
+            label, key = ", ".join(map(str, part)), stamps(part)
+            records = lambda: ((f"{file}:{i}", x) for file in part for i, x, _ in read_records(file))  # noqa: E731
+        return tabled(lambda: _rows(task, tokenizer, records()), label, kind, made_by(tokenizer), key)
+
+    val, fraction = None, 0.0
+    if val_path is not None:
+        val, held = find_validation(val_path, files), f"({val_path})"
+    elif val_fraction is None and files and files.validation:
+        val, held = files.validation, "(files of the folder)"
+    elif val_fraction is None and not files and (val := val_split or (None if source else task.val)):
+        held = f"({repo} {val})"
+    else:
+        fraction = VAL_FRACTION if val_fraction is None else val_fraction
+        held = f"({fraction:g} of all, by hash)" if fraction else ""
+    parts = [read(files.chosen if files else split or task.train), *([read(val)] if val else [])]
+    table, train = Table(parts), np.arange(len(parts[0]))
+    apart = np.arange(len(train), len(table)) if val else np.flatnonzero(table.columns["share"] < fraction)
+    prompts = table.columns["digest"]
+    train = train[~np.isin(prompts[train], prompts[apart])]
+    if not len(train):
         raise ValueError(f"no {kind} example is left for training; lower data.val_fraction, or give another val_path")
-    encoded = [_tokenise(tokenizer, _some(texts, max_examples)) for texts in (train, val)]
-    if too_long == "error":
-        _check_length(kind, encoded[0] + encoded[1], seq_len)
-    cut: Counter[str] = Counter()
-    train, val = ([e for parts in side for e in _fit(*parts, seq_len, too_long, cut)] for side in encoded)
-    hub = f"{source or TASKS[kind].repo} {split or TASKS[kind].train}"
-    label = ",".join(file.name for file in files.chosen) if files else hub
-    facts = {"examples": len(train), "validation examples": f"{len(val)} {held_out}".strip()} | cut
-    say("%s: %s", kind, ", ".join(f"{count} {what}" for what, count in facts.items()))
+    train, apart = _some(train, max_examples), _some(apart, max_examples)
+
+    examples, needs = Examples(table, tokenizer, seq_len), table.lengths
+    long = needs > seq_len
+    lost = long & ((too_long == "skip") | (examples.bos + needs - examples.prompts >= seq_len))  # no room for a prompt
+    used = np.concatenate([train, apart])
+    if (count := long[used].sum()) and too_long == "error":
+        raise ValueError(
+            f"{kind}: {count} of {len(used)} examples do not fit data.seq_len={seq_len}, the longest needs "
+            f"{needs[used].max()}. Give data.seq_len={needs[used].max()}, or say what to do with them: data.too_long="
+            "skip leaves them out, data.too_long=truncate cuts the beginning of their prompts"
+        )
+    cut = {"skipped as too long": int(lost[used].sum()), "truncated": int((long & ~lost)[used].sum())}
+    train, apart = train[~lost[train]], apart[~lost[apart]]
+    facts = {"examples": len(train), "validation examples": f"{len(apart)} {held}".strip()}
+    facts |= {what: number for what, number in cut.items() if number}
+    say("%s: %s", kind, ", ".join(f"{number} {what}" for what, number in facts.items()))
     if files and files.some_left:
         say("data.path=%s: %s", path, files)
         facts["files"] = str(files)
-    width = seq_len if packing else 0
-    stream = TaskStream(f"{kind} {label}", train, val, tokenizer.pad_token_id, batch_size, seed, width, facts)
+
+    label = ",".join(file.name for file in files.chosen) if files else f"{repo} {split or task.train}"
+    label = f"{kind} {label}, {len(train)} examples, seed {seed}" + (f", packed to {seq_len}" if packing else "")
+    train, held_out, collate = train.tolist(), apart.tolist(), examples.padded
+    if packing:
+        train = examples.together(np.random.default_rng((seed,)).permutation(train))
+        held_out, collate = examples.together(apart), examples.packed
+    stream = Stream(label, lambda epoch: train, held_out, collate, batch_size, seed, endless=False, facts=facts)
     stream.length(1)  # says now that there is too little
     return stream
 
 
-def _splits(
-    kind: str,
-    files: Files | None,
-    val_path: Any,
-    source: str | None,
-    name: str | None,
-    split: str | None,
-    val_split: str | None,
-    val_fraction: float | None,
-) -> tuple[list[Text], list[Text], str]:
-    """Training texts, validation texts, and where the latter come from."""
-    task = TASKS[kind]
-    repo, config = source or task.repo, name or (None if source else task.config)
-
-    def local(paths: Sequence[Path]) -> list[Text]:
-        texts = [task.read(record, f"{path}:{n}") for path in paths for n, record in read_records(path)]
-        return _not_empty(texts, ", ".join(map(str, paths)))
-
-    def hub(part: str) -> list[Text]:
-        records = enumerate(load_hub(repo, config, part, False))
-        return _not_empty([task.read(record, f"{repo} {part}:{i}") for i, record in records], f"{repo} {part}")
-
-    train = local(files.chosen) if files else hub(split or task.train)
-    if val_path is not None:
-        return train, local(find_validation(val_path, files)), f"({val_path})"
-    if val_fraction is None and files and files.validation:
-        return train, local(files.validation), "(files of the folder)"
-    if val_fraction is None and not files and (val_part := val_split or (None if source else task.val)):
-        return train, hub(val_part), f"({repo} {val_part})"
-    fraction = VAL_FRACTION if val_fraction is None else val_fraction
-    if not fraction:
-        return train, [], ""
-    val = [text for text in train if _share(text[0]) < fraction]
-    return [text for text in train if _share(text[0]) >= fraction], val, f"({fraction:g} of all, by hash)"
+def _some(numbers: np.ndarray, limit: int | None) -> np.ndarray:
+    if limit is None or limit >= len(numbers):
+        return numbers
+    return numbers[np.sort(np.random.default_rng((0,)).choice(len(numbers), limit, replace=False))]
 
 
-def _not_empty(texts: list[Text], where: str) -> list[Text]:
-    if not texts:
-        raise ValueError(f"data set '{where}' is empty: it holds no example")
-    return texts
-
-
-def _tokenise(tokenizer: Any, texts: Sequence[Text]) -> list[Parts]:
-    """bos, prompt, and the answer with eos, of each text."""
+def _rows(task: Task, tokenizer: Any, records: Iterable[tuple[str, Record]]) -> Iterator[Row]:
+    """Of each example: its tokens, how many of them are bos and prompt, digest of the prompt, place among all in [0, 1)
+    of what the split is decided by. The answer's tokens are chosen as this module's text says."""
     bos, eos = frame(tokenizer)
-    prompts = encode(tokenizer, [prompt for _, prompt, _ in texts])
-    lasts = [prompt.rpartition("\n")[2] for _, prompt, _ in texts]
-    ends = encode(tokenizer, [last + answer for last, (_, _, answer) in zip(lasts, texts, strict=True)])
-    parts = []
-    for (_, _, reply), prompt, last, end in zip(texts, prompts, encode(tokenizer, lasts), ends, strict=True):
-        joint = np.array_equal(end[: len(last)], last)
-        answer = end[len(last) :] if joint else encode(tokenizer, [reply])[0]
-        parts.append((bos, prompt, np.concatenate([answer, eos])))
-    return parts
-
-
-def _check_length(kind: str, examples: Sequence[Parts], seq_len: int) -> None:
-    needs = [sum(map(len, parts)) for parts in examples]
-    if long := sum(need > seq_len for need in needs):
-        raise ValueError(
-            f"{kind}: {long} of {len(needs)} examples do not fit data.seq_len={seq_len}, the longest needs "
-            f"{max(needs)}. Give data.seq_len={max(needs)}, or say what to do with them: data.too_long=skip leaves "
-            "them out, data.too_long=truncate cuts the beginning of their prompts"
-        )
-
-
-def _fit(
-    bos: np.ndarray, prompt: np.ndarray, answer: np.ndarray, seq_len: int, too_long: str, cut: Counter[str]
-) -> Iterator[Example]:
-    """The example, whole or truncated, unless it is to be skipped; `cut` counts what was done."""
-    room = seq_len - len(bos) - len(answer)
-    if len(prompt) > room:
-        if too_long == "skip" or room < 1:
-            cut["skipped as too long"] += 1
-            return
-        cut["truncated"] += 1
-        prompt = prompt[-room:]
-    yield np.concatenate([bos, prompt, answer]), len(bos) + len(prompt)
-
-
-def _rows(examples: list[Example], width: int) -> list[list[Example]]:
-    """One example a row; or, with `width`, as many in a row as fit, in their order."""
-    rows: list[list[Example]] = []
-    filled = 0
-    for example in examples:
-        if not width or not rows or filled + len(example[0]) > width:
-            rows.append([])
-            filled = 0
-        rows[-1].append(example)
-        filled += len(example[0])
-    return rows
-
-
-def _some(texts: list[Text], limit: int | None) -> list[Text]:
-    if limit is None or limit >= len(texts):
-        return texts
-    return [texts[i] for i in sorted(np.random.default_rng((0,)).choice(len(texts), limit, replace=False))]
-
-
-def _share(key: str) -> float:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+    records = iter(records)
+    while texts := [task.read(record, where) for where, record in islice(records, TOGETHER[0])]:
+        prompts = encode(tokenizer, [prompt for _, prompt, _ in texts])
+        lasts = [prompt.rpartition("\n")[2] for _, prompt, _ in texts]
+        ends = encode(tokenizer, [last + answer for last, (_, _, answer) in zip(lasts, texts, strict=True)])
+        for (key, text, reply), prompt, last, end in zip(texts, prompts, encode(tokenizer, lasts), ends, strict=True):
+            joint = np.array_equal(end[: len(last)], last)
+            answer = end[len(last) :] if joint else encode(tokenizer, [reply])[0]
+            ids = np.concatenate([bos, prompt, answer, eos])
+            share = digest(key.encode()) / 2**63
+            yield {"ids": ids, "prompt": len(bos) + len(prompt), "digest": digest(text.encode()), "share": share}
 
 
 def _list(record: Record, field: str, where: str) -> list[str]:

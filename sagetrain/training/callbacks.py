@@ -4,9 +4,10 @@ Method: one row per logged optimizer step goes to metrics.csv and is flushed at 
 step (validation, probe) is written over that row in one system call. After a resume, rows beyond the checkpoint are
 dropped, so every step stands there once. The probe compares the run's scheme with BF16 attention on one held batch.
 Choice: the loss of that step alone over all its targets, never smoothed, printed with all its digits, so that two runs
-can be compared bit for bit; times are the mean over the steps since the row before. Not Lightning's CSVLogger, which
-begins metrics.csv anew after a resume and writes a row only once; not its progress bars, which count batches of an
-epoch, read what was logged (a wait for the device each time) and show nothing where the output is no terminal.
+can be compared bit for bit; times are the mean over the steps since the row before, `data_wait` is the share of them
+for which the loop waited for its next batches. Not Lightning's CSVLogger, which begins metrics.csv anew after a resume
+and writes a row only once; not its progress bars, which count batches of an epoch, read what was logged (a wait for the
+device each time) and show nothing where the output is no terminal.
 Cost: reading a row waits for the step to finish on the device. That happens every `trainer.log_every_n_steps` steps,
 before validation and a probe, and at the end; no other step is waited for. A probe costs about two training steps and
 the memory of two sets of gradients.
@@ -35,7 +36,7 @@ from sagetrain.training.checkpoint import way_back
 from sagetrain.training.folder import RENAMED, write
 from sagetrain.training.module import CausalLM
 
-COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "val_loss")
+COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "data_wait", "val_loss")
 PROBE = ("probe/loss_bf16", "probe/loss_lowbit", "probe/grad_cosine", "probe/ds_rowsum")
 
 
@@ -98,9 +99,9 @@ class RunLog(L.Callback):
         if self.row.get("step") == module.step["step"]:
             return True
         step, loss, self._tokens = module.step["step"], float(module.step["loss"]), int(self._tokens)
-        seconds, steps, tokens = module.lap(), step - self._logged[0], self._tokens - self._logged[1]
+        (seconds, waited), steps, tokens = module.lap(), step - self._logged[0], self._tokens - self._logged[1]
         norm, lr, self._logged = module.grad_norm(), module.step["lr"], (step, self._tokens)
-        values = (step, self._tokens, loss, norm, lr, tokens / seconds, 1e3 * seconds / steps)
+        values = (step, self._tokens, loss, norm, lr, tokens / seconds, 1e3 * seconds / steps, waited / seconds)
         self.row = dict(zip(COLUMNS, values, strict=False))
         if trainer.is_global_zero:
             self.facts.setdefault("tokens_per_step", tokens // steps)

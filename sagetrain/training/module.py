@@ -148,7 +148,7 @@ class CausalLM(L.LightningModule):
         check_length(self.hf_config, cfg.data.seq_len)
         self.model: torch.nn.Module | None = None
         self.step: dict[str, Any] = {}  # of the last optimizer step: step, loss, tokens, grad_norm, lr (all ranks)
-        self.clock: float | None = None  # when the work that the next row of metrics times began
+        self.clock: tuple[float, float] | None = None  # when what the next row times began, and its _waited()
         self._mean_targets: Tensor | None = None  # of the optimizer step under way, per micro-batch and rank
         self._loss: Tensor | float = 0.0  # of the micro-batches so far, this rank
         self._tokens: Tensor | int = 0
@@ -332,16 +332,19 @@ class CausalLM(L.LightningModule):
         self._start_clock()  # Lightning calls this after the callbacks' hooks, whose work after a row is not counted
 
     def on_validation_end(self) -> None:
-        self.clock = time.perf_counter()
+        self.clock = time.perf_counter(), self._waited()
 
     def _start_clock(self) -> None:
         if self.clock is None:
-            self.clock = time.perf_counter()
+            self.clock = time.perf_counter(), self._waited()
 
-    def lap(self) -> float:
-        """Seconds of training since the last call."""
-        begun, self.clock = self.clock, None
-        return time.perf_counter() - begun
+    def lap(self) -> tuple[float, float]:
+        """Seconds of training since the last call, and how many of them it waited for data (nan: not our data)."""
+        (begun, waited), self.clock = self.clock, None
+        return time.perf_counter() - begun, self._waited() - waited
+
+    def _waited(self) -> float:
+        return getattr(self.trainer.datamodule, "waited", math.nan)
 
     def parameter_count(self) -> int:
         return sum(map(numel, self.parameters()))

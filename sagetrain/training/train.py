@@ -37,6 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 import sagetrain
 import sagetrain.data
 from sagetrain.data import files
+from sagetrain.data.tables import unigram_entropy
 from sagetrain.doctor import quick_bf16, versions
 from sagetrain.errors import asked_for, is_bad_input
 from sagetrain.integrations import bf16
@@ -206,15 +207,16 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
         console().print(f"{facts['name']}: finished already ({past['steps']} steps), skipped")
         return out
     facts["wandb_id"] = past.get("wandb_id", facts["wandb_id"])
-    stdlib = cfg.data.get("source") == "stdlib" and not cfg.data.get("path")
-    if stdlib and cfg.model.tokenizer == "byte":  # a floor that every reader can place
-        facts["unigram_entropy"] = sagetrain.data.unigram_entropy(sagetrain.data.stdlib_documents())
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     tokenizer = sagetrain.data.build_tokenizer(cfg.model.tokenizer)
-    data = sagetrain.data.build(cfg.data, tokenizer, cfg.data.seq_len, cfg.seed, cfg.data.batch_size)
+    needed = _asked(past, checkpoint) or needed_tokens(cfg)
+    data = sagetrain.data.build(cfg.data, tokenizer, cfg.data.seq_len, cfg.seed, cfg.data.batch_size, needed)
     facts["data"] = data.stream.facts
+    stdlib = cfg.data.get("source") == "stdlib" and not cfg.data.get("path")
+    if stdlib and cfg.model.tokenizer == "byte":  # a floor that every reader can place
+        facts["unigram_entropy"] = unigram_entropy(data.stream.rows(0).table)
     module = CausalLM(cfg)
     if len(tokenizer) > module.hf_config.vocab_size:
         raise ValueError(
@@ -241,6 +243,26 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
     del trainer, module, data
     gc.collect()
     return out
+
+
+def needed_tokens(cfg: DictConfig) -> int | None:
+    """Tokens that all ranks read until the last step, or a few more; None where no step is said to be the last."""
+    options, env = cfg.trainer, os.environ
+    devices = len(options.devices) if OmegaConf.is_list(options.devices) else options.devices
+    if not str(devices).isdecimal():  # auto, -1
+        devices = max(torch.cuda.device_count(), 1)
+    ranks = int(devices) * options.get("num_nodes", 1)
+    ranks = max(ranks, *(int(env.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_NTASKS")))
+    steps, rows = options.get("max_steps", -1), cfg.data.batch_size * options.get("accumulate_grad_batches", 1)
+    return steps * rows * cfg.data.seq_len * ranks if steps > 0 else None
+
+
+def _asked(past: dict[str, Any], checkpoint: Path | None) -> int | None:
+    """Tokens that a run that goes on had asked a hub data set for: more or fewer of them are in another order."""
+    before = checkpoint and checkpoint.parent.parent / "run.json"
+    if not past and before and before.exists():
+        past = json.loads(before.read_text())
+    return past.get("data", {}).get("asked")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import lzma
 
@@ -12,11 +14,17 @@ from omegaconf import OmegaConf
 from pyarrow import parquet
 
 from sagetrain.data import ByteTokenizer, build, build_tokenizer
-from sagetrain.data.text import encode
+from sagetrain.data.corpus import encode
 
 TOK = ByteTokenizer()
 GOOD = json.dumps({"text": "some text that is long enough", "id": 1}) + "\n"
-OPEN = {"": open, ".xz": lzma.open, ".gz": gzip.open}
+OPEN = {"": open, ".xz": lzma.open, ".gz": gzip.open, ".zst": lambda path, mode, encoding: zst(path)}
+
+
+@contextlib.contextmanager
+def zst(path):
+    with pyarrow.output_stream(path, compression="zstd") as file, io.TextIOWrapper(file, "utf-8") as text:
+        yield text
 
 
 def pretrain(path, seq_len=16, **cfg):
@@ -39,7 +47,7 @@ def test_broken_json_names_file_and_line(end, tmp_path):
         build({"kind": "gsm8k", "path": str(path)}, TOK, 64, 0)
 
 
-@pytest.mark.parametrize("end", [".xz", ".gz"])
+@pytest.mark.parametrize("end", [".xz", ".gz", ".zst"])
 def test_cut_off_file_names_file_and_line(end, tmp_path):
     path = tmp_path / f"x.jsonl{end}"
     with OPEN[end](path, "wt", encoding="utf-8") as f:
@@ -92,13 +100,13 @@ def test_empty_and_too_little(tmp_path):
         pretrain(tmp_path / "x.jsonl")
     with pytest.raises(ValueError, match="is empty"):
         build({"kind": "gsm8k", "path": str(tmp_path / "x.jsonl")}, TOK, 64, 0)
-    with pytest.raises(ValueError, match="is empty: no document for validation"):
+    with pytest.raises(ValueError, match="'x.jsonl' is empty"):
         pretrain(tmp_path / "x.jsonl", val_documents=3)
     (tmp_path / "x.jsonl").write_text(GOOD * 3, encoding="utf-8")
     with pytest.raises(ValueError, match=r"holds 90 tokens in 3 document\(s\) .* one row needs 91"):
         pretrain(tmp_path / "x.jsonl", seq_len=91)
     assert pretrain(tmp_path / "x.jsonl", seq_len=90)["input_ids"].shape == (1, 90)
-    with pytest.raises(ValueError, match=r"holds 0 tokens in 3 document\(s\) after 1 held out"):
+    with pytest.raises(ValueError, match=r"holds 0 tokens in 0 document\(s\) after 1 held out"):
         pretrain(tmp_path / "x.jsonl", val_documents=1)  # all three are the same document
     (tmp_path / "y.jsonl").write_text('{"text": "another"}\n' * 9, encoding="utf-8")
     with pytest.raises(ValueError, match="1 validation documents do not fill one row of 16 tokens"):
@@ -149,7 +157,8 @@ def test_options(tmp_path):
         ({"kind": "squad"}, "unknown data.kind 'squad'; there are pretrain, gsm8k, mmlu, hellaswag, drop"),
         ({"kind": None}, "unknown data.kind None"),
         ({"shufle_buffer": 3}, "unknown key data.shufle_buffer for kind pretrain; there are source, name, path"),
-        ({"shuffle_buffer": 0}, "data.shuffle_buffer must be an integer of at least 1, not 0"),
+        ({"tokens": 0}, "data.tokens must be an integer of at least 16, not 0"),
+        ({"path": None, "source": "some/set"}, "data.tokens: say how many tokens to take of a hub data set"),
         ({"val_documents": -1}, "data.val_documents must be an integer of at least 0, not -1"),
         ({"path": None, "source": None}, "set data.source= .* or data.path="),
         ({"kind": "gsm8k", "val_fraction": 1.0}, r"data.val_fraction must be in \[0, 1\)"),
@@ -174,7 +183,7 @@ def test_hub_out_of_reach_says_to_pass_local_files(monkeypatch):
         raise ConnectionError("Couldn't reach the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    for cfg in {"kind": "pretrain", "source": "some/set", "name": "s"}, {"kind": "mmlu"}:
+    for cfg in {"kind": "pretrain", "source": "some/set", "name": "s", "tokens": 99}, {"kind": "mmlu"}:
         with pytest.raises(FileNotFoundError, match="cannot be loaded from the hub.*pass local files: data.path="):
             build(cfg, TOK, 16, 0)
 
@@ -214,9 +223,11 @@ def test_odd_but_right_files(tmp_path):
     (tmp_path / "a/x.py").write_bytes(b"# coding: latin-1\n# gr\xf6\xdfe\n")
     with lzma.open(tmp_path / "a/x.txt.xz", "wt", encoding="utf-8") as f:
         f.write(text)
+    with zst(tmp_path / "a/x.txt.zst") as f:
+        f.write(text)
     table = pyarrow.table({"id": range(2), "text": ["", text]})
     parquet.write_table(table, tmp_path / "a/x.parquet")
-    for name in "x.jsonl", "x.txt", "x.txt.xz", "x.parquet":
+    for name in "x.jsonl", "x.txt", "x.txt.xz", "x.txt.zst", "x.parquet":
         assert TOK.decode(pretrain(tmp_path / "a" / name, seq_len=65)["input_ids"][0]) == text
     assert TOK.decode(pretrain(tmp_path / "a/x.py", seq_len=29)["input_ids"][0]) == "# coding: latin-1\n# größe\n"
     (tmp_path / "y.jsonl").write_text('{"text": "lone \\ud800 surrogate"}\n', encoding="utf-8")
@@ -224,7 +235,7 @@ def test_odd_but_right_files(tmp_path):
     cfg = OmegaConf.create(
         {"kind": "pretrain", "path": [str(tmp_path / "a"), str(tmp_path / "y.js*")], "val_path": None}
     )  # as Hydra gives it: a folder (of which the tables are data) and a glob
-    assert [p.name for p in build(cfg, TOK, 8, 0).stream.corpus.files] == ["x.jsonl", "x.parquet", "y.jsonl"]
+    assert build(cfg, TOK, 8, 0).stream.name.startswith("x.jsonl,x.parquet,y.jsonl, ")
     for name, text in ("bom.txt", "one\r\ntwo\n"), ("bom.jsonl", '{"text": "one\\ntwo\\n"}\r\n\r\n'):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())  # as Windows programs write them
         assert TOK.decode(pretrain(tmp_path / name, seq_len=9)["input_ids"][0]) == "one\ntwo\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,25 +14,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from sagetrain.data import ByteTokenizer, build, unigram_entropy
+from sagetrain.data import ByteTokenizer, build
 from sagetrain.data.collate import IGNORE
-from sagetrain.data.pretrain import PackedStream
-from sagetrain.data.text import stdlib_documents, stdlib_files
+from sagetrain.data.corpus import stdlib_files
+from sagetrain.data.files import read_records
+from sagetrain.data.tables import unigram_entropy
 
-TEXTS = st.lists(st.text(st.characters(codec="utf-8", max_codepoint=0x2FFF), min_size=1, max_size=60), max_size=30)
+TEXTS = st.lists(
+    st.text(st.characters(codec="utf-8", max_codepoint=0x2FFF), min_size=1, max_size=60), min_size=1, max_size=30
+)
 
 
-class Memory:
-    """A corpus of given documents, in their order whatever the key."""
-
-    name = "memory"
-
-    def __init__(self, texts):
-        self.texts = texts
-
-    def blocks(self, key, position, size):
-        for at in range(position or 0, len(self.texts), size):
-            yield self.texts[at : at + size], at
+def stream_of(texts, width, seed=0, size=1, **more):
+    """Packed rows of a file of these documents."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {
+            key: str(write(Path(folder, key + ".jsonl"), given)) for key, given in more.items() if key == "val_path"
+        }
+        cfg = {"kind": "pretrain", "path": str(write(Path(folder, "a.jsonl"), texts))} | more | paths
+        return build(cfg, ByteTokenizer(), width, seed, size).stream
 
 
 def write(path: Path, texts, field="text") -> Path:
@@ -48,15 +50,15 @@ def equal(a, b) -> bool:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(texts=TEXTS, width=st.integers(8, 64), size=st.integers(1, 3), buffer=st.integers(1, 9), seed=st.integers(0, 9))
-def test_one_epoch_holds_every_token_once(texts, width, size, buffer, seed):
+@given(texts=TEXTS, width=st.integers(8, 64), size=st.integers(1, 3), seed=st.integers(0, 9))
+def test_one_epoch_holds_every_token_once(texts, width, size, seed):
     total = sum(len(t.encode()) + 1 for t in texts)
     if total < width:
-        with pytest.raises(ValueError, match="is empty|one row needs"):
-            PackedStream(Memory(texts), ByteTokenizer(), width, seed, size, buffer)
+        with pytest.raises(ValueError, match="one row needs"):
+            stream_of(texts, width, seed, size)
         return
-    stream = PackedStream(Memory(texts), ByteTokenizer(), width, seed, size, buffer)
-    whole, rest = [], total  # the documents of the first epoch, as they come out of the rows
+    stream = stream_of(texts, width, seed, size)
+    rows, used = [], total // width * width
     for batch, _ in stream.batches(stream.start, 0, 1):
         ids, labels, places = (batch[k] for k in ("input_ids", "labels", "position_ids"))
         assert ids.shape == labels.shape == places.shape == (size, width)
@@ -70,16 +72,20 @@ def test_one_epoch_holds_every_token_once(texts, width, size, buffer, seed):
         assert cu.dtype == torch.int32 and cu.tolist() == [*begins.flatten().nonzero()[:, 0].tolist(), size * width]
         assert batch["cu_seq_lens_k"] is cu and type(batch["max_length_q"]) is int
         assert batch["max_length_q"] == batch["max_length_k"] == int(cu.diff().max())
-        whole += ids.flatten().tolist()
-        rest -= size * width
-        if rest <= 0:
+        rows += ids.tolist()
+        if len(rows) * width >= used:
             break
-    ends = [i for i, token in enumerate(whole[:total]) if token == ByteTokenizer.eos_token_id]
+    laid = [row.tolist() for row, _ in stream.rows(0)]  # the rows of the first epoch as they lie in the documents
+    assert sorted(rows[: len(laid)]) == sorted(laid) and len(laid) * width == used
+    whole = sum(laid, [])
+    ends = [i for i, token in enumerate(whole) if token == ByteTokenizer.eos_token_id]
     begins = [0, *(end + 1 for end in ends)]
-    documents = [bytes(whole[a:b]).decode() for a, b in zip(begins, ends, strict=False)]
-    assert begins[-1] == total and sorted(documents) == sorted(texts)
-    if buffer == 1:
-        assert documents == texts
+    found = [bytes(whole[a:b]) for a, b in zip(begins, ends, strict=False)]
+    left = Counter(t.encode() for t in texts)  # each document once; the last may be cut off with the epoch
+    left.subtract(found)
+    last = bytes(whole[begins[-1] :])
+    assert min(left.values()) >= 0 and any(t.startswith(last) for t in left.elements()) == bool(left.total())
+    assert sum(len(t) + 1 for t in left.elements()) - len(last) == total - used < width
 
 
 @settings(max_examples=30, deadline=None)
@@ -87,7 +93,7 @@ def test_one_epoch_holds_every_token_once(texts, width, size, buffer, seed):
 def test_ranks_share_the_same_rows(texts, width, ranks, seed):
     if sum(len(t.encode()) + 1 for t in texts) < width:
         return
-    stream = PackedStream(Memory(texts), ByteTokenizer(), width, seed, batch_size=1, shuffle_buffer=5)
+    stream = stream_of(texts, width, seed)
     alone = take((b["input_ids"] for b, _ in stream.batches(stream.start, 0, 1)), 3 * ranks)
     for rank in range(ranks):
         mine = take((b["input_ids"] for b, _ in stream.batches(stream.start, rank, ranks)), 3)
@@ -95,11 +101,11 @@ def test_ranks_share_the_same_rows(texts, width, ranks, seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(texts=TEXTS, width=st.integers(8, 40), buffer=st.integers(1, 8), data=st.data())
-def test_any_position_continues_the_stream(texts, width, buffer, data):
+@given(texts=TEXTS, width=st.integers(8, 40), data=st.data())
+def test_any_position_continues_the_stream(texts, width, data):
     if sum(len(t.encode()) + 1 for t in texts) < width:
         return
-    stream = PackedStream(Memory(texts), ByteTokenizer(), width, 1, data.draw(st.integers(1, 3)), buffer)
+    stream = stream_of(texts, width, 1, data.draw(st.integers(1, 3)))
     run = take(stream.batches(stream.start, 0, 1), 9)
     cut = data.draw(st.integers(0, 7))
     again = take(stream.batches(json.loads(json.dumps(run[cut][1])), 0, 1), 8 - cut)
@@ -139,7 +145,7 @@ def test_val_path_is_left_out_of_training(tmp_path):
 
 
 def test_validation_rows_follow_the_rules_of_training_rows():
-    stream = PackedStream(Memory(["x" * 99]), ByteTokenizer(), 8, 0, 2, held_out=["abc", "defghijklmnop", "q"] * 9)
+    stream = stream_of(["x" * 99], 8, 0, 2, val_path=["abc", "defghijklmnop", "q"] * 9)
     keys = "input_ids", "position_ids", "labels"
     rows = [row for b in stream.validation(0, 1) for row in zip(*(b[key] for key in keys), strict=True)]
     assert len(rows) == 9 * (4 + 14 + 2) // 8
@@ -156,7 +162,7 @@ def test_validation_rows_follow_the_rules_of_training_rows():
 
 
 def test_boundaries_off_gives_plain_rows():
-    stream = PackedStream(Memory(["ab", "cdefghij"] * 5), ByteTokenizer(), 8, 0, boundaries=False)
+    stream = stream_of(["ab", "cdefghij"] * 5, 8, document_boundaries=False)
     batch, _ = next(stream.batches(stream.start, 0, 1))
     assert batch.keys() == {"input_ids", "labels"} and torch.equal(batch["input_ids"], batch["labels"])
 
@@ -166,13 +172,12 @@ def test_stdlib_is_there_and_its_entropy_is_right():
     names = {p.name for p in files}
     assert {"argparse.py", "tokenize.py", "decoder.py"} <= names and files == stdlib_files()
     assert not any({"test", "site-packages", "dist-packages"} & set(p.parts[-4:-1]) for p in files)
-    text = "".join(stdlib_documents()).encode()
+    text = "".join(record["text"] for file in files for _, record, _ in read_records(file)).encode(errors="replace")
     assert len(text) > 5_000_000
     p = np.bincount(np.frombuffer(text, np.uint8), minlength=256) / len(text)
-    assert unigram_entropy(stdlib_documents()) == pytest.approx(-sum(x * np.log(x) for x in p if x))
-    assert unigram_entropy(["ab", "cd"]) == pytest.approx(np.log(4)) and unigram_entropy(["aaa"]) == 0
-    with pytest.raises(ValueError, match="non-empty"):
-        unigram_entropy([""])
+    table = build({"kind": "pretrain"}, ByteTokenizer(), 64, 0).stream.rows(0).table
+    assert unigram_entropy(table) == pytest.approx(-sum(x * np.log(x) for x in p if x))
+    assert unigram_entropy(stream_of(["abab", "cdcd"], 8).rows(0).table) == pytest.approx(np.log(4))
 
 
 def test_packed_rows_are_what_sdpa_takes(tmp_path):
@@ -183,7 +188,7 @@ def test_packed_rows_are_what_sdpa_takes(tmp_path):
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=264)
     model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).double().eval()
     texts = ["first document", "2nd", "and the third one"]
-    stream = PackedStream(Memory(texts), ByteTokenizer(), 37, 0, shuffle_buffer=1)
+    stream = stream_of(texts, 37)
     batch, _ = next(stream.batches(stream.start, 0, 1))
     borders = batch["cu_seq_lens_q"].tolist()
     with torch.no_grad():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import lzma
+import threading
+import time
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +28,7 @@ def cfgs(tmp_path):
     with open(tmp_path / "gsm8k.jsonl", "w", encoding="utf-8") as f:
         f.writelines(json.dumps({"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(23))
     return {
-        "pretrain": {"kind": "pretrain", "path": str(tmp_path / "*.xz"), "shuffle_buffer": 4, "val_documents": 3},
+        "pretrain": {"kind": "pretrain", "path": str(tmp_path / "*.xz"), "val_documents": 3},
         "gsm8k": {"kind": "gsm8k", "path": str(tmp_path / "gsm8k.jsonl"), "val_fraction": 0.2},
         "packed": {"kind": "gsm8k", "path": str(tmp_path / "gsm8k.jsonl"), "val_fraction": 0, "packing": True},
     }
@@ -110,18 +113,52 @@ def test_resume_without_a_trainer(kind, cfgs):
 
 def test_other_data_or_seed_is_refused(cfgs):
     state = build(cfgs["pretrain"], ByteTokenizer(), 64, 3).state_dict()
-    for cfg, seed in (cfgs["pretrain"], 4), (cfgs["gsm8k"], 3), (cfgs["pretrain"] | {"shuffle_buffer": 5}, 3):
+    for cfg, seed in (cfgs["pretrain"], 4), (cfgs["gsm8k"], 3), (cfgs["pretrain"] | {"val_documents": 2}, 3):
         with pytest.raises(ValueError, match="the checkpoint was written with data"):
             build(cfg, ByteTokenizer(), 64, seed).load_state_dict(state)
 
 
-def test_a_checkpoint_serves_another_number_of_ranks(cfgs):
-    stream = build(cfgs["pretrain"], ByteTokenizer(), 64, 3, 2).stream
-    alone = [b["input_ids"] for (b, _), _ in zip(stream.batches(stream.start, 0, 1), range(8), strict=False)]
-    two = stream.batches(stream.start, 1, 2)
-    assert torch.equal(next(two)[0]["input_ids"], alone[1])
-    batch, _ = next(stream.batches(next(two)[1], 0, 1))
-    assert torch.equal(batch["input_ids"], alone[4])
+@pytest.mark.parametrize("kind", ["pretrain", "gsm8k"])
+def test_each_row_is_seen_once_whatever_the_ranks(kind, cfgs):
+    """1, then 2, then 3 ranks, with batches of 2, 1 and 2 rows: together they see what one rank sees."""
+    position, got, want = {"epoch": 0, "row": 0}, [], []
+    for ranks, size, steps in (1, 2, 2), (2, 1, 3), (3, 2, 1):
+        stream = build(cfgs[kind], ByteTokenizer(), 64, 3, size).stream
+        shares = [[*islice(stream.batches(position, rank, ranks), steps)] for rank in range(ranks)]
+        for at_once in zip(*shares, strict=True):
+            got += [row.tolist() for batch, _ in at_once for row in batch["labels"]]
+            assert len({str(after) for _, after in at_once}) == 1  # all ranks know the same position
+        position = json.loads(json.dumps(shares[0][-1][1]))
+    stream = build(cfgs[kind], ByteTokenizer(), 64, 3, 1).stream
+    want = [batch["labels"][0].tolist() for batch, _ in islice(stream.batches(stream.start, 0, 1), len(got))]
+    length = max(map(len, got + want))  # examples are padded to the longest of their batch
+    assert len(got) == 16
+    assert [row + [-100] * (length - len(row)) for row in got] == [row + [-100] * (length - len(row)) for row in want]
+
+
+def test_batches_are_made_ahead(cfgs):
+    """The loader has the next batches ready; only where making them takes longer than training does it wait."""
+    data = build(cfgs["pretrain"], ByteTokenizer(), 64, 3, 2)
+    collate = data.stream.collate
+
+    def slow(rows):
+        time.sleep(0.05)
+        return collate(rows)
+
+    data.stream.collate = slow
+    loader = iter(data.train_dataloader())
+    next(loader)
+    for pause, least, most in (0.1, 0, 0.04), (0, 0.02, 1):
+        time.sleep(0.2)
+        next(loader), next(loader)
+        before = data.waited
+        for _ in range(8):
+            time.sleep(pause)
+            next(loader)
+        assert least <= (data.waited - before) / 8 <= most
+    before = threading.active_count()
+    loader.close()
+    assert threading.active_count() == before - 1
 
 
 def test_ranks_come_from_the_strategy(cfgs):
@@ -132,36 +169,6 @@ def test_ranks_come_from_the_strategy(cfgs):
     rank.trainer = SimpleNamespace(distributed_sampler_kwargs=share, state=TrainerState(), max_steps=1)
     mine = [b["input_ids"] for b, _ in zip(rank.train_dataloader(), range(2), strict=False)]
     assert torch.equal(torch.cat(mine), torch.cat(alone[1::2]))
-
-
-def test_hub_stream_resumes_by_its_own_state(cfgs, tmp_path, monkeypatch):
-    """The real `datasets` streaming, from parquet files in place of the hub."""
-    datasets = pytest.importorskip("datasets")
-    texts = [f"row {i} " * (1 + i % 5) for i in range(300)]
-    table = datasets.Dataset.from_dict({"text": texts, "id": list(range(300))})
-    files = [str(tmp_path / f"x{i}.parquet") for i in range(3)]
-    for i, file in enumerate(files):
-        table.shard(3, i, contiguous=True).to_parquet(file, batch_size=40)
-    load, calls = datasets.load_dataset, []
-
-    def fake(repo, config, split, streaming):
-        calls.append((repo, config, split, streaming))
-        return load("parquet", data_files=files, split=split, streaming=streaming)
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
-    cfg = {"kind": "pretrain", "source": "some/set", "name": "sample", "shuffle_buffer": 16, "val_documents": 5}
-    run = build(cfg, ByteTokenizer(), 64, 0)
-    assert calls[0] == ("some/set", "sample", "train", True)
-    seen, states = [], []
-    for batch, _ in zip(run.train_dataloader(), range(140), strict=False):  # more than one epoch
-        seen.append(batch["input_ids"])
-        states.append(json.loads(json.dumps(run.state_dict())))
-    assert states[-1]["position"]["epoch"] > 0
-    for cut in (0, 3, 17, 40, 77, 138):
-        again = build(cfg, ByteTokenizer(), 64, 0)
-        again.load_state_dict(states[cut])
-        rest = [b["input_ids"] for b, _ in zip(again.train_dataloader(), range(139 - cut), strict=False)]
-        assert torch.equal(torch.cat(rest), torch.cat(seen[cut + 1 :]))  # into the next epoch, too
 
 
 def test_a_pretraining_run_must_say_where_it_ends(cfgs, tmp_path):

@@ -53,6 +53,12 @@ def first(cfg, tokenizer=TOK, seq_len=400, **kwargs):
     return next(iter(build({"val_fraction": 0} | cfg, tokenizer, seq_len, 0, **kwargs).train_dataloader()))
 
 
+def examples(stream, rows):
+    """(token ids, how many of them are prompt) of each example of some rows that are padded."""
+    batches = [stream.collate([row]) for row in rows]
+    return [(b["input_ids"][0], int((b["labels"][0] == IGNORE).sum())) for b in batches]
+
+
 def questions(count: int, start: int = 0):
     return [{"question": f"q{i}" * (1 + i % 5), "answer": f"#### {i}"} for i in range(start, start + count)]
 
@@ -127,7 +133,10 @@ def test_what_is_evaluated_is_never_read(kind, monkeypatch):
     task = TASKS[kind]
     splits = ("auxiliary_train", "validation") if kind == "mmlu" else ("train",)
     assert calls == [(task.repo, task.config, split, False) for split in splits]
-    train, val = ([TOK.decode(row[0][0]) for row in rows] for rows in (data.stream.train, data.stream.held_out))
+    train, val = (
+        [TOK.decode(ids) for ids, _ in examples(data.stream, rows)]
+        for rows in (data.stream.rows(0), data.stream.held_out)
+    )
     assert not set(train) & set(val) and len(train) + len(val) == 80 * len(splits)
     assert len(val) == 80 if kind == "mmlu" else 0 < len(val) < 20
     with pytest.raises(ValueError, match="no .* example is left"):
@@ -178,12 +187,12 @@ def test_too_long_is_counted_before_anything_is_spent(tmp_path, caplog):
     assert len(build(cfg, TOK, 62, 0).stream.held_out) == 1
     with caplog.at_level(logging.WARNING):
         stream = build(cfg | {"too_long": "skip"}, TOK, 24, 0).stream
-    assert sorted(len(row[0][0]) for row in stream.train) == [19, 19, 24, 24] and stream.held_out == []
+    assert sorted(len(ids) for ids, _ in examples(stream, stream.rows(0))) == [19, 19, 24, 24] and stream.held_out == []
     assert "3 skipped as too long" in caplog.text and stream.facts["skipped as too long"] == 3
     with caplog.at_level(logging.WARNING):
         stream = build(cfg | {"too_long": "truncate"}, TOK, 24, 0).stream
-    assert sorted(len(row[0][0]) for row in stream.train) == [19, 19, 24, 24, 24, 24]
-    ((ids, prompt),) = stream.held_out[0]
+    assert sorted(len(ids) for ids, _ in examples(stream, stream.rows(0))) == [19, 19, 24, 24, 24, 24]
+    ((ids, prompt),) = examples(stream, stream.held_out)
     assert TOK.decode(ids) == "long long  Who? the answer"[-23:] and TOK.decode(ids[prompt:]) == " the answer"
     assert "3 truncated" in caplog.text and stream.facts["truncated"] == 3
     with pytest.raises(ValueError, match="0 row.s. of training data"):  # the answer alone is too long
@@ -230,7 +239,7 @@ def test_no_validation_example_is_trained_on(tmp_path, caplog):
     path, val = write(tmp_path / "x.jsonl", questions(30)), write(tmp_path / "v.jsonl", questions(10, 25))
     with caplog.at_level(logging.WARNING):
         stream = build({"kind": "gsm8k", "path": path, "val_path": val}, TOK, 200, 0).stream
-    assert len(stream.train) == 25 and len(stream.held_out) == 10
+    assert len(stream.rows(0)) == 25 and len(stream.held_out) == 10
     assert "25 examples, 10 (" in caplog.text
     (tmp_path / "link").symlink_to(tmp_path)
     for same in (path, str(tmp_path / "link" / "x.jsonl"), str(tmp_path / "x*")):

@@ -6,6 +6,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -16,7 +17,7 @@ from sagetrain.__main__ import compose
 from sagetrain.errors import is_bad_input
 from sagetrain.training import checkpoint
 from sagetrain.training.module import CausalLM, model_config
-from sagetrain.training.train import run
+from sagetrain.training.train import needed_tokens, run
 from tests.tiny import MODEL
 
 TINY = [
@@ -67,8 +68,32 @@ def test_a_run_directory_says_all_there_is_to_know(train) -> None:
     assert [row["step"] for row in rows(out)] == ["1", "2", "3", "4"]
     assert [row["tokens"] for row in rows(out)] == ["64", "128", "192", "256"]
     assert all(float(row[c]) > 0 for row in rows(out) for c in ("loss", "grad_norm", "tokens_per_s", "step_ms"))
+    assert all(0 <= float(row["data_wait"]) < 1 for row in rows(out))
     config = OmegaConf.load(out / "config.yaml")
     assert config.seed == 3 and config.trainer.precision == "32-true" and (out / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_run_takes_of_the_hub_what_it_needs(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps of two micro-batches of two rows of 32 tokens; a run that goes on from it reads the same data."""
+    load, file = datasets.load_dataset, str(tmp_path / "hub.parquet")
+    datasets.Dataset.from_dict({"text": [f"document {i:05d}" for i in range(1000)]}).to_parquet(file)
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *_, split, streaming: load("parquet", data_files=file, split=split, streaming=True),
+    )
+    hub = ("data.path=null", "data.source=some/set", "attention=bf16", "trainer.accumulate_grad_batches=2")
+    (first,) = train(*hub, out="first")
+    more = f"resume={first}", "trainer.max_steps=6"
+    (then,) = train(*hub, *more, "data.batch_size=4", "trainer.accumulate_grad_batches=1", out="then")
+    facts = [json.loads((out / "run.json").read_text())["data"] for out in (first, then)]
+    assert facts[0] == facts[1] == {"documents": 35, "tokens": 525, "asked": 4 * 2 * 2 * 32}
+    assert [row["step"] for row in rows(then)] == ["5", "6"]
+    with pytest.raises(ValueError, match="the checkpoint was written with data .* 525 tokens"):
+        train(*hub, *more, "data.tokens=1000", out="other")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for change, needed in ("trainer.devices=4", 1024), ("trainer.devices=[0,1]", 768), ("trainer.max_steps=-1", None):
+        assert needed_tokens(compose([*TINY, change])) == needed
 
 
 def test_the_same_command_gives_the_same_bits(train) -> None:

@@ -1,31 +1,21 @@
-"""Text in, token ids out: tokenizers, local files, data sets of the hub, and Python's standard library.
-
-Method: a corpus hands out *blocks* of documents together with the position before each block, so that a reader can be
-put back there. In a local file, going back to a position skips lines without parsing them. Hub data sets are streamed
-by `datasets`, whose own `state_dict` is the position. Cost: reading is lazy, nothing is cached on disk by this module.
-"""
+"""Text in, token ids out: tokenizers, Python's standard library, what a record holds, data sets of the hub."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from sagetrain.data.files import is_table, read_records
-
 say = rank_zero_only(logging.getLogger("sagetrain.data").warning)  # what the reader has to know, once, not per rank
-_FIELD_HINT = "Set data.text_field= to the one that holds the text."
+TOGETHER = 1024, 2**22  # texts, and characters of them, that a tokenizer call gets: it takes 100 bytes a token
+IDS = "input_ids", "tokens"  # fields of records that are tokenised already
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-
-Position = Any  # plain lists, dicts, ints and strings; None is the beginning
-Block = tuple[list[str], Position]
 
 
 class ByteTokenizer:
@@ -86,8 +76,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
     if isinstance(tokenizer, ByteTokenizer):
         return [np.frombuffer(t.encode(), dtype=np.uint8).astype(np.int32) for t in texts]
     plain = dict(add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)
-    parts = (list(texts[i : i + 256]) for i in range(0, len(texts), 256))  # a tokenizer takes 100 bytes a token
-    return [np.asarray(ids, np.int32) for part in parts for ids in tokenizer(part, **plain)["input_ids"]]
+    return [np.asarray(ids, np.int32) for ids in tokenizer(list(texts), **plain)["input_ids"]] if texts else []
 
 
 def frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -95,22 +84,6 @@ def frame(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     eos = np.array([tokenizer.eos_token_id], dtype=np.int32)
     before = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1]
     return np.array(before, dtype=np.int32), eos
-
-
-def unigram_entropy(documents: Iterable[str]) -> float:
-    """Entropy of the single-byte distribution of all documents, in nats per byte: the loss of a model that knows byte
-    frequencies and nothing else.
-
-    Raises:
-        ValueError: no bytes at all.
-    """
-    counts = np.zeros(256, dtype=np.int64)
-    for text in documents:
-        counts += np.bincount(np.frombuffer(text.encode(), dtype=np.uint8), minlength=256)
-    if not counts.any():
-        raise ValueError("unigram_entropy needs at least one non-empty document")
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
 
 
 def stdlib_files() -> list[Path]:
@@ -130,11 +103,6 @@ def stdlib_files() -> list[Path]:
     return files
 
 
-def stdlib_documents() -> Iterator[str]:
-    """The texts of `stdlib_files`, in their order."""
-    return (clean(record["text"]) for path in stdlib_files() for _, record in read_records(path))
-
-
 def get_text(record: Mapping[str, Any], field: str, where: str, hint: str = "") -> str:
     """`record[field]`, which must be a string; lone surrogates, which no encoding can carry, become "?".
 
@@ -148,80 +116,29 @@ def get_text(record: Mapping[str, Any], field: str, where: str, hint: str = "") 
     return clean(record[field])
 
 
+def contents(record: Mapping[str, Any], field: str, tokenizer: Any, where: str) -> Iterator[str | np.ndarray]:
+    """The documents in a record that are not empty: its text, or its token ids (which `field` may hold too; without
+    that field `input_ids` or `tokens`), cut after each eos.
+
+    Raises:
+        ValueError: neither, or ids that the tokenizer does not have; starts with `where`.
+    """
+    field = next((name for name in (field, *IDS) if name in record), field)
+    if not isinstance(record.get(field), list | np.ndarray):
+        hint = f"Set data.text_field= to the one that holds the text (token ids are read from {' or '.join(IDS)})."
+        return filter(None, [get_text(record, field, where, hint)])
+    ids = np.asarray(record[field])
+    numbers = ids.ndim == 1 and (ids.dtype.kind in "iu" or not len(ids))
+    if not numbers or len(ids) and not 0 <= ids.min() <= ids.max() < len(tokenizer):
+        raise ValueError(
+            f"{where}: field '{field}' must be a list of token ids from 0 to {len(tokenizer) - 1}, those of the "
+            f"tokenizer '{tokenizer.name_or_path}'; give the tokenizer that made them (model.tokenizer=)"
+        )
+    return filter(len, np.split(ids, np.flatnonzero(ids[:-1] == tokenizer.eos_token_id) + 1))
+
+
 def clean(text: str) -> str:
     return text if text.isascii() else text.encode(errors="replace").decode()
-
-
-def cut(text: str, size: int) -> Iterator[str]:
-    """The lines of `text` in passages of about `size` characters."""
-    length, lines = 0, []
-    for line in text.splitlines(keepends=True):
-        if lines and length + len(line) > size:
-            yield "".join(lines)
-            length, lines = 0, []
-        lines.append(line)
-        length += len(line)
-    yield "".join(lines)
-
-
-class LocalCorpus:
-    """Documents of local files; `key` draws the order of the files, not that within a file.
-
-    passage: cut each (.txt or .py) file into documents of about so many characters, so that shuffling mixes long files
-    and the rows of a batch are no neighbours.
-    """
-
-    def __init__(
-        self, files: Sequence[Path], text_field: str = "text", name: str | None = None, passage: int | None = None
-    ) -> None:
-        self.files, self.text_field, self.passage = list(files), text_field, passage
-        self.name = name or ",".join(p.name for p in self.files[:3]) + (f"+{len(files) - 3}" if len(files) > 3 else "")
-
-    def blocks(self, key: tuple[int, ...], position: Position, size: int) -> Iterator[Block]:
-        """One pass from `position`: up to `size` documents each, and the position of the block's first document."""
-        at: list[int] = list(position or (0, 0))
-        return _blocks(self._texts(key, at), lambda: list(at), list(at), size)
-
-    def _texts(self, key: tuple[int, ...], at: list[int]) -> Iterator[str]:
-        order = np.random.default_rng(key).permutation(len(self.files))
-        while at[0] < len(order):
-            path = self.files[order[at[0]]]
-            field = self.text_field if is_table(path) else "text"
-            for number, record in read_records(path, 0 if self.passage else at[1]):
-                text = get_text(record, field, f"{path}:{number}", _FIELD_HINT)
-                parts = enumerate(cut(text, self.passage), 1) if self.passage else [(number, text)]
-                for part_number, part in parts:
-                    if part_number > at[1]:
-                        at[1] = part_number
-                        yield part
-            at[:] = at[0] + 1, 0
-
-
-class HubCorpus:
-    """Documents of a hub data set, streamed in the hub's own order (`key` has no part in it)."""
-
-    def __init__(self, repo: str, config: str | None, split: str, text_field: str = "text") -> None:
-        self.name, self.text_field = "/".join(filter(None, (repo, config, split))), text_field
-        self._data = load_hub(repo, config, split, streaming=True)
-
-    def blocks(self, key: tuple[int, ...], position: Position, size: int) -> Iterator[Block]:
-        """One pass from `position`: up to `size` documents each, and the position of the block's first document."""
-        data = copy.deepcopy(self._data)  # each pass has a position of its own
-        if position is not None:
-            data.load_state_dict(position)
-        texts = (get_text(record, self.text_field, self.name, _FIELD_HINT) for record in data)
-        return _blocks(texts, data.state_dict, position, size)
-
-
-def _blocks(texts: Iterator[str], now: Callable[[], Position], first: Position, size: int) -> Iterator[Block]:
-    before, block = first, []
-    for text in texts:
-        block.append(text)
-        if len(block) == size:
-            yield block, before
-            before, block = now(), []
-    if block:
-        yield block, before
 
 
 def load_hub(repo: str, config: str | None, split: str, streaming: bool) -> Any:
@@ -238,6 +155,17 @@ def load_hub(repo: str, config: str | None, split: str, streaming: bool) -> Any:
         raise FileNotFoundError(
             f"data set '{repo}' (configuration {config}, split {split}) cannot be loaded from the hub: "
             f"{_first_line(error)}. Without network access pass local files: data.path=FILE_OR_FOLDER."
+        ) from error
+
+
+def fetched(records: Iterable[Any], name: str) -> Iterator[Any]:
+    """The same records. Raises OSError, in one line, when the hub breaks off."""
+    try:
+        yield from records
+    except Exception as error:  # as above
+        raise OSError(
+            f"data set '{name}' cannot be read to its end: {_first_line(error)}. Give the same command again: files "
+            "that were tokenised whole are kept"
         ) from error
 
 
