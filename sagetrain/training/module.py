@@ -69,6 +69,8 @@ def prepare(model: PreTrainedModel, how: DictConfig) -> None:
 
     Raises ValueError for unknown choices and for what this model cannot do, ModuleNotFoundError without torchao.
     """
+    if how.fused_loss not in (True, False, "auto"):
+        raise ValueError(f"model.fused_loss={how.fused_loss}: choose true, false or auto")
     fused = how.fused_loss and can_fuse(model)
     if how.fused_loss is True and not fused:
         raise ValueError(

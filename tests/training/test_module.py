@@ -329,6 +329,7 @@ def test_schedules(run: Run, settings: dict, expected: Callable[[int], float]) -
             ModuleNotFoundError,
             "optim.kind=adamw8bit: no package torchao: pip install",
         ),
+        ({"model": {"fused_loss": "off"}}, ValueError, "model.fused_loss=off: choose true, false or auto"),
         ({"model": {"linear": "int4"}}, ValueError, "model.linear=int4: choose float8, or null"),
         ({"model": {"linear": "float8"}}, ModuleNotFoundError, "model.linear=float8: no package torchao"),
     ],
