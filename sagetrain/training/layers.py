@@ -1,8 +1,9 @@
 """What is done to each layer of a Hugging Face model before training: checkpointing, compilation, float8 products.
 
 Method: a layer's `forward` is replaced by one that keeps less (`checkpoint`) and runs compiled (`compile_layers`).
-Hooks that others put on the layer (FSDP2, ZeRO-3) stay outside of both. `attention_saved` keeps the results of the
-attention op, so the backward recomputes all of a layer but its attention; `full` keeps the layer's input alone.
+Hooks that others put on the layer (FSDP2) stay outside of both; those of ZeRO-3 are also on what is inside a layer, and
+break its graph there. `attention_saved` keeps the results of the attention op, so the backward recomputes all of a
+layer but its attention; `full` keeps the layer's input alone.
 Choice: layer by layer, because all layers then share one compiled graph, which takes seconds; compiled whole, a model
 of 16 layers takes a minute and breaks at its loss.
 Cost: `attention_saved` runs the matrix products of a layer's forward again (about a third more work in them), `full`

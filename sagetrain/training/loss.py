@@ -15,6 +15,7 @@ product, as under autocast.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -65,39 +66,41 @@ class _FusedLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else weight.dtype
         x, w, b = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         to_gradient = _to_gradient_compiled if hidden.is_cuda else _to_gradient
-        learns = any(ctx.needs_input_grad)
-        d_hidden = torch.empty_like(x) if learns else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if learns and bias is not None else None
+        learns = ctx.needs_input_grad  # frozen weights cost nothing
+        d_hidden = torch.empty_like(x) if learns[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if learns[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if learns[2] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(x), CHUNK):
             chunk = slice(start, start + CHUNK)
             logits = functional.linear(x[chunk], w, b)
             total += to_gradient(logits, labels[chunk])
-            if learns:
+            if d_hidden is not None:
                 torch.mm(logits, w, out=d_hidden[chunk])
+            if d_weight is not None:
                 _add_product(d_weight, logits.t(), x[chunk])
-                if d_bias is not None:
-                    d_bias += logits.sum(0, dtype=torch.float32)
+            if d_bias is not None:
+                d_bias += logits.sum(0, dtype=torch.float32)
             del logits
         ctx.save_for_backward(d_hidden, d_weight, d_bias, factor)
-        ctx.types = hidden.dtype, weight.dtype
         return total * factor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, d_bias, factor = ctx.saved_tensors
-        scale, (hidden, weight) = d_loss * factor, ctx.types
-        d_bias = None if d_bias is None else (d_bias * scale).to(weight)
-        return (d_hidden * scale).to(hidden), d_weight.mul_(scale).to(weight), d_bias, None, None
+        *gradients, factor = ctx.saved_tensors
+        scale = d_loss * factor
+        # In fp32: a GPU rounds the scale of bf16 values to bf16, and all of them would be off by up to 0.4%. Autograd
+        # casts each to the type that its leaf takes, which for a bf16 weight may be fp32 (`grad_dtype`).
+        return *(None if x is None else x.float().mul_(scale) for x in gradients), None, None
 
 
 def fused_loss(hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor, bias: Tensor | None = None) -> Tensor:
     """Sum of the cross-entropies (nats) of `hidden @ weight.T + bias` over `divisor`, fp32 [].
 
     hidden: [N, H]. weight: [V, H]. bias: [V]. labels: int64 [N], the class of each row, -100 where there is none.
-    divisor: []. Differentiable once in hidden, weight and bias; under autocast products are of its type.
+    divisor: []. Differentiable once in hidden, weight and bias, and the backward takes its graph (no retain_graph);
+    under autocast products are of its type.
     """
     return _FusedLoss.apply(hidden, weight, bias, labels, divisor.float().reciprocal())
 
@@ -115,6 +118,7 @@ def fuse(model: PreTrainedModel) -> None:
             return project(hidden)
         return fused_loss(hidden, head.weight, labels, divisor, head.bias)
 
+    @wraps(whole)  # transformers reads the names of its arguments, for one before it generates
     def forward(
         *args: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | None = None, **options: Any
     ) -> Any:
@@ -147,7 +151,7 @@ def can_fuse(model: PreTrainedModel) -> bool:
         logits = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)[0, :-1]
         for factor in (1.0, LARGE / float(logits.abs().max())):
             own = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            ours = functional.cross_entropy(logits * factor, tokens[0, 1:])
+            ours = functional.cross_entropy((logits * factor).float(), tokens[0, 1:])
             if not torch.isclose(own, ours, rtol=TOLERANCE):
                 return False
     finally:

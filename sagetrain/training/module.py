@@ -21,6 +21,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -68,6 +69,8 @@ def prepare(model: PreTrainedModel, how: DictConfig) -> None:
 
     Raises ValueError for unknown choices and for what this model cannot do, ModuleNotFoundError without torchao.
     """
+    if how.fused_loss not in (True, False, "auto"):
+        raise ValueError(f"model.fused_loss={how.fused_loss}: choose true, false or auto")
     fused = how.fused_loss and can_fuse(model)
     if how.fused_loss is True and not fused:
         raise ValueError(
@@ -100,10 +103,14 @@ def check_length(config: PreTrainedConfig, seq_len: int) -> None:
         )
 
 
-def optimizer_of(optim: DictConfig, groups: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
+def optimizer_of(
+    optim: DictConfig, groups: list[dict[str, Any]], fused: bool, alone: bool = True
+) -> torch.optim.Optimizer:
     """AdamW of torch (`fused` where that runs) or, with moments in 8 bits, of torchao, over groups of weights.
 
-    Raises ValueError for another `optim.kind`, ModuleNotFoundError without torchao.
+    alone: whether nobody else needs the gradients. DDP has them in the type of the weights and DeepSpeed its own; else
+    torchao's are fp32, since they are the sums of many micro-batches.
+    Raises ValueError for another `optim.kind`, and for adamw8bit under FSDP2; ModuleNotFoundError without torchao.
     """
     options = {"lr": optim.lr, "betas": tuple(optim.betas)}
     if optim.kind == "adamw":
@@ -114,9 +121,14 @@ def optimizer_of(optim: DictConfig, groups: list[dict[str, Any]], fused: bool) -
         from torchao.optim import AdamW8bit
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"optim.kind=adamw8bit: {TORCHAO}", name=error.name) from error
-    for group in groups:
-        for weight in group["params"]:
-            weight.grad_dtype = torch.float32  # gradients of many micro-batches are summed in it
+    weights = [weight for group in groups for weight in group["params"]]
+    if any(isinstance(weight, DTensor) for weight in weights):
+        raise ValueError(
+            "optim.kind=adamw8bit does not run under FSDP2 (torchao's moments lack what torch asks of a shard): set "
+            "optim.kind=adamw, which FSDP2 shards, or strategy=ddp"
+        )
+    for weight in weights if alone else []:
+        weight.grad_dtype = torch.float32
     return AdamW8bit(groups, bf16_stochastic_round=True, **options)
 
 
@@ -147,6 +159,7 @@ class CausalLM(L.LightningModule):
         self.hf_config = model_config(cfg.model)
         check_length(self.hf_config, cfg.data.seq_len)
         self.model: torch.nn.Module | None = None
+        self._fp32_buffers: dict[str, Tensor] = {}
         self.step: dict[str, Any] = {}  # of the last optimizer step: step, loss, tokens, grad_norm, lr (all ranks)
         self.clock: tuple[float, float] | None = None  # when what the next row times began, and its _waited()
         self._mean_targets: Tensor | None = None  # of the optimizer step under way, per micro-batch and rank
@@ -170,9 +183,7 @@ class CausalLM(L.LightningModule):
                 self.model = AutoModelForCausalLM.from_config(self.hf_config, **options)
         self.model.train()
         prepare(self.model, self.cfg.model)
-        # What a model keeps in fp32 beside its weights (RoPE's frequencies) stays so, whatever the precision.
-        buffers = self.model.named_buffers()
-        self._fp32_buffers = {name: buffer.clone() for name, buffer in buffers if buffer.dtype == torch.float32}
+        self._fp32_buffers = {name: x for name, x in self.model.named_buffers() if x.dtype == torch.float32}
         if isinstance(self.trainer.strategy, SageFSDP2Strategy):
             shard(self.model, self.device_mesh)
 
@@ -288,11 +299,17 @@ class CausalLM(L.LightningModule):
         norm = self.step.get("grad_norm")
         return float("nan") if norm is None else float(norm)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        optim = self.cfg.optim
+    def on_fit_start(self) -> None:
+        """What the model keeps in fp32 beside its weights (RoPE's frequencies) stays so, whatever the precision.
+
+        A strategy's cast has put others in the place of these buffers, which a checkpoint in one file was loaded into.
+        """
         for name, buffer in self._fp32_buffers.items():
             owner, _, own = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[own] = buffer.to(self.device)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optim = self.cfg.optim
         trained = [p for p in self.parameters() if p.requires_grad]
         decayed, plain = [], []
         for p in trained:  # a tensor that ZeRO-3 has partitioned is flat
@@ -302,7 +319,8 @@ class CausalLM(L.LightningModule):
         groups = [group for group in groups if group["params"]]
         # Fused, an optimizer itself undoes the scale of an fp16 loss, and clipping would come too early.
         fused = self.device.type == "cuda" and self._engine() is None and not self._loss_is_scaled()
-        optimizer = optimizer_of(optim, groups, fused)
+        alone = not isinstance(self.trainer.strategy, ParallelStrategy)
+        optimizer = optimizer_of(optim, groups, fused, alone)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("the learning-rate schedule needs an end: set trainer.max_steps")

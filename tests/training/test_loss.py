@@ -1,5 +1,7 @@
 """The loss without the logits of all tokens: torch's own value and gradients, in any type, with less memory."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -109,10 +111,48 @@ def test_no_gradient_is_computed_where_none_is_wanted() -> None:
     torch.testing.assert_close(value, plain(*leaves, labels, torch.tensor(33.0)))
 
 
-def model(kind: str, **settings) -> PreTrainedModel:
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_head_or_frozen_layers_cost_no_product(frozen: int) -> None:
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default)
+            return function(*args, **(kwargs or {}))
+
+    leaves, labels = inputs(16)
+    divisor, counts = torch.tensor(33.0), []
+    wanted = torch.autograd.grad(fused_loss(*leaves, labels, divisor), leaves)[1 - frozen]
+    for freeze in (False, True):
+        leaves[frozen].requires_grad_(not freeze)
+        with Products() as products:
+            value = fused_loss(*leaves, labels, divisor)
+        counts.append(products.count)
+    assert counts == [3, 2]
+    assert torch.equal(torch.autograd.grad(value, leaves[1 - frozen])[0], wanted)
+
+
+def test_a_gradient_in_fp32_of_a_weight_in_bf16_is_not_rounded() -> None:
+    leaves, labels = inputs(50)
+    hidden, weight = (x.detach().bfloat16().requires_grad_() for x in leaves)
+    weight.grad_dtype = torch.float32
+    fused_loss(hidden, weight, labels, torch.tensor(33.0)).backward()
+    assert weight.grad.dtype == torch.float32 and not torch.equal(weight.grad, weight.grad.bfloat16().float())
+    assert hidden.grad.dtype == torch.bfloat16
+
+
+def test_a_second_backward_of_one_graph_is_refused() -> None:
+    leaves, labels = inputs(20)
+    value = fused_loss(*leaves, labels, torch.tensor(33.0))
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def model(kind: str, dtype: torch.dtype = torch.float32, **settings) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SHAPE | settings)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).train()
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("qwen2", True), ("phi", False)])
@@ -134,12 +174,14 @@ def test_a_fused_model_has_the_loss_and_gradients_it_had(kind: str, tied: bool) 
         for a, b in zip(ours, own, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert torch.equal(net(input_ids=tokens).logits, logits)
+    assert "attention_mask" in inspect.signature(net.forward).parameters  # generate() looks for it there
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "can"),
     [
         ("llama", {}, True),
+        ("llama", {"dtype": torch.bfloat16}, True),
         ("gemma2", {}, False),  # logits are capped
         ("gemma2", {"final_logit_softcapping": None}, True),
         ("granite", {"logits_scaling": 3.0}, False),

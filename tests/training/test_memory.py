@@ -1,6 +1,8 @@
 """What the recipe needs of a GPU's memory: Llama-1B with 16K tokens in a micro-batch."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,21 @@ def test_moments_in_8_bits_are_kept_by_a_checkpoint(tmp_path: Path, monkeypatch:
         patched.setattr(RunLog, "on_train_batch_end", fails)
         losses(tmp_path / "broken")
     assert losses(tmp_path / "broken") == whole and len(set(whole)) == 6
+
+
+@pytest.mark.slow
+def test_moments_in_8_bits_under_ddp(tmp_path: Path) -> None:
+    """Its buckets have the type of the weights, so gradients have it too."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "sagetrain", "recipe=quickstart", *MODEL, "compare.arms=null", "memory=24gb",
+            "trainer.accelerator=cpu", "strategy=ddp", "data.seq_len=64", "trainer.max_steps=2",
+            "trainer.accumulate_grad_batches=2", "probe.every=0", "checkpoint.keep=none", f"out={tmp_path / 'run'}",
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 2
 
 
 def test_a_gpu_that_is_full_names_the_knobs_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -276,6 +278,19 @@ def test_a_frequency_of_rope_stays_fp32_whatever_the_precision(run: Run) -> None
     assert torch.equal(frequencies, dict(run.model().named_buffers())[name]) and frequencies.dtype == torch.float32
 
 
+def test_a_buffer_that_was_learned_is_that_of_the_checkpoint(run: Run, monkeypatch, tmp_path: Path) -> None:
+    class Learns(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: CausalLM) -> None:
+            pl_module.model.kept.fill_(1.001)  # bf16 has no such number
+            trainer.save_checkpoint(tmp_path / "kept.ckpt")
+
+    zero = torch.zeros(1)
+    monkeypatch.setattr(module, "prepare", lambda model, how: model.register_buffer("kept", zero.clone()))
+    run.fit(Learns(), max_steps=1, precision="bf16-true")
+    run.fit(max_steps=2, precision="bf16-true", start=tmp_path / "kept.ckpt")
+    assert torch.equal(run.module.model.kept, torch.tensor([1.001]))
+
+
 def cosine(step: int) -> float:
     return step / 2 if step < 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / 8)) / 2
 
@@ -314,6 +329,7 @@ def test_schedules(run: Run, settings: dict, expected: Callable[[int], float]) -
             ModuleNotFoundError,
             "optim.kind=adamw8bit: no package torchao: pip install",
         ),
+        ({"model": {"fused_loss": "off"}}, ValueError, "model.fused_loss=off: choose true, false or auto"),
         ({"model": {"linear": "int4"}}, ValueError, "model.linear=int4: choose float8, or null"),
         ({"model": {"linear": "float8"}}, ModuleNotFoundError, "model.linear=float8: no package torchao"),
     ],
@@ -324,6 +340,17 @@ def test_unknown_choices(run: Run, monkeypatch, change: dict, error: type[Except
     run.cfg.merge_with(change)
     with pytest.raises(error, match=message):
         run.fit(max_steps=1)
+
+
+def test_moments_in_8_bits_are_refused_where_weights_are_shards(run: Run) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shard = distribute_tensor(torch.zeros(2, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
+        run.cfg.optim.kind = "adamw8bit"
+        with pytest.raises(ValueError, match="optim.kind=adamw8bit does not run under FSDP2"):
+            module.optimizer_of(run.cfg.optim, [{"params": [torch.nn.Parameter(shard)]}], fused=False)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_loss_that_cannot_be_fused_is_refused_or_left_alone(run: Run) -> None:
