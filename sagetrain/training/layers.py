@@ -25,13 +25,16 @@ from sagetrain.ops import schemes
 
 TORCHAO = "no package torchao: pip install 'sagetrain[torchao]'"
 CHECKPOINTING = ("none", "attention_saved", "full")
-# Attention ops of others, where this torch has them.
+# Attention ops of others, where they are loaded. FlashAttention-4 and FlexAttention are none, and are recomputed.
 ATTENTION_OPS = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::fwd",
 )
 
 
