@@ -32,6 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sagetrain.ops import reference, schemes
 from sagetrain.terminal import console
 from sagetrain.training.checkpoint import way_back
+from sagetrain.training.finite import what_is_bad
 from sagetrain.training.folder import RENAMED, write
 from sagetrain.training.module import CausalLM
 
@@ -113,7 +114,7 @@ class RunLog(L.Callback):
             return True
         raise FloatingPointError(
             f"the loss or the gradient of step {bad or step} is not finite (step {step}: loss {loss}, gradient norm "
-            f"{norm}). {way_back(self.folder / 'checkpoints')}"
+            f"{norm}). {what_is_bad(trainer, module)}{way_back(trainer)}"
         )
 
     def amend(self, trainer: L.Trainer, values: dict[str, float]) -> None:

@@ -44,7 +44,8 @@ from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups, settings
 from sagetrain.terminal import console
 from sagetrain.training.attention_record import AttentionRecord
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
-from sagetrain.training.checkpoint import Checkpoint, DirectCheckpointIO, check_checkpoint, newest
+from sagetrain.training.checkpoint import Checkpoint
+from sagetrain.training.checkpoint_files import HostCheckpointIO, check_checkpoint, checkpoints, last_good
 from sagetrain.training.folder import global_rank, locked, quoted, write
 from sagetrain.training.module import CausalLM, check_length, model_config
 from sagetrain.training.signals import LAUNCHER, Stopped, Watch, alone, follow_launcher, is_helper
@@ -151,16 +152,18 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
         if changed:
             listed = ", ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in changed[:3])
             raise ValueError(f"{out} holds a run with another configuration ({listed}): choose another out=FOLDER")
-        if (found := newest(out / "checkpoints")) is not None:
-            return found, False
+        if found := checkpoints(out / "checkpoints"):
+            return found[0], False
     if cfg.resume not in ("auto", "never"):
         start = Path(cfg.resume)
-        start = newest(start / "checkpoints") if (start / "checkpoints").is_dir() else start
+        if of_run := (start / "checkpoints").is_dir():
+            start = last_good(start / "checkpoints", _in_one_file(cfg))
         if start is None or not start.exists():
             raise FileNotFoundError(
                 f"resume={cfg.resume}: no checkpoint there; give auto, never, a checkpoint or a run"
             )
-        check_checkpoint(start, _in_one_file(cfg))
+        if not of_run:
+            check_checkpoint(start, _in_one_file(cfg))
         return start.resolve(), True
     return None, False
 
@@ -204,6 +207,8 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
     if past.get("status") == "finished":
         console().print(f"{facts['name']}: finished already ({past['steps']} steps), skipped")
         return out
+    if checkpoint and not anew:
+        checkpoint = last_good(out / "checkpoints", _in_one_file(cfg))
     facts["wandb_id"] = past.get("wandb_id", facts["wandb_id"])
     stdlib = cfg.data.get("source") == "stdlib" and not cfg.data.get("path")
     if stdlib and cfg.model.tokenizer == "byte":  # a floor that every reader can place
@@ -220,7 +225,8 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
         )
     layers = module.hf_config.get_text_config().num_hidden_layers
     log = RunLog(out, facts, extra=probe_columns(layers) if cfg.probe.every else ())
-    save = Checkpoint(out, watch=watch, anew=anew, **cfg.checkpoint)
+    io, last = HostCheckpointIO() if _in_one_file(cfg) else None, None if anew else checkpoint
+    save = Checkpoint(out, watch=watch, io=io, last=last, anew=anew, facts=facts, **cfg.checkpoint)
     bar = Bar(log, facts["name"])
     with _recorded(log, bar, watch) as trainers:
         trainer = _trainer(cfg, log, save, bar, group)
@@ -310,7 +316,7 @@ def _trainer(cfg: DictConfig, log: RunLog, save: Checkpoint, bar: Bar, group: st
         strategy=strategy,
         # In this order: what is measured in a step belongs to its row, and a checkpoint comes after both.
         callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *bars, *probes, save],
-        plugins=[DirectCheckpointIO()] if _in_one_file(cfg) else None,
+        plugins=[save.io] if save.io else None,
         enable_progress_bar=False,
         logger=_logger(cfg, log.facts, group) or False,
     )
