@@ -230,12 +230,11 @@ class CausalLM(L.LightningModule):
     def _leave_out(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
         """Has weights and moments stay as they are where the gradient is not finite, if no device need be waited for:
         not under DeepSpeed, nor of torchao's optimizer and FSDP2 on a GPU."""
-        if norm.device.type == "cpu" and self._engine() is None:
-            if not math.isfinite(norm.float().numpy()):
-                self._left_out = list(self.gradients())
-                optimizer.zero_grad()
-        elif optimizer.defaults.get("fused") and not any(isinstance(p, DTensor) for p in self.parameters()):
-            optimizer.found_inf = (~norm.isfinite()).float()  # what a scaler of the loss tells it
+        if optimizer.defaults.get("fused") and not any(isinstance(p, DTensor) for p in self.parameters()):
+            optimizer.found_inf = (~norm.isfinite()).float()  # as a scaler of the loss tells it
+        elif norm.device.type == "cpu" and self._engine() is None and not math.isfinite(norm.float().numpy()):
+            self._left_out = list(self.gradients())
+            optimizer.zero_grad()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Name and gradient of every parameter that has one, after the last step."""

@@ -13,6 +13,7 @@ once.
 
 import contextlib
 import difflib
+import errno
 import gc
 import json
 import logging
@@ -234,7 +235,7 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
         if trainer.is_global_zero:
             log.write_status("running", past.get("steps", 0))
             write(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        with _enough_memory(cfg):
+        with _enough(cfg):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if global_rank() == 0:
         save.clear()
@@ -247,10 +248,17 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def _enough_memory(cfg: DictConfig) -> Iterator[None]:
-    """Have a GPU whose memory is full say which knobs to turn, in the order of what they cost."""
+def _enough(cfg: DictConfig) -> Iterator[None]:
+    """Have a full disk say so, and a GPU whose memory is full which knobs to turn, in the order of what they cost."""
     try:
         yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"no space left for {error.filename or cfg.out}. What was saved is kept: free some space and start the "
+            "same command again to go on"
+        ) from error
     except torch.OutOfMemoryError as error:
         knobs = {
             "model.fused_loss=true": not cfg.model.fused_loss,
