@@ -63,10 +63,10 @@ def what_is_bad(trainer: L.Trainer, module: L.LightningModule) -> str:
         said = _look(trainer, module)
     except Exception as error:  # what is to be explained must not be hidden by it
         said = f"(Looking for the layer failed: {error}) "
-    everywhere = [said]
-    if trainer.world_size > 1:
-        everywhere = [""] * trainer.world_size
-        dist.all_gather_object(everywhere, said)
+    if trainer.world_size == 1:
+        return said
+    everywhere = [""] * trainer.world_size
+    dist.all_gather_object(everywhere, said)
     return next((f"Rank {rank}: {said}" for rank, said in enumerate(everywhere) if said), "")
 
 
@@ -80,12 +80,12 @@ def _look(trainer: L.Trainer, module: L.LightningModule) -> str:
         for number, (position, batch) in enumerate(module.held, 1):
             if (layer := _first_bad_output(trainer, module, batch)) is not None:
                 return (
-                    f"the first output that is not finite is that of {layer or 'the model, its loss'}, in "
-                    f"{_rows(trainer, module, number, position)}. "
+                    f"The first output that is not finite is that of {layer or 'the whole model'}, in micro-batch "
+                    f"{number} of {len(module.held)} ({_rows(trainer, [(position, batch)])}). "
                 )
     gradients = [name for name, grad in module.gradients() if _bad(grad)]
     if gradients:  # the backward goes from the last to the first
-        said = f"the first gradient that is not finite is that of {gradients[-1]} ({len(gradients)} of {len(weights)})"
+        said = f"The first gradient that is not finite is that of {gradients[-1]} ({len(gradients)} of {len(weights)})"
     elif spoilt:
         said = f"{len(spoilt)} of {len(weights)} weights are not finite, the first is {spoilt[0]}"
     else:
@@ -94,15 +94,15 @@ def _look(trainer: L.Trainer, module: L.LightningModule) -> str:
         bad = next((names.get(weight) for weight, state in kept if _bad(state)), None)
         if bad is None:
             return ""
-        said = f"the optimizer's state of {bad} is not finite"
-    return f"{said}, after {_rows(trainer, module, len(module.held), module.held[0][0])}. "
+        said = f"The optimizer's state of {bad} is not finite"
+    return f"{said}, in a step of {len(module.held)} micro-batches ({_rows(trainer, module.held)}). "
 
 
-def _rows(trainer: L.Trainer, module: L.LightningModule, number: int, position: dict[str, Any] | None) -> str:
-    """Names micro-batches of the step: the `number`-th, or up to it, from `position` in the data on."""
-    rows = len(module.held[number - 1][1]["input_ids"])
-    where = f", of the {rows * trainer.world_size} of all ranks that follow {position}" if position else ""
-    return f"micro-batch {number} of {len(module.held)} ({rows} rows{where})"
+def _rows(trainer: L.Trainer, held: list[tuple[dict[str, Any] | None, dict[str, Any]]]) -> str:
+    """Which rows of the data these micro-batches are."""
+    rows, position = sum(len(batch["input_ids"]) for _, batch in held), held[0][0]
+    where = f", this rank's of the {rows * trainer.world_size} that follow {position} in the data" if position else ""
+    return f"{rows} rows{where}"
 
 
 def _first_bad_output(trainer: L.Trainer, module: L.LightningModule, batch: dict[str, Any]) -> str | None:
