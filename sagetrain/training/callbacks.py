@@ -33,10 +33,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sagetrain.ops import reference, schemes
 from sagetrain.terminal import console
 from sagetrain.training.checkpoint import way_back
+from sagetrain.training.finite import what_is_bad
 from sagetrain.training.folder import RENAMED, write
 from sagetrain.training.module import CausalLM
 
 COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "data_wait", "val_loss")
+RESERVE, RESERVED = ".reserve", 64 << 10  # for the last run.json of a run on a full disk
 PROBE = ("probe/loss_bf16", "probe/loss_lowbit", "probe/grad_cosine", "probe/ds_rowsum")
 
 
@@ -114,7 +116,7 @@ class RunLog(L.Callback):
             return True
         raise FloatingPointError(
             f"the loss or the gradient of step {bad or step} is not finite (step {step}: loss {loss}, gradient norm "
-            f"{norm}). {way_back(self.folder / 'checkpoints')}"
+            f"{norm}). {what_is_bad(trainer, module)}{way_back(trainer)}"
         )
 
     def amend(self, trainer: L.Trainer, values: dict[str, float]) -> None:
@@ -131,13 +133,19 @@ class RunLog(L.Callback):
             self.amend(trainer, {"val_loss": float(trainer.callback_metrics["val_loss"])})
 
     def write_status(self, status: str, steps: int, **more: Any) -> None:
-        info = self.facts | {"status": status, "steps": steps} | more
-        write(self.folder / "run.json", json.dumps(info, indent=2) + "\n")
+        """Replace run.json; where the disk is full, in the room that was reserved for it."""
+        text = json.dumps(self.facts | {"status": status, "steps": steps} | more, indent=2) + "\n"
+        try:
+            write(self.folder / "run.json", text)
+        except OSError:
+            (self.folder / RESERVE).unlink(missing_ok=True)
+            write(self.folder / "run.json", text)
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            (self.folder / RESERVE).unlink(missing_ok=True)
+            file, self._file = self._file, None
+            file.close()
 
     def _write(self) -> None:
         self._table(self._file).writerow(self.row)
@@ -157,6 +165,7 @@ class RunLog(L.Callback):
         write(path, text.getvalue())
         self.close()
         self._file = open(path, "r+", newline="")  # noqa: SIM115 (closed in close())
+        (self.folder / RESERVE).write_bytes(os.urandom(RESERVED))  # nothing that a file system could compress
 
 
 class Probe(L.Callback):

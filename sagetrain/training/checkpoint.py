@@ -1,15 +1,20 @@
 """Checkpoints that survive a kill at any moment, and training that goes on from them as if nothing had happened.
 
-Method: each checkpoint is written aside (`.partial-step-N.ckpt`), flushed to the disk, renamed to `step-N.ckpt`, and
-only then is the previous one deleted; `last.ckpt` is a link to it. A file (one device, DDP) and a folder (FSDP2,
-DeepSpeed) are treated alike. With Lightning's own state (weights, optimizer, schedule, loops, data order) goes the
+Method: at a save point the state is copied to the memory of the host and training goes on; a thread writes the copy
+aside (`.partial-step-N.ckpt`), flushes it to the disk, renames it to `step-N.ckpt`, and only then deletes what is older
+than the checkpoint before; `last.ckpt` is a link to the newest. The next save, a signal that asked for this one and the
+end of the run wait for the thread; where it failed, the next step raises that on all ranks. Folders (FSDP2, DeepSpeed)
+are written while training waits. With Lightning's own state (weights, optimizer, schedule, loops, data order) goes the
 state of every random number generator, so the losses after a resume are those of a run that was never stopped, bit for
 bit.
-Weights that are not finite are never saved, so the last checkpoint is always a good one. Once a step the ranks
-compare what signals and clocks ask for, over a process group on the CPU, so that no device waits.
+Weights that are not finite are never saved, so the last checkpoint is always a good one; where the disk spoils it, the
+one before is used (checkpoint_files.py). Once a step the ranks compare what signals and clocks ask for, over a process
+group on the CPU, so that no device waits.
 Choice: not Lightning's ModelCheckpoint, which overwrites `last.ckpt` in place and builds the whole file in memory
-first.
-Cost: room for two checkpoints while one is replaced; it is asked for before training starts.
+first, nor its AsyncCheckpointIO, whose copies stay on the device and whose errors wait for the save after.
+Cost: room for three checkpoints while one is written, which is asked for before training starts, and one state in the
+host's memory until it is. How long training stood still for the last save and how long the thread took is in run.json
+(`save_stall_s`, `save_write_s`).
 """
 
 import os
@@ -17,23 +22,23 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import lightning.pytorch as L
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sagetrain.terminal import console
+from sagetrain.training.checkpoint_files import HostCheckpointIO, checkpoints, flush, remove, size
 from sagetrain.training.export import save_weights
+from sagetrain.training.finite import is_finite, what_is_bad
 from sagetrain.training.module import numel
 from sagetrain.training.signals import Stopped, Watch, requeue
 
@@ -43,65 +48,15 @@ KEEP = ("last", "weights", "none")
 TORCH_WRITER = "inline_container.cc"  # in what torch.save says of a full disk, a RuntimeError
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None."""
-    found = folder.glob("step-*.ckpt")
-    return max(found, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
-
-
-def check_checkpoint(path: Path, in_one_file: bool) -> None:
-    """Raises ValueError for what is no checkpoint of a run, or none that a strategy `in_one_file` can read."""
-    if path.is_dir():
-        if in_one_file:
-            raise ValueError(
-                f"{path} is a folder, which FSDP2 and DeepSpeed read as a checkpoint: give strategy= as that run had, "
-                "or a checkpoint in one file"
-            )
-        return
-    try:
-        found = torch.load(path, map_location="meta", mmap=True, weights_only=True) if is_zipfile(path) else None
-    except Exception as error:  # torch's word for it depends on what the bytes happen to be
-        raise ValueError(f"{path} is no checkpoint, or it is damaged: {str(error).splitlines()[0][:200]}") from error
-    if not isinstance(found, dict) or not {"state_dict", "loops", "optimizer_states"} <= found.keys():
-        raise ValueError(
-            f"{path} is no checkpoint of a run, or it is damaged. To start from weights alone give the folder that "
-            "holds them in Hugging Face's format as model.path"
-        )
-
-
-def way_back(folder: Path) -> str:
-    """What to do when numbers are not finite any more, for a run with its checkpoints in `folder`."""
-    if (kept := newest(folder)) is None:
+def way_back(trainer: L.Trainer) -> str:
+    """What to do when numbers are not finite any more."""
+    kept = next((each.last_saved() for each in trainer.callbacks if isinstance(each, Checkpoint)), None)
+    if kept is None:
         return "There is no checkpoint yet: start anew with a lower optim.lr, or look at the data of that step"
     return (
         f"The last good checkpoint is kept: {kept}. Start from it with a lower optim.lr (resume=CHECKPOINT "
         "out=NEW_FOLDER), or look at the data of that step"
     )
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk keep `path`: a file, or a folder with everything in it."""
-    for file in [*path.rglob("*"), path] if path.is_dir() else [path]:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes straight to the path (Lightning's own builds the file in memory, then in the temporary folder) and reads
-    onto the CPU by its name (Lightning's own gives a function, which quantised moments refuse)."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        torch.save(checkpoint, path)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def random_state() -> dict[str, Any]:
@@ -120,27 +75,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(tuple(state["numpy"]))
     if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def parts(x: Any) -> Iterator[Tensor]:
-    """The plain floating-point tensors in `x`: itself, a DTensor's shard, the scales of quantised moments, or none."""
-    if not isinstance(x, Tensor):  # a step that is counted in Python, a DTensor's mesh
-        return
-    if is_traceable_wrapper_subclass(x):
-        for name in x.__tensor_flatten__()[0]:
-            yield from parts(getattr(x, name))
-    elif x.is_floating_point():
-        yield x
-
-
-@torch.no_grad()
-def is_finite(trainer: L.Trainer) -> bool:
-    """Whether the weights and the state of the optimizers, every rank's share of them, are finite."""
-    weights = [getattr(weight, "ds_tensor", weight) for weight in trainer.lightning_module.parameters()]
-    kept = [(weight, *state.values()) for each in trainer.optimizers for weight, state in each.state.items()]
-    sums = [part.sum(dtype=torch.float64) for x in chain(weights, *kept) for part in parts(x)]
-    here = all(bool(torch.isfinite(x)) for x in sums)
-    return trainer.strategy.reduce_boolean_decision(here, all=True)
 
 
 def settings_of_this_run(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -164,11 +98,21 @@ class Checkpoint(L.Callback):
 
     out: the run directory. keep: what stays of a finished run, `last` (the last checkpoint), `weights` (in Hugging
     Face's format, in `out`/weights) or `none`; with `none` and both intervals 0 nothing is ever written.
-    watch: the signals. anew: the checkpoint that training starts from belongs to another run.
+    watch: the signals. io: the trainer's, where checkpoints are files. last: the checkpoint in `out` that training goes
+    on from. anew: it starts from that of another run. facts: where the times of the last save are noted.
     """
 
     def __init__(
-        self, out: Path, every_n_steps: int, every_minutes: float, keep: str, watch: Watch, anew: bool = False
+        self,
+        out: Path,
+        every_n_steps: int,
+        every_minutes: float,
+        keep: str,
+        watch: Watch,
+        io: HostCheckpointIO | None = None,
+        last: Path | None = None,
+        anew: bool = False,
+        facts: dict[str, Any] | None = None,
     ) -> None:
         if keep not in KEEP:
             raise ValueError(f"checkpoint.keep={keep}: choose one of {', '.join(KEEP)}")
@@ -178,13 +122,19 @@ class Checkpoint(L.Callback):
         self.every_minutes = every_minutes
         self.keep = keep
         self.watch = watch
+        self.io = io
+        self.last = last  # the newest that is complete, as far as this rank knows
         self.anew = anew
+        self.facts = {} if facts is None else facts
         self.periodic = bool(every_n_steps or every_minutes)
         self._saved_step = self._seen = 0
         self._whole = True  # the last micro-batch was the last of its step
         self._saved_time = time.monotonic()
         self._random_state: dict[str, Any] | None = None
         self._group: dist.ProcessGroup | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._next: Path | None = None  # what is being written, on every rank; rank 0 has the thread's promise
+        self._promise: Future | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": random_state()}
@@ -198,12 +148,11 @@ class Checkpoint(L.Callback):
 
     def room(self, module: L.LightningModule) -> int:
         """Bytes that this run will write beyond what is there already."""
-        weights = sum(numel(p) * p.element_size() for p in module.parameters())
-        whole = 3 * weights  # with AdamW's two moments
         copies = int(self.keep == "last")
-        if self.periodic:  # one old and one new checkpoint lie side by side for a moment
-            copies = 1 if newest(self.folder) else 2
-        return copies * whole + (weights if self.keep == "weights" else 0)
+        if self.periodic:  # the last, the one before and the next lie side by side for a moment
+            copies = 3 - min(2, len(checkpoints(self.folder)))
+        weights = _bytes(module) if self.keep == "weights" else 0
+        return copies * 3 * _bytes(module) + weights  # with AdamW's two moments
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Raises OSError when the disk has no room for what this run will write."""
@@ -211,8 +160,7 @@ class Checkpoint(L.Callback):
             return
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"{PARTIAL}*"):
-                _remove(leftover)
+            self._remove_partial()
         need, free = self.room(module), shutil.disk_usage(self.out).free
         if need > free:
             raise OSError(
@@ -222,10 +170,18 @@ class Checkpoint(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Raises RuntimeError when the ranks have found different checkpoints."""
         self._saved_step = self._seen = trainer.global_step
         self._saved_time = time.monotonic()
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
+            steps = [0] * trainer.world_size
+            dist.all_gather_object(steps, trainer.global_step, group=self._group)
+            if len(set(steps)) > 1:
+                raise RuntimeError(
+                    f"the ranks start from checkpoints of different steps ({steps}): {self.folder} is not the same on "
+                    "all machines"
+                )
         if self.anew:
             settings_of_this_run(trainer, module)
         self.watch.stepping = True
@@ -253,14 +209,19 @@ class Checkpoint(L.Callback):
     def _heed(self, trainer: L.Trainer, due: bool = False) -> None:
         """Do what signals or, where it is `due` on a rank, the time ask for: the same on all ranks. Raises Stopped."""
         save, self.watch.save = self.watch.save, 0
-        asked = torch.tensor((self.watch.stop, save, int(due)))
+        failed = self._promise is not None and self._promise.done() and self._promise.exception() is not None
+        asked = torch.tensor((self.watch.stop, save, int(due), int(failed)))
         if self._group is not None:
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
-        stop, save, _ = asked.tolist()
-        if asked.any() and trainer.global_step != self._saved_step:
+        stop, save, due, failed = asked.tolist()
+        if failed:
+            self.settle(trainer)
+        if (stop or save or due) and trainer.global_step != self._saved_step:
             self.save(trainer)
+        if stop or save:
+            self.settle(trainer)
         if stop:
-            where = f"; its checkpoint: {newest(self.folder)}" if not self.never else ", without a checkpoint"
+            where = f"; its checkpoint: {self.last}" if not self.never else ", without a checkpoint"
             raise Stopped(stop, f"after step {trainer.global_step}{where}")
         if save == signal.SIGUSR1 and trainer.is_global_zero:
             requeue()
@@ -269,39 +230,67 @@ class Checkpoint(L.Callback):
         """What is left to write of a finished run is written whatever signal comes now: it may be all that stays."""
         if self.keep == "last" and trainer.global_step != self._saved_step:
             self.save(trainer)
+        self.settle(trainer)
         if self.keep == "weights":
             save_weights(trainer, module, self.out / "weights")
         self.watch.stepping = False
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        """Whatever ends the run, the checkpoint that is being written is finished; where that fails it is said."""
+        if self._promise is not None and (failed := self._promise.exception()) is not None:
+            self._remove_partial()
+            console(stderr=True).print(f"{self._next.name} could not be written: {failed}", soft_wrap=True)
         self.watch.stepping = False
 
     def clear(self) -> None:
         """After the end of a run: leave what is to be kept."""
-        if self.keep != "last":
+        if self.keep == "last":
+            for old in checkpoints(self.folder):
+                if old != self.last:
+                    remove(old)
+        else:
             shutil.rmtree(self.folder, ignore_errors=True)
             (self.out / SLURM_LINK).unlink(missing_ok=True)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write one checkpoint (never: nothing). The previous one stays where it is until the new one is whole.
+        """Save one checkpoint (never: nothing), after the one before is complete.
 
-        Raises OSError when that fails, FloatingPointError when there is nothing finite to save.
+        Raises OSError when either fails, FloatingPointError when there is nothing finite to save.
         """
         if self.never:
             return
-        step = trainer.global_step
-        final = self.folder / f"step-{step:08d}.ckpt"
-        partial = self.folder / f"{PARTIAL}{final.name}"
+        begun, step = time.perf_counter(), trainer.global_step
         if not is_finite(trainer) or not trainer.lightning_module.finite():
             raise FloatingPointError(
                 f"the weights, the optimizer or the gradients of step {step} are not finite, so they are not saved. "
-                + way_back(self.folder)
+                f"{what_is_bad(trainer, trainer.lightning_module)}{way_back(trainer)}"
             )
-        self._together(trainer, step, partial, lambda: trainer.save_checkpoint(partial))
-        self._together(trainer, step, partial, lambda: trainer.is_global_zero and self._publish(partial, final))
+        self.settle(trainer)
+        self._next = self.folder / f"step-{step:08d}.ckpt"
+        partial = self.folder / f"{PARTIAL}{self._next.name}"
+        self._together(trainer, lambda: trainer.is_global_zero and self._check_space(trainer.lightning_module))
+        self._together(trainer, lambda: trainer.save_checkpoint(partial))
+        if self.io is None:
+            self._together(trainer, lambda: trainer.is_global_zero and self._publish(partial, self._next, self.last))
+            self.last, self._next = self._next, None
+        elif trainer.is_global_zero:
+            state, self.io.taken = self.io.taken, None
+            self._promise = self._thread.submit(self._write, state, partial, self._next, self.last)
         self._saved_step, self._saved_time = step, time.monotonic()
+        self.facts["save_stall_s"] = round(time.perf_counter() - begun, 3)
 
-    def _together(self, trainer: L.Trainer, step: int, partial: Path, write: Callable[[], Any]) -> None:
+    def settle(self, trainer: L.Trainer) -> None:
+        """Wait for the checkpoint that is being written. Raises OSError on every rank when that failed."""
+        if self._next is not None:
+            self._together(trainer, lambda: self._promise and self._promise.result())
+            self.last, self._next, self._promise = self._next, None, None
+
+    def last_saved(self) -> Path | None:
+        """The newest complete checkpoint, waiting for the one that is being written (rank 0 only)."""
+        written = self._promise is not None and self._promise.exception() is None
+        return self._next if written else self.last
+
+    def _together(self, trainer: L.Trainer, write: Callable[[], Any]) -> None:
         """Does `write` on every rank; where it fails on one, raises on all, so that none waits for another."""
         failed: BaseException | None = None
         try:
@@ -310,18 +299,34 @@ class Checkpoint(L.Callback):
             failed = error
         if trainer.strategy.reduce_boolean_decision(failed is None, all=True):
             return
+        name, self._next, self._promise = self._next.stem, None, None
         if trainer.is_global_zero:
-            _remove(partial)
+            self._remove_partial()
         if isinstance(failed, RuntimeError) and TORCH_WRITER not in str(failed):
             raise failed
         raise OSError(
-            f"could not write the checkpoint of step {step}: {failed or 'another rank could not'}. The last good one "
-            f"is kept: {newest(self.folder) or 'none yet'}. Free some space on that disk and start the same command "
-            "again to go on"
+            f"could not write the checkpoint of step {int(name.removeprefix('step-'))}: "
+            f"{failed or 'another rank could not'}. The last good one is kept: {self.last or 'none yet'}. Free some "
+            "space on that disk and start the same command again to go on"
         ) from failed
 
-    def _publish(self, partial: Path, final: Path) -> None:
-        _flush(partial)
+    def _check_space(self, module: L.LightningModule) -> None:
+        """Raises OSError before a checkpoint is begun that would not find room."""
+        need = 3 * _bytes(module) if self.last is None else size(self.last)
+        if (free := shutil.disk_usage(self.out).free) < need:
+            raise OSError(f"it needs {need / 1e6:,.1f} MB and {self.folder} has {free / 1e6:,.1f} MB free")
+
+    def _write(self, state: dict[str, Any], partial: Path, final: Path, before: Path | None) -> None:
+        begun = time.perf_counter()
+        torch.save(state, partial)
+        self._publish(partial, final, before)
+        self.facts["save_write_s"] = round(time.perf_counter() - begun, 3)
+
+    def _publish(self, partial: Path, final: Path, before: Path | None) -> None:
+        """Has a checkpoint that is written take its place; `before` stays, what is older or damaged goes."""
+        flush(partial)
+        if final.is_dir():  # a damaged one
+            remove(final)
         os.replace(partial, final)
         link = self.folder / f"{PARTIAL}last"
         link.symlink_to(final.name)
@@ -329,6 +334,15 @@ class Checkpoint(L.Callback):
         if SLURMEnvironment.detect():  # where Lightning's ckpt_path="hpc" looks
             link.symlink_to(Path(self.folder.name, "last.ckpt"))
             os.replace(link, self.out / SLURM_LINK)
-        for old in self.folder.glob("step-*.ckpt"):
-            if old != final:
-                _remove(old)
+        for old in checkpoints(self.folder):
+            if old not in (final, before):
+                remove(old)
+
+    def _remove_partial(self) -> None:
+        for leftover in self.folder.glob(f"{PARTIAL}*"):
+            remove(leftover)
+
+
+def _bytes(module: L.LightningModule) -> int:
+    """Of the weights, all ranks' shares together."""
+    return sum(numel(p) * p.element_size() for p in module.parameters())

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sagetrain.data import build_tokenizer
 from sagetrain.errors import asked_for
+from sagetrain.training.checkpoint_files import damage
 from sagetrain.training.module import model_config
 
 PREFIX = "model."  # of the Hugging Face model inside CausalLM
@@ -34,7 +35,8 @@ PREFIX = "model."  # of the Hugging Face model inside CausalLM
 def export(run: str | Path, folder: str | Path) -> Path:
     """Write weights and tokenizer of a run (its directory, or one of its checkpoints) into `folder`, new or empty.
 
-    Raises FileNotFoundError for what is no run or holds no checkpoint, FileExistsError when `folder` is in use.
+    Raises FileNotFoundError for what is no run or holds no checkpoint, ValueError for one that is damaged,
+    FileExistsError when `folder` is in use.
     """
     run, folder = (Path(path).expanduser().absolute() for path in (run, folder))
     checkpoint = run if run.parent.name == "checkpoints" else None
@@ -54,6 +56,8 @@ def export(run: str | Path, folder: str | Path) -> Path:
             f"{run} holds no checkpoint: none was due yet, or it kept none, as comparisons do unless they are given "
             "checkpoint.keep=weights (or last)"
         )
+    if said := damage(checkpoint):
+        raise ValueError(f"{checkpoint} is damaged: {said}. Where the run holds an earlier checkpoint, give that one")
     cfg = OmegaConf.load(source / "config.yaml")
     weights = {k.removeprefix(PREFIX): v for k, v in read_weights(checkpoint).items() if k.startswith(PREFIX)}
     _write(cfg, weights, folder)

@@ -16,6 +16,7 @@ it is sharded.
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as L
@@ -36,7 +37,7 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from sagetrain.data.loader import targets
+from sagetrain.data.loader import TextData, targets
 from sagetrain.integrations.lightning import SageFSDP2Strategy, shard
 from sagetrain.training.layers import TORCHAO, checkpoint_layers, compile_layers, float8_layers
 from sagetrain.training.loss import can_fuse, fuse
@@ -162,6 +163,8 @@ class CausalLM(L.LightningModule):
         self._fp32_buffers: dict[str, Tensor] = {}
         self.step: dict[str, Any] = {}  # of the last optimizer step: step, loss, tokens, grad_norm, lr (all ranks)
         self.clock: tuple[float, float] | None = None  # when what the next row times began, and its _waited()
+        self.held: list[tuple[dict[str, Any] | None, dict[str, Any]]] = []  # where in the data, batch: of that step
+        self._left_out: list[tuple[str, Tensor]] = []  # gradients that the optimizer was not given
         self._mean_targets: Tensor | None = None  # of the optimizer step under way, per micro-batch and rank
         self._loss: Tensor | float = 0.0  # of the micro-batches so far, this rank
         self._tokens: Tensor | int = 0
@@ -192,6 +195,7 @@ class CausalLM(L.LightningModule):
         batch = dict(batch)
         window = batch.pop("num_items_in_batch", None)
         if self._mean_targets is None:
+            self.held, self._left_out = [], []
             if window is None and self.trainer.accumulate_grad_batches > 1:
                 raise ValueError(
                     f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches} needs to know the targets "
@@ -203,6 +207,8 @@ class CausalLM(L.LightningModule):
             shares = self.trainer.world_size * self.trainer.accumulate_grad_batches
             total = self._over_ranks(window if isinstance(window, Tensor) else self._scalar(window))
             self._mean_targets = (total.clamp(min=1) / shares).float()
+        data = self.trainer.datamodule
+        self.held.append((data.position() if isinstance(data, TextData) else None, batch))
         loss = self.model(**batch, num_items_in_batch=self._mean_targets, use_cache=False).loss
         mask = batch.get("attention_mask")
         self._loss = self._loss + loss.detach()
@@ -241,12 +247,29 @@ class CausalLM(L.LightningModule):
             return
         norm = get_total_norm(grads)
         self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not self._loss_is_scaled():
+            self._leave_out(optimizer, self._grad_norm)
         if not gradient_clip_val or self._engine() is not None:
             return
         if gradient_clip_algorithm == "value":  # an enum that is a str, whose str() is something else
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
+            # One that is not finite would spoil all gradients, and with them what they can tell (finite.py).
+            norm = norm if isinstance(norm, DTensor) else norm.nan_to_num(nan=1.0, posinf=1.0)
             clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+
+    def _leave_out(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+        """Has weights and moments stay as they are where the gradient is not finite, if no device need be waited for:
+        not under DeepSpeed, nor of torchao's optimizer and FSDP2 on a GPU."""
+        if optimizer.defaults.get("fused") and not any(isinstance(p, DTensor) for p in self.parameters()):
+            optimizer.found_inf = (~norm.isfinite()).float()  # as a scaler of the loss tells it
+        elif norm.device.type == "cpu" and self._engine() is None and not math.isfinite(norm.float().numpy()):
+            self._left_out = list(self.gradients())
+            optimizer.zero_grad()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and gradient of every parameter that has one, after the last step."""
+        yield from self._left_out or ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
 
     def _engine(self) -> Any | None:
         """DeepSpeed's engine, None under other strategies."""

@@ -17,7 +17,6 @@ import gc
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -46,8 +45,10 @@ from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups, settings
 from sagetrain.terminal import console
 from sagetrain.training.attention_record import AttentionRecord
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
-from sagetrain.training.checkpoint import Checkpoint, DirectCheckpointIO, check_checkpoint, newest
+from sagetrain.training.checkpoint import Checkpoint
+from sagetrain.training.checkpoint_files import HostCheckpointIO, check_checkpoint, checkpoints, last_good
 from sagetrain.training.folder import global_rank, locked, quoted, write
+from sagetrain.training.full import enough
 from sagetrain.training.module import CausalLM, check_length, model_config
 from sagetrain.training.signals import LAUNCHER, Stopped, Watch, alone, follow_launcher, is_helper
 
@@ -153,16 +154,18 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
         if changed:
             listed = ", ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in changed[:3])
             raise ValueError(f"{out} holds a run with another configuration ({listed}): choose another out=FOLDER")
-        if (found := newest(out / "checkpoints")) is not None:
-            return found, False
+        if found := checkpoints(out / "checkpoints"):
+            return found[0], False
     if cfg.resume not in ("auto", "never"):
         start = Path(cfg.resume)
-        start = newest(start / "checkpoints") if (start / "checkpoints").is_dir() else start
+        if of_run := (start / "checkpoints").is_dir():
+            start = last_good(start / "checkpoints", _in_one_file(cfg))
         if start is None or not start.exists():
             raise FileNotFoundError(
                 f"resume={cfg.resume}: no checkpoint there; give auto, never, a checkpoint or a run"
             )
-        check_checkpoint(start, _in_one_file(cfg))
+        if not of_run:
+            check_checkpoint(start, _in_one_file(cfg))
         return start.resolve(), True
     return None, False
 
@@ -206,6 +209,8 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
     if past.get("status") == "finished":
         console().print(f"{facts['name']}: finished already ({past['steps']} steps), skipped")
         return out
+    if checkpoint and not anew:
+        checkpoint = last_good(out / "checkpoints", _in_one_file(cfg))
     facts["wandb_id"] = past.get("wandb_id", facts["wandb_id"])
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -225,7 +230,8 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
         )
     layers = module.hf_config.get_text_config().num_hidden_layers
     log = RunLog(out, facts, extra=probe_columns(layers) if cfg.probe.every else ())
-    save = Checkpoint(out, watch=watch, anew=anew, **cfg.checkpoint)
+    io, last = HostCheckpointIO() if _in_one_file(cfg) else None, None if anew else checkpoint
+    save = Checkpoint(out, watch=watch, io=io, last=last, anew=anew, facts=facts, **cfg.checkpoint)
     bar = Bar(log, facts["name"])
     with _recorded(log, bar, watch) as trainers:
         trainer = _trainer(cfg, log, save, bar, group)
@@ -233,7 +239,7 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
         if trainer.is_global_zero:
             log.write_status("running", past.get("steps", 0))
             write(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        with _enough_memory(cfg):
+        with enough(cfg):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     if global_rank() == 0:
         save.clear()
@@ -263,28 +269,6 @@ def _asked(past: dict[str, Any], checkpoint: Path | None) -> int | None:
     if not past and before and before.exists():
         past = json.loads(before.read_text())
     return past.get("data", {}).get("asked")
-
-
-@contextlib.contextmanager
-def _enough_memory(cfg: DictConfig) -> Iterator[None]:
-    """Have a GPU whose memory is full say which knobs are left to turn, the cheapest first."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        knobs = {
-            "model.fused_loss=true": cfg.model.fused_loss is False,
-            f"data.batch_size=1 with trainer.accumulate_grad_batches {cfg.data.batch_size}x": cfg.data.batch_size > 1,
-            "memory=24gb": cfg.optim.kind == "adamw",
-            "model.checkpointing=attention_saved": cfg.model.checkpointing == "none",
-            "model.checkpoint_every=1": cfg.model.checkpoint_every > 1,
-            "model.checkpointing=full": cfg.model.checkpointing == "attention_saved",
-            "a shorter data.seq_len": True,
-            "strategy=fsdp2 on more devices, with optim.kind=adamw": True,
-        }
-        asked = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
-        full = f"CUDA out of memory{f': {asked[0]}' if asked else ''}"
-        turn = ", ".join(knob for knob, left in knobs.items() if left)
-        raise RuntimeError(f"{full}. What to turn, the cheapest first: {turn}") from error
 
 
 @contextlib.contextmanager
@@ -335,7 +319,7 @@ def _trainer(cfg: DictConfig, log: RunLog, save: Checkpoint, bar: Bar, group: st
         strategy=strategy,
         # In this order: what is measured in a step belongs to its row, and a checkpoint comes after both.
         callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *bars, *probes, save],
-        plugins=[DirectCheckpointIO()] if _in_one_file(cfg) else None,
+        plugins=[save.io] if save.io else None,
         enable_progress_bar=False,
         logger=_logger(cfg, log.facts, group) or False,
     )

@@ -486,6 +486,77 @@ def test_a_gradient_that_is_not_finite_ends_the_run(run: Run, monkeypatch, every
     assert saves.finite == [True, False, False][: 1 if every == 1 else 3]
 
 
+def overflow(monkeypatch: pytest.MonkeyPatch, layer: str, micro_batch: int, backward: bool = False) -> None:
+    """What this layer makes of one micro-batch, or its gradient, is not finite, whoever runs the model on it."""
+    build = CausalLM.configure_model
+
+    def configure_model(self: CausalLM) -> None:
+        build(self)
+        seen: list[torch.Tensor] = []
+
+        def note(model: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+            seen[:] = [inputs["input_ids"]]
+
+        def spoilt(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+            ids = bad["input_ids"]
+            if seen[0].shape != ids.shape or not torch.equal(seen[0], ids):
+                return None
+            if backward and not output.requires_grad:
+                return None
+            if backward:
+                output.register_hook(lambda grad: grad * float("inf"))
+                return None
+            return output * float("inf")
+
+        stream = worker.data(self.cfg).stream
+        at = stream.start
+        for _ in range(micro_batch):
+            bad, at = next(stream.batches(at, 0, 1))
+        self.model.register_forward_pre_hook(note, with_kwargs=True)
+        self.model.get_submodule(layer).register_forward_hook(spoilt)
+
+    monkeypatch.setattr(CausalLM, "configure_model", configure_model)
+
+
+FUSED = partial(torch.optim.AdamW, fused=True)
+
+
+@pytest.mark.parametrize("optimizer", [None, FUSED], ids=["left out", "told"])
+@pytest.mark.parametrize(
+    ("layer", "backward", "said"),
+    [
+        ("model.layers.1.mlp.act_fn", False, r"first output that is not finite is that of model.layers.1.mlp.act_fn, "
+         r"in micro-batch 2 of 2 \(2 rows, this rank's of the 2 that follow {'epoch': 0, 'row': 6} in the data\)"),
+        ("lm_head", False, r"first output that is not finite is that of lm_head, in micro-batch 2 of 2 \(.*\)"),
+        ("model.layers.0.mlp.act_fn", True, r"first gradient that is not finite is that of model.layers.0\.\S+ "
+         r"\(\d+ of 2\d\), in a step of 2 micro-batches \(4 rows, .* 4 that follow {'epoch': 0, 'row': 4} in .*\)"),
+    ],
+)  # fmt: skip
+def test_batch_and_layer_of_a_bad_step_are_named(run: Run, monkeypatch, optimizer, layer, backward, said) -> None:
+    """Weights and moments stay as they were: what is looked for afterwards would be lost in spoilt ones."""
+    run.cfg.model.fused_loss = False
+    if optimizer:
+        monkeypatch.setattr(module, "optimizer_of", lambda optim, groups, *_, **__: optimizer(groups, lr=optim.lr))
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    before = run.fit(max_steps=1, **options)
+    weights = [p.detach().clone() for p in run.module.model.parameters()]
+    overflow(monkeypatch, layer, 4, backward)
+    with pytest.raises(FloatingPointError, match=f"step 2 is not finite .*. The {said}. There is no checkpoint"):
+        run.fit(max_steps=8, **options)
+    assert run.rows()[0]["loss"] == before[0]["loss"] and len(run.rows()) == 2
+    mine = list(run.module.model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(mine, weights, strict=True))
+    state = run.module.trainer.optimizers[0].state
+    assert all(x.isfinite().all() for p in mine for x in state[p].values()) and int(state[mine[0]]["step"]) == 1
+
+
+def test_a_bad_step_that_is_seen_later_says_what_would_tell_more(run: Run, monkeypatch) -> None:
+    spoil(monkeypatch, 1)
+    said = "gradient of step 2 .*The batch of step 2 is gone by step 4; with trainer.log_every_n_steps=1 it is named"
+    with pytest.raises(FloatingPointError, match=said):
+        run.fit(max_steps=8, log_every_n_steps=4)
+
+
 def test_an_overflow_that_a_loss_scaler_leaves_out_is_normal(run: Run, monkeypatch) -> None:
     spoil(monkeypatch, 1)
     scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))

@@ -3,6 +3,7 @@
 The kills are real: this file, run as a script, trains in forked children and ends them with SIGKILL.
 """
 
+import io
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 STEPS = 12
 RUN = (
@@ -36,10 +38,30 @@ def rows(out: Path) -> list[list[str]]:
     return [[x for i, x in enumerate(line) if i not in timed] for line in lines]
 
 
-def in_child(out: Path, *more: str) -> int:
+def slow_disk() -> None:
+    """Have every checkpoint lie half written for a while."""
+    import torch
+
+    save = torch.save
+
+    def in_two_halves(content: Any, path: Path) -> None:
+        file = io.BytesIO()
+        save(content, file)
+        half = file.tell() // 2
+        with open(path, "wb", buffering=0) as out:
+            out.write(file.getvalue()[:half])
+            time.sleep(0.5)
+            out.write(file.getvalue()[half:])
+
+    torch.save = in_two_halves
+
+
+def in_child(out: Path, *more: str, slow: bool = False) -> int:
     pid = os.fork()
     if pid == 0:
         try:
+            if slow:
+                slow_disk()
             train(out, *more)
         except BaseException as error:
             print(repr(error), file=sys.stderr)
@@ -48,24 +70,29 @@ def in_child(out: Path, *more: str) -> int:
     return pid
 
 
+def half_written(out: Path, since: float) -> bool:
+    found = [path.stat() for path in out.glob("checkpoints/.partial-step*")]
+    return any(file.st_size and file.st_mtime > since for file in found)
+
+
 def killed_again_and_again(folder: Path, data: str) -> None:
-    """Train once undisturbed, and once with a kill a moment after each of these rows or inside a checkpoint."""
+    """Train once undisturbed, and once with kills: a moment after a row, or while a checkpoint is half written."""
     os.waitpid(in_child(folder / "whole", data), 0)
-    out, chance, kills = folder / "killed", random.Random(0), 0
-    for row in (1, 3, 5, 6, 8, 11):
-        pid = in_child(out, data)
-        delay = chance.uniform(0.0, 0.05)
+    out, chance, kills = folder / "killed", random.Random(0), []
+    for row in (1, 3, 5, 6, 8, 9, 11):
+        writing, since = row % 3 == 0, time.time()
+        pid = in_child(out, data, slow=writing)
         while os.waitpid(pid, os.WNOHANG)[0] == 0:
             written = (out / "metrics.csv").read_text().count("\n") - 1 if (out / "metrics.csv").exists() else 0
-            saving = row % 3 == 0 and any(out.glob("checkpoints/.partial-step*"))
-            if written >= row or saving:
-                time.sleep(0.0 if saving else delay)
+            if half_written(out, since) if writing else written >= row:
+                time.sleep(0.0 if writing else chance.uniform(0.0, 0.05))
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-                kills += json.loads((out / "run.json").read_text())["status"] == "running"
+                if json.loads((out / "run.json").read_text())["status"] == "running":
+                    kills.append("in a write" if writing and half_written(out, since) else "in a step")
                 break
     assert os.waitpid(in_child(out, data), 0)[1] == 0, "the resumed run failed"
-    (folder / "kills").write_text(str(kills))
+    (folder / "kills").write_text(json.dumps(kills))
 
 
 def test_killed_run_repeats_the_losses_of_an_undisturbed_one(tmp_path: Path) -> None:
@@ -75,7 +102,8 @@ def test_killed_run_repeats_the_losses_of_an_undisturbed_one(tmp_path: Path) -> 
 
     env = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent)}
     subprocess.run([sys.executable, __file__, tmp_path, f"data.path={text}"], env=env, check=True, timeout=400)
-    assert int((tmp_path / "kills").read_text()) >= 3
+    kills = json.loads((tmp_path / "kills").read_text())
+    assert kills.count("in a write") == 3 and kills.count("in a step") >= 2
     whole, killed = (rows(tmp_path / name) for name in ("whole", "killed"))
     assert [line[0] for line in whole[1:]] == [str(i + 1) for i in range(STEPS)]
     assert killed == whole

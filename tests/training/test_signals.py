@@ -105,7 +105,9 @@ def check_stopped(out: Path, run: subprocess.Popen, signum: signal.Signals) -> N
     assert code == 128 + signum, said
     info, steps = json.loads((out / "run.json").read_text()), logged(out)
     assert info["status"] == "failed" and f"stopped by {signum.name} after step {steps}" in info["error"]
-    assert saved(out) == [f"step-{steps:08d}.ckpt"] and f"stopped by {signum.name}" in said and "Traceback" not in said
+    assert (
+        saved(out)[-1] == f"step-{steps:08d}.ckpt" and f"stopped by {signum.name}" in said and "Traceback" not in said
+    )
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
@@ -147,6 +149,25 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(start, tmp_path: Pat
     check_stopped(out, run, signal.SIGTERM)
 
 
+def test_all_ranks_go_on_from_the_same_checkpoint_where_the_newest_is_damaged(start, tmp_path: Path) -> None:
+    out, changes = tmp_path / "out", ["strategy=ddp", "trainer.devices=2", "checkpoint.every_n_steps=5"]
+    run = start(*changes)
+    wait(lambda: logged(out) > 12)
+    run.terminate()
+    check_stopped(out, run, signal.SIGTERM)
+    before, newest = ((out / "checkpoints" / name) for name in saved(out))
+    os.truncate(newest, newest.stat().st_size - 1000)
+    inode = (out / "metrics.csv").stat().st_ino
+    run = start(*changes)
+    wait(lambda: (out / "metrics.csv").stat().st_ino != inode)  # cut back to the steps of the checkpoint
+    wait(lambda: logged(out) > int(newest.stem.removeprefix("step-")) + 5)
+    run.terminate()
+    code, said = ends(run)
+    assert code == 143 and said.count("warning: damaged: ") == 1 and f"the checkpoint before, {before}" in said
+    steps = [int(line.split(",")[0]) for line in (out / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 @pytest.mark.parametrize("who", ["the leading rank", "another rank"])
 def test_a_signal_before_the_first_step_leaves_no_rank_behind(start, who: str) -> None:
     run = start("strategy=ddp", "trainer.devices=2")
@@ -182,6 +203,7 @@ def test_slurm_has_the_job_requeued_after_a_checkpoint_and_the_run_goes_on(start
     run.send_signal(signal.SIGUSR2)  # another wish for a checkpoint: no end, no second request
     first = saved(out)
     wait(lambda: saved(out) not in (first, []))
+    assert saved(out)[0] == first[0]  # the one before stays
     run.terminate()
     check_stopped(out, run, signal.SIGTERM)
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
