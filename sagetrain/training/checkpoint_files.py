@@ -5,7 +5,7 @@ Method: a file is whole when every part in it has the checksum that torch.save g
 Choice: each rank looks for itself, since each reads the whole file to load it anyway; a damaged checkpoint stays where
 it is until a new one is complete, so all of them see the same. A folder's bytes are not read through: it may hold many
 times what a rank loads.
-Cost: reading the file once more before training goes on, 1 s or less for a gigabyte in the page cache.
+Cost: reading the file once more before training goes on, one or two seconds for a gigabyte in the page cache.
 """
 
 import copy

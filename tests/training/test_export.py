@@ -131,7 +131,7 @@ def test_keep_none_leaves_nothing_and_without_intervals_nothing_is_ever_written(
 
     saves = []
     publish = Checkpoint._publish
-    monkeypatch.setattr(Checkpoint, "_publish", lambda self, a, b: (saves.append(b.name), publish(self, a, b)))
+    monkeypatch.setattr(Checkpoint, "_publish", lambda self, a, b, c: (saves.append(b.name), publish(self, a, b, c)))
     (out,) = run(compose([*TINY, text, "checkpoint.keep=none", "checkpoint.every_n_steps=1", f"out={tmp_path / 'a'}"]))
     assert saves == ["step-00000001.ckpt", "step-00000002.ckpt"] and not (out / "checkpoints").exists()
     never = ["checkpoint.keep=none", "checkpoint.every_n_steps=0", "checkpoint.every_minutes=0"]
@@ -162,12 +162,12 @@ def test_a_signal_does_not_cut_off_the_weights_that_are_all_that_stays(tmp_path:
 @pytest.mark.parametrize(
     ("changes", "weights"),  # how many times the weights have to fit on the disk
     [
-        ([], 6),  # two checkpoints, each with AdamW's two moments
+        ([], 9),  # three checkpoints, each with AdamW's two moments
         (["checkpoint.every_n_steps=0", "checkpoint.every_minutes=0"], 3),
         (["checkpoint.every_n_steps=0", "checkpoint.every_minutes=0", "checkpoint.keep=weights"], 1),
         (["checkpoint.every_n_steps=0", "checkpoint.every_minutes=0", "checkpoint.keep=none"], 0),
-        (["checkpoint.keep=none"], 6),
-        (["checkpoint.keep=weights"], 7),
+        (["checkpoint.keep=none"], 9),
+        (["checkpoint.keep=weights"], 10),
     ],
 )
 def test_the_room_asked_for_is_what_will_be_written(
