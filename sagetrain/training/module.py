@@ -21,6 +21,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -37,6 +38,7 @@ from transformers import (
 
 from sagetrain.data.loader import targets
 from sagetrain.integrations.lightning import SageFSDP2Strategy, shard
+from sagetrain.training.checks import check_settings
 from sagetrain.training.layers import TORCHAO, checkpoint_layers, compile_layers, float8_layers
 from sagetrain.training.loss import can_fuse, fuse
 
@@ -66,7 +68,7 @@ def model_config(model: DictConfig) -> PreTrainedConfig:
 def prepare(model: PreTrainedModel, how: DictConfig) -> None:
     """Has `model`, with whole weights, compute its loss and layers as `how` (conf/train.yaml, `model`) says.
 
-    Raises ValueError for unknown choices and for what this model cannot do, ModuleNotFoundError without torchao.
+    Raises ValueError for what this model cannot do, ModuleNotFoundError without torchao.
     """
     fused = how.fused_loss and can_fuse(model)
     if how.fused_loss is True and not fused:
@@ -78,8 +80,6 @@ def prepare(model: PreTrainedModel, how: DictConfig) -> None:
         fuse(model)
     if how.linear == "float8":
         float8_layers(model)
-    elif how.linear is not None:
-        raise ValueError(f"model.linear={how.linear}: choose float8, or null for the precision of the run")
     checkpoint_layers(model, how.checkpointing, how.checkpoint_every)
     if how.compile:
         compile_layers(model)
@@ -103,13 +103,11 @@ def check_length(config: PreTrainedConfig, seq_len: int) -> None:
 def optimizer_of(optim: DictConfig, groups: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:
     """AdamW of torch (`fused` where that runs) or, with moments in 8 bits, of torchao, over groups of weights.
 
-    Raises ValueError for another `optim.kind`, ModuleNotFoundError without torchao.
+    Raises ModuleNotFoundError without torchao.
     """
     options = {"lr": optim.lr, "betas": tuple(optim.betas)}
     if optim.kind == "adamw":
         return torch.optim.AdamW(groups, fused=fused or None, **options)
-    if optim.kind != "adamw8bit":
-        raise ValueError(f"optim.kind={optim.kind}: choose adamw or adamw8bit")
     try:
         from torchao.optim import AdamW8bit
     except ModuleNotFoundError as error:
@@ -122,12 +120,10 @@ def optimizer_of(optim: DictConfig, groups: list[dict[str, Any]], fused: bool) -
 
 def learning_rates(optimizer: torch.optim.Optimizer, optim: DictConfig, steps: int) -> LambdaLR:
     """The schedule over `steps` optimizer steps: linear warm-up, then `cosine`, or `wsd` (constant, then down like
-    1 - sqrt over the last `decay_steps`; null: a fifth of all). Raises ValueError for another one."""
+    1 - sqrt over the last `decay_steps`; null: a fifth of all)."""
     warmup = min(optim.warmup_steps, steps)
     if optim.schedule == "cosine":
         return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=optim.min_lr_ratio)
-    if optim.schedule != "wsd":
-        raise ValueError(f"optim.schedule={optim.schedule}: choose cosine or wsd")
     decay = min(steps // 5 if optim.decay_steps is None else optim.decay_steps, steps - warmup)
     return get_wsd_schedule(optimizer, warmup, decay, steps, decay_type="1-sqrt", min_lr_ratio=optim.min_lr_ratio)
 
@@ -143,6 +139,7 @@ class CausalLM(L.LightningModule):
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__()
+        check_settings(cfg)
         self.cfg = cfg
         self.hf_config = model_config(cfg.model)
         check_length(self.hf_config, cfg.data.seq_len)
@@ -302,6 +299,12 @@ class CausalLM(L.LightningModule):
         groups = [group for group in groups if group["params"]]
         # Fused, an optimizer itself undoes the scale of an fp16 loss, and clipping would come too early.
         fused = self.device.type == "cuda" and self._engine() is None and not self._loss_is_scaled()
+        shares = isinstance(self.trainer.strategy, DDPStrategy | SageFSDP2Strategy)
+        if optim.kind == "adamw8bit" and shares and any(p.dtype != torch.float32 for p in trained):
+            raise ValueError(
+                "optim.kind=adamw8bit (memory=24gb) sums gradients in FP32, which DDP and FSDP2 do not reduce for weights "
+                "in BF16: set trainer.precision=bf16-mixed, or strategy=deepspeed"
+            )
         optimizer = optimizer_of(optim, groups, fused)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
