@@ -48,6 +48,7 @@ from benchmarks.common import conditions, kernel_file, laps, write
 from sagetrain.__main__ import compose
 from sagetrain.integrations import bf16
 from sagetrain.ops import schemes
+from sagetrain.training.checks import check_settings
 from sagetrain.training.module import model_config, optimizer_of, prepare
 from sagetrain.training.train import attention_file
 
@@ -95,6 +96,7 @@ def peer(arm: str) -> str:
 
 def build(cfg: DictConfig, device: torch.device) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """The recipe's model, prepared as the recipe prepares it, and its optimizer."""
+    check_settings(cfg)
     dtype = torch.bfloat16 if cfg.trainer.precision == "bf16-true" else torch.float32
     torch.manual_seed(cfg.seed)
     with device:

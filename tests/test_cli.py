@@ -79,6 +79,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
         (["recipe=quickstart", "resume=gone.ckpt"], ["gone.ckpt", "no checkpoint"]),
         (["recipe=quickstart", "trainer.precision=7"], ["7"]),
         (["recipe=gsm8k_finetune", "model=quickstart", "data.path=nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["recipe=quickstart", "memory=8gb"], ["'memory/8gb'", "24gb 80gb"]),
+        (["recipe=quickstart", "model.fused_loss=maybe"], ["model.fused_loss=maybe: choose auto, true or false"]),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(

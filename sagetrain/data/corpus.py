@@ -123,11 +123,14 @@ def contents(record: Mapping[str, Any], field: str, tokenizer: Any, where: str) 
     Raises:
         ValueError: neither, or ids that the tokenizer does not have; starts with `where`.
     """
-    field = next((name for name in (field, *IDS) if name in record), field)
-    if not isinstance(record.get(field), list | np.ndarray):
+    asked, field = field, next((name for name in (field, *IDS) if name in record), field)
+    if field == asked and not isinstance(record.get(field), list | np.ndarray):
         hint = f"Set data.text_field= to the one that holds the text (token ids are read from {' or '.join(IDS)})."
         return filter(None, [get_text(record, field, where, hint)])
-    ids = np.asarray(record[field])
+    try:
+        ids = np.asarray(record[field])
+    except ValueError:  # lists of several lengths
+        ids = np.asarray(None)
     numbers = ids.ndim == 1 and (ids.dtype.kind in "iu" or not len(ids))
     if not numbers or len(ids) and not 0 <= ids.min() <= ids.max() < len(tokenizer):
         raise ValueError(

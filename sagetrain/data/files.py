@@ -64,10 +64,13 @@ def find(path: str | Path | Sequence[str | Path], want: str = "train") -> Files:
 
     Raises:
         FileNotFoundError: an entry names nothing.
-        ValueError: a file of an unknown format, or a folder that holds none of a known one, or of other splits only.
+        ValueError: what names no file, a file of an unknown format, or a folder that holds none of a known one, or of
+            other splits only.
     """
     found = Files()
-    for entry in [path] if isinstance(path, str | Path) else path:
+    for entry in path if isinstance(path, Sequence) and not isinstance(path, str) else [path]:
+        if not isinstance(entry, str | Path) or not str(entry):
+            raise ValueError(f"data.path holds {entry!r}, which names no file or folder")
         where = Path(entry).expanduser()
         if where.is_dir():
             inside = (p for p in where.rglob("*") if p.name.endswith(FORMATS) and not _hidden(p.relative_to(where)))

@@ -39,6 +39,7 @@ from transformers import (
 
 from sagetrain.data.loader import TextData, targets
 from sagetrain.integrations.lightning import SageFSDP2Strategy, shard
+from sagetrain.training.checks import check_settings
 from sagetrain.training.layers import TORCHAO, checkpoint_layers, compile_layers, float8_layers
 from sagetrain.training.loss import can_fuse, fuse
 
@@ -68,10 +69,8 @@ def model_config(model: DictConfig) -> PreTrainedConfig:
 def prepare(model: PreTrainedModel, how: DictConfig) -> None:
     """Has `model`, with whole weights, compute its loss and layers as `how` (conf/train.yaml, `model`) says.
 
-    Raises ValueError for unknown choices and for what this model cannot do, ModuleNotFoundError without torchao.
+    Raises ValueError for what this model cannot do, ModuleNotFoundError without torchao.
     """
-    if how.fused_loss not in (True, False, "auto"):
-        raise ValueError(f"model.fused_loss={how.fused_loss}: choose true, false or auto")
     fused = how.fused_loss and can_fuse(model)
     if how.fused_loss is True and not fused:
         raise ValueError(
@@ -82,8 +81,6 @@ def prepare(model: PreTrainedModel, how: DictConfig) -> None:
         fuse(model)
     if how.linear == "float8":
         float8_layers(model)
-    elif how.linear is not None:
-        raise ValueError(f"model.linear={how.linear}: choose float8, or null for the precision of the run")
     checkpoint_layers(model, how.checkpointing, how.checkpoint_every)
     if how.compile:
         compile_layers(model)
@@ -111,13 +108,11 @@ def optimizer_of(
 
     alone: whether nobody else needs the gradients. DDP has them in the type of the weights and DeepSpeed its own; else
     torchao's are fp32, since they are the sums of many micro-batches.
-    Raises ValueError for another `optim.kind`, and for adamw8bit under FSDP2; ModuleNotFoundError without torchao.
+    Raises ValueError for adamw8bit under FSDP2, ModuleNotFoundError without torchao.
     """
     options = {"lr": optim.lr, "betas": tuple(optim.betas)}
     if optim.kind == "adamw":
         return torch.optim.AdamW(groups, fused=fused or None, **options)
-    if optim.kind != "adamw8bit":
-        raise ValueError(f"optim.kind={optim.kind}: choose adamw or adamw8bit")
     try:
         from torchao.optim import AdamW8bit
     except ModuleNotFoundError as error:
@@ -135,12 +130,10 @@ def optimizer_of(
 
 def learning_rates(optimizer: torch.optim.Optimizer, optim: DictConfig, steps: int) -> LambdaLR:
     """The schedule over `steps` optimizer steps: linear warm-up, then `cosine`, or `wsd` (constant, then down like
-    1 - sqrt over the last `decay_steps`; null: a fifth of all). Raises ValueError for another one."""
+    1 - sqrt over the last `decay_steps`; null: a fifth of all)."""
     warmup = min(optim.warmup_steps, steps)
     if optim.schedule == "cosine":
         return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=optim.min_lr_ratio)
-    if optim.schedule != "wsd":
-        raise ValueError(f"optim.schedule={optim.schedule}: choose cosine or wsd")
     decay = min(steps // 5 if optim.decay_steps is None else optim.decay_steps, steps - warmup)
     return get_wsd_schedule(optimizer, warmup, decay, steps, decay_type="1-sqrt", min_lr_ratio=optim.min_lr_ratio)
 
@@ -156,6 +149,7 @@ class CausalLM(L.LightningModule):
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__()
+        check_settings(cfg)
         self.cfg = cfg
         self.hf_config = model_config(cfg.model)
         check_length(self.hf_config, cfg.data.seq_len)

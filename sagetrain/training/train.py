@@ -47,6 +47,7 @@ from sagetrain.training.attention_record import AttentionRecord
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint
 from sagetrain.training.checkpoint_files import HostCheckpointIO, check_checkpoint, checkpoints, last_good
+from sagetrain.training.checks import check_settings
 from sagetrain.training.folder import global_rank, locked, quoted, write
 from sagetrain.training.full import enough
 from sagetrain.training.module import CausalLM, check_length, model_config
@@ -66,10 +67,9 @@ def run(cfg: DictConfig) -> list[Path]:
     if not is_helper():
         os.environ[LAUNCHER] = str(os.getpid())
     _quiet()
+    check_settings(cfg)
     cfg = at_home(cfg)
     out = Path(cfg.out).absolute()
-    if cfg.compare.seeds < 1:
-        raise ValueError(f"compare.seeds={cfg.compare.seeds}: give the number of runs per arm, at least 1")
     if global_rank() == 0:
         again = shlex.quote(f"out={quoted(str(out))}")
         console().print(f"run directory: {out} (after an interruption: the same command with {again})", soft_wrap=True)
@@ -166,8 +166,21 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
             )
         if not of_run:
             check_checkpoint(start, _in_one_file(cfg))
+        _check_optimizer(cfg, start.resolve())
         return start.resolve(), True
     return None, False
+
+
+def _check_optimizer(cfg: DictConfig, checkpoint: Path) -> None:
+    """Raises ValueError when the run of a checkpoint, where that still lies in it, kept its moments in another way."""
+    theirs = checkpoint.parent.parent / "config.yaml"
+    kind = OmegaConf.load(theirs).optim.get("kind", "adamw") if theirs.exists() else cfg.optim.kind
+    if kind != cfg.optim.kind:
+        raise ValueError(
+            f"resume={cfg.resume}: its run has optim.kind={kind} and this one {cfg.optim.kind}, whose moments are of "
+            f"another type. Set optim.kind={kind}, or start from its weights alone: python -m sagetrain.export, then "
+            "model.path="
+        )
 
 
 def kernel(cfg: DictConfig) -> str:

@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from sagetrain.data import ByteTokenizer, build, build_tokenizer
 from sagetrain.data.corpus import encode
+from sagetrain.data.files import find
 
 TOK = ByteTokenizer()
 GOOD = json.dumps({"text": "some text that is long enough", "id": 1}) + "\n"
@@ -92,6 +93,11 @@ def test_missing_files_and_formats(tmp_path):
         pretrain(tmp_path / "x.csv")
     with pytest.raises(ValueError, match="empty list"):
         pretrain([])
+    for entry in ("", 5, True):
+        with pytest.raises(ValueError, match=f"data.path holds {entry!r}, which names no file"):
+            find(entry)
+        with pytest.raises(ValueError, match=f"data.path holds {entry!r}, which names no file"):
+            find([entry])
 
 
 def test_empty_and_too_little(tmp_path):
@@ -111,6 +117,14 @@ def test_empty_and_too_little(tmp_path):
     (tmp_path / "y.jsonl").write_text('{"text": "another"}\n' * 9, encoding="utf-8")
     with pytest.raises(ValueError, match="1 validation documents do not fill one row of 16 tokens"):
         pretrain(tmp_path / "x.jsonl", val_path=str(tmp_path / "y.jsonl"), val_documents=1)
+
+
+@pytest.mark.parametrize("ids", [[[1, 2], [3]], "text", None, 5, [1, "2"]])
+def test_token_ids_that_are_no_list_of_numbers(ids, tmp_path):
+    good = {"input_ids": list(range(64))}
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps({'input_ids': ids})}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: field 'input_ids' must be a list of token ids from 0 to 263"):
+        pretrain(tmp_path / "x.jsonl")
 
 
 def test_missing_field_lists_the_fields(tmp_path):

@@ -165,6 +165,14 @@ def test_resume_from_another_model(train) -> None:
     assert is_bad_input(caught.value)
 
 
+@pytest.mark.parametrize("kinds", [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
+def test_resume_from_another_optimizer(train, kinds: tuple[str, str]) -> None:
+    (first,) = train(f"optim.kind={kinds[0]}")
+    with pytest.raises(ValueError, match=f"its run has optim.kind={kinds[0]} and this one {kinds[1]}") as caught:
+        train(f"optim.kind={kinds[1]}", f"resume={first}", out="second")
+    assert is_bad_input(caught.value)
+
+
 def test_what_the_user_asks_for_wins_over_the_checkpoint_of_another_run(train) -> None:
     changes = ["optim.warmup_steps=0", "optim.min_lr_ratio=1.0", "trainer.gradient_clip_val=null"]
     (first,) = train(*changes, "optim.lr=1e-2")
