@@ -53,6 +53,16 @@ def test_probe_measures_and_leaves_training_untouched(tmp_path: Path) -> None:
         assert values["probe/ds_rowsum"] >= 0
 
 
+@pytest.mark.parametrize("kind", ["attention_saved", "full"])
+def test_probe_of_recomputed_layers(tmp_path: Path, kind: str) -> None:
+    plain, again = (
+        train(tmp_path, "probe.every=1", "trainer.max_steps=1", f"model.checkpointing={how}", f"out={tmp_path / how}")
+        for how in ("none", kind)
+    )
+    columns = probe_columns(layers=2)
+    assert [again[0][c] for c in columns] == [plain[0][c] for c in columns]
+
+
 def test_probe_on_packed_documents_and_off_in_bf16(tmp_path: Path) -> None:
     packed = train(
         tmp_path, "probe.every=3", "data.document_boundaries=true", "data.batch_size=1", f"out={tmp_path / 'p'}"
