@@ -172,12 +172,11 @@ def test_token_ids_are_documents_as_they_are(form, tmp_path):
     assert batch["input_ids"].dtype == torch.int64
 
 
-@pytest.mark.parametrize("ids, said", [([1, 264], None), ([-1], None), ([1.5], None), ([[1], [2]], None),
-                                       (["a"], None), (7, "field 'input_ids' is int, a string is needed")])  # fmt: skip
-def test_token_ids_that_the_tokenizer_does_not_have(ids, said, tmp_path):
+@pytest.mark.parametrize("ids", [[1, 264], [-1], [1.5], [[1], [2]], ["a"], 7])
+def test_token_ids_that_the_tokenizer_does_not_have(ids, tmp_path):
     lines = [{"input_ids": [1, 2]}, {"input_ids": ids}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = said or "field 'input_ids' must be a list of token ids from 0 to 263, those of the tokenizer 'byte'"
+    said = "field 'input_ids' must be a list of token ids from 0 to 263, those of the tokenizer 'byte'"
     with pytest.raises(ValueError, match=rf"x\.jsonl:2: {said}"):
         build({"kind": "pretrain", "path": str(tmp_path / "x.jsonl")}, TOK, 8, 0)
 
