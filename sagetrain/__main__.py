@@ -148,7 +148,8 @@ def _known(override: Override, cfg: Any) -> str:
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
 def _run(cfg: DictConfig) -> None:
     try:
-        from sagetrain.training.train import run
+        with needs("train", command=True):
+            from sagetrain.training.train import run
 
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             cfg.out = str(Path(cfg.out) / str(HydraConfig.get().job.num))

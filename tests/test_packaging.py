@@ -20,6 +20,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.tiny import ARMS
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 JUNK = (".*", "build", "dist", "outputs", "multirun", "wandb", "*.egg-info", "__pycache__", "*.so")
 PATHS = {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
@@ -182,6 +184,19 @@ def test_wheel_is_one_for_every_python_and_holds_the_package_only(wheel: tuple[P
     assert names == expected | {"sagetrain/_C.abi3.so"}
     licences = [name for name in zipfile.ZipFile(path).namelist() if name.endswith("LICENSE")]
     assert len(licences) == 1
+
+
+def test_quickstart_runs_on_what_the_makefile_installs_for_it(tmp_path: Path) -> None:
+    """`make quickstart` comes before the packages of the tests: here these are not to be found."""
+    (listed,) = re.findall(r"^TEST_NEEDS := (.*)", (CHECKOUT / "Makefile").read_text(), re.MULTILINE)
+    hidden = [name.removeprefix("pytest-") for name in listed.split()]
+    assert {"wandb", "deepspeed", "xdist"} <= set(hidden)
+    program = (
+        f"import sys; sys.modules |= dict.fromkeys({hidden}); from sagetrain.__main__ import compose\n"
+        f"from sagetrain.training.train import run; run(compose({[*ARMS, f'out={tmp_path}', 'trainer.max_steps=1']}))"
+    )
+    call(sys.executable, "-c", program, cwd=CHECKOUT, PYTHONPATH=str(CHECKOUT))
+    assert (tmp_path / "report.html").exists()
 
 
 def test_build_without_cuda_says_so(wheel: tuple[Path, str]) -> None:

@@ -304,8 +304,8 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
         except OSError:  # a full disk: of a run that failed the first error counts
             if code == 0:
                 raise
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish(exit_code=code)
+        if wandb := sys.modules.get("wandb"):
+            wandb.finish(exit_code=code)
 
     watch.on_forced_end = lambda said: write_down("failed", error=said)
     try:
