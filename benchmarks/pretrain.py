@@ -1,12 +1,12 @@
 """Speed and memory of a recipe's training step, attention by attention, and where its time goes.
 
-    python -m benchmarks.pretrain data.path=FILE model.tokenizer=FOLDER   # a GPU: 8K and 16K, packed and plain
-    python -m benchmarks.pretrain --lengths 16384 --arms sage_int8 varlen memory=24gb data.path=FILE
+    python -m benchmarks.pretrain --set data.path=FILE model.tokenizer=FOLDER   # a GPU: 8K and 16K, packed and plain
+    python -m benchmarks.pretrain --lengths 16384 --arms sage_int8 varlen --set memory=24gb data.path=FILE
     python -m benchmarks.pretrain --device cpu --recipe quickstart --lengths 64 --rounds 1 --no-save
 
-Everything else on the command line is an override of the recipe, so what is measured is what the recipe trains: its
-model with random weights, its loss, compilation, checkpointing and optimizer, real rows of its data. "packed" rows are
-filled with documents that do not see each other, "plain" rows are one causal sequence each.
+`--set` takes overrides of the recipe, so what is measured is what the recipe trains: its model with random weights, its
+loss, compilation, checkpointing and optimizer, real rows of its data. "packed" rows are filled with documents that do
+not see each other, "plain" rows are one causal sequence each.
 
 Method: one model serves all arms, which differ in the name of the attention only; each round every arm computes the
 same two micro-batches (the second adds to gradients that are there) and an update. Times are medians over the rounds,
@@ -261,7 +261,7 @@ def measure(cfg: DictConfig, data: str, names: list[str], rounds: int, device: t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
     parser.add_argument("--recipe", default="llama1b_pretrain")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384], help="data.seq_len")
@@ -270,7 +270,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--breakdown", action="store_true")
     parser.add_argument("--no-save", action="store_true", help="print only")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds: at least 1")
     device = torch.device(args.device)
     torch._dynamo.config.recompile_limit = 64  # one graph for each arm and kind of lengths
     start, rows = conditions(args.device), []
@@ -280,7 +282,7 @@ def main() -> None:
             given = [
                 f"recipe={args.recipe}",
                 "compare.arms=null",
-                *args.overrides,
+                *args.set,
                 f"data.seq_len={length}",
                 boundaries,
             ]

@@ -16,7 +16,7 @@ def test_a_recipes_step_arm_by_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["--device", "cpu", "--recipe", "quickstart", "--lengths", "64", "--rounds", "1", "--arms"]
     arms = ["sage_int8", "sdpa", "flex"]
     overrides = [*MODEL, "data.batch_size=2", "trainer.accumulate_grad_batches=5"]
-    monkeypatch.setattr(sys, "argv", ["pretrain", *overrides, *command, *arms])
+    monkeypatch.setattr(sys, "argv", ["pretrain", *command, *arms, "--set", *overrides])
     pretrain.main()
     assert [(row["data"], row["attention"]) for row in written] == [
         (data, arm) for data in ("packed", "plain") for arm in ("flex", "sage_int8", "sdpa")

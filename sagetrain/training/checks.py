@@ -6,8 +6,10 @@ Kept by hand, as one table: Hydra's structured configs know types, but neither c
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sagetrain.training.layers import CHECKPOINTING
@@ -40,7 +42,8 @@ RANGES = {
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Raises ValueError for the first setting that is none of its choices, no whole number, or out of its range."""
+    """Raises ValueError for the first setting that is none of its choices, no whole number, out of its range, or too
+    much for this GPU; ModuleNotFoundError for one that needs torchao where it is missing."""
 
     def refuse(key: str, value: Any, wanted: str) -> None:
         raise ValueError(f"{key}={_spelt(value)}: {wanted}")
@@ -61,6 +64,16 @@ def check_settings(cfg: DictConfig) -> None:
     betas = OmegaConf.select(cfg, "optim.betas")
     if not OmegaConf.is_list(betas) or len(betas) != 2 or not all(_number(beta) and 0 <= beta < 1 for beta in betas):
         refuse("optim.betas", betas, "give two numbers from 0 to below 1, as in optim.betas=[0.9,0.95]")
+    arms = list(cfg.compare.arms or [])
+    if len(set(arms)) < len(arms):
+        refuse("compare.arms", f"[{','.join(arms)}]", "name each arm once; compare.seeds=N runs all of them N times")
+    for key, value in ("optim.kind", "adamw8bit"), ("model.linear", "float8"):
+        if OmegaConf.select(cfg, key) == value and find_spec("torchao") is None:
+            raise ModuleNotFoundError(f"{key}={value}: no package torchao: pip install 'sagetrain[torchao]'")
+    if cfg.model.linear and (not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9)):
+        refuse(
+            "model.linear", cfg.model.linear, "needs a GPU of compute capability 8.9 or later; set model.linear=null"
+        )
 
 
 def _number(value: Any) -> bool:

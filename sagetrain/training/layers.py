@@ -23,7 +23,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sagetrain.ops import schemes
 
-TORCHAO = "no package torchao: pip install 'sagetrain[torchao]'"
 CHECKPOINTING = ("none", "attention_saved", "full")
 # Attention ops of others, where they are loaded. FlashAttention-4 and FlexAttention are none, and are recomputed.
 ATTENTION_OPS = (
@@ -80,16 +79,9 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def float8_layers(model: nn.Module) -> None:
-    """Has the linear layers (not the head) multiply in float8, one scale for each tensor, by torchao.
+    """Has the linear layers (not the head) multiply in float8, one scale for each tensor, by torchao."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    Raises ModuleNotFoundError without torchao and ValueError where no GPU has float8.
-    """
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"model.linear=float8: {TORCHAO}", name=error.name) from error
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
-        raise ValueError("model.linear=float8 needs a GPU of compute capability 8.9 or later: set model.linear=null")
     head = model.get_output_embeddings()
     config = Float8LinearConfig.from_recipe_name("tensorwise")
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: module is not head)

@@ -1,7 +1,8 @@
 """A LightningModule around any Hugging Face causal language model.
 
 Method: the model comes from its configuration (random weights) or from pre-trained weights, takes the attention that
-the run names, and is trained on next-token cross-entropy (nats) with AdamW, linear warm-up and cosine decay. The loss
+the run names, computes its loss and layers as conf/train.yaml says (loss.py, layers.py), and is trained on next-token
+cross-entropy (nats) with AdamW, linear warm-up and a schedule (cosine, or constant and then down). The loss
 of an optimizer step is the sum over its unmasked targets by their number, of all its micro-batches and ranks together:
 each target weighs the same however the step is cut. Validation is weighed in the same way. What a step did (loss,
 tokens, gradient norm, learning rate) is left in `step`, on the device, for the callbacks.
@@ -39,8 +40,10 @@ from transformers import (
 
 from sagetrain.data.loader import TextData, targets
 from sagetrain.integrations.lightning import SageFSDP2Strategy, shard
+from sagetrain.terminal import console
 from sagetrain.training.checks import check_settings
-from sagetrain.training.layers import TORCHAO, checkpoint_layers, compile_layers, float8_layers
+from sagetrain.training.folder import global_rank
+from sagetrain.training.layers import checkpoint_layers, compile_layers, float8_layers
 from sagetrain.training.loss import can_fuse, fuse
 
 
@@ -69,7 +72,7 @@ def model_config(model: DictConfig) -> PreTrainedConfig:
 def prepare(model: PreTrainedModel, how: DictConfig) -> None:
     """Has `model`, with whole weights, compute its loss and layers as `how` (conf/train.yaml, `model`) says.
 
-    Raises ValueError for what this model cannot do, ModuleNotFoundError without torchao.
+    Raises ValueError for what this model cannot do. Where `fused_loss=auto` finds that, it says so.
     """
     fused = how.fused_loss and can_fuse(model)
     if how.fused_loss is True and not fused:
@@ -79,6 +82,8 @@ def prepare(model: PreTrainedModel, how: DictConfig) -> None:
         )
     if fused:
         fuse(model)
+    elif how.fused_loss and global_rank() == 0:
+        console(stderr=True).print(f"{type(model).__name__} computes its own loss, from the logits of all tokens")
     if how.linear == "float8":
         float8_layers(model)
     checkpoint_layers(model, how.checkpointing, how.checkpoint_every)
@@ -108,15 +113,13 @@ def optimizer_of(
 
     alone: whether nobody else needs the gradients. DDP has them in the type of the weights and DeepSpeed its own; else
     torchao's are fp32, since they are the sums of many micro-batches.
-    Raises ValueError for adamw8bit under FSDP2, ModuleNotFoundError without torchao.
+    Raises ValueError for adamw8bit under FSDP2.
     """
     options = {"lr": optim.lr, "betas": tuple(optim.betas)}
     if optim.kind == "adamw":
         return torch.optim.AdamW(groups, fused=fused or None, **options)
-    try:
-        from torchao.optim import AdamW8bit
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"optim.kind=adamw8bit: {TORCHAO}", name=error.name) from error
+    from torchao.optim import AdamW8bit
+
     weights = [weight for group in groups for weight in group["params"]]
     if any(isinstance(weight, DTensor) for weight in weights):
         raise ValueError(

@@ -1,6 +1,7 @@
 """Settings that are no choice, no whole number or out of range are refused, in a line that says what may stand."""
 
 import pytest
+import torch
 
 from sagetrain.__main__ import compose
 from sagetrain.errors import is_bad_input
@@ -32,6 +33,7 @@ RUN = "recipe=quickstart"
         ("optim.betas=[0.9,1]", "optim.betas=[0.9, 1]: give two numbers"),
         ("probe.max_tokens=0", "probe.max_tokens=0: give a whole number, at least 1"),
         ("checkpoint.every_n_steps=x", "checkpoint.every_n_steps=x: give a whole number, at least 0"),
+        ("compare.arms=[bf16,bf16]", "compare.arms=[bf16,bf16]: name each arm once"),
         ("compare.seeds=1.5", "compare.seeds=1.5: give a whole number, at least 1"),
         ("trainer.max_steps=1.5", "trainer.max_steps=1.5: give a whole number"),
     ],
@@ -40,6 +42,17 @@ def test_refusals(setting: str, said: str) -> None:
     with pytest.raises(ValueError) as caught:
         check_settings(compose([RUN, setting]))
     assert str(caught.value).startswith(said) and is_bad_input(caught.value)
+
+
+@pytest.mark.parametrize(("capability", "works"), [(None, False), ((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_float8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch, capability: tuple | None, works: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    cfg = compose([RUN, "model.linear=float8"])
+    if works:
+        return check_settings(cfg)
+    with pytest.raises(ValueError, match="model.linear=float8: needs a GPU of compute capability 8.9 or later"):
+        check_settings(cfg)
 
 
 @pytest.mark.parametrize("choice", [[], *([f"memory={name}"] for name in groups()["memory"])])
