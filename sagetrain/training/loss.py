@@ -30,6 +30,7 @@ from sagetrain.data.collate import IGNORE
 CHUNK = 4096  # tokens; at 128,256 logits 1 GB in bf16
 TRIED = 8  # tokens that `can_fuse` compares
 LARGE = 200.0  # logit
+OWN = {"shift_labels", "ignore_index", "logits_to_keep", "output_hidden_states", "output_attentions", "return_dict"}
 TOLERANCE = 1e-5  # of the mean loss, relative
 
 
@@ -108,7 +109,7 @@ def fused_loss(hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor, 
 def fuse(model: PreTrainedModel) -> None:
     """Has `model(..., labels=, num_items_in_batch=).loss` computed by `fused_loss`; its `logits` are None then.
 
-    Without labels the model does what it did.
+    Without labels, or with an argument in `OWN`, the model does what it did.
     """
     whole, head = model.forward, model.get_output_embeddings()
     project = head.forward
@@ -122,8 +123,9 @@ def fuse(model: PreTrainedModel) -> None:
     def forward(
         *args: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | None = None, **options: Any
     ) -> Any:
-        if labels is None:
-            return whole(*args, **options)
+        if labels is None or OWN & options.keys():
+            given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            return whole(*args, **{name: x for name, x in given.items() if x is not None}, **options)
         hidden = model.base_model(*args, **options).last_hidden_state
         target = functional.pad(labels, (0, 1), value=IGNORE)[:, 1:].flatten().to(hidden.device)
         divisor = (target != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
@@ -149,7 +151,7 @@ def can_fuse(model: PreTrainedModel) -> bool:
     model.set_attn_implementation("eager")
     try:
         logits = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)[0, :-1]
-        for factor in (1.0, LARGE / float(logits.abs().max())):
+        for factor in (1.0, LARGE / max(float(logits.abs().max()), TOLERANCE)):
             own = model(input_ids=tokens, labels=tokens, use_cache=False).loss
             ours = functional.cross_entropy((logits * factor).float(), tokens[0, 1:])
             if not torch.isclose(own, ours, rtol=TOLERANCE):

@@ -177,6 +177,26 @@ def test_a_fused_model_has_the_loss_and_gradients_it_had(kind: str, tied: bool) 
     assert "attention_mask" in inspect.signature(net.forward).parameters  # generate() looks for it there
 
 
+@pytest.mark.parametrize("asked", ["shift_labels", "ignore_index", "output_hidden_states", "return_dict"])
+def test_what_the_fused_loss_does_not_do_the_model_does(asked: str) -> None:
+    net, tokens = model("llama"), torch.randint(264, (2, 24))
+    tokens[:, ::5] = 7
+    given = {"shift_labels": tokens, "ignore_index": 7, "output_hidden_states": True, "return_dict": False}
+    options = {asked: given[asked]}
+    own = net(input_ids=tokens, labels=tokens, **options)
+    fuse(net)
+    found = net(input_ids=tokens, labels=tokens, **options)
+    assert type(found) is type(own) and torch.equal(found[0], own[0])
+    changes_loss = asked in ("shift_labels", "ignore_index")
+    assert torch.isclose(found[0], net(input_ids=tokens, labels=tokens).loss) != changes_loss
+
+
+def test_a_head_of_zeros_can_be_tried() -> None:
+    net = model("llama", tie_word_embeddings=False)
+    torch.nn.init.zeros_(net.lm_head.weight)
+    assert can_fuse(net)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "can"),
     [
