@@ -275,7 +275,7 @@ def main() -> None:
         parser.error("--rounds: at least 1")
     device = torch.device(args.device)
     torch._dynamo.config.recompile_limit = 64  # one graph for each arm and kind of lengths
-    start, rows = conditions(args.device), []
+    start = conditions(args.device)
     for length in args.lengths:
         for data in args.data:
             boundaries = f"data.document_boundaries={str(data == 'packed').lower()}"
@@ -293,11 +293,11 @@ def main() -> None:
             case |= {"checkpointing": cfg.model.checkpointing, "precision": cfg.trainer.precision}
             case |= {"linear": cfg.model.linear or "", "optimizer": cfg.optim.kind}
             names = args.arms or list(ARMS[data])
-            for row in measure(cfg, data, names, args.rounds, device, args.breakdown):
-                rows.append(start | case | row)
+            rows = measure(cfg, data, names, args.rounds, device, args.breakdown)
+            for row in rows:
                 print(f"{length:>6} {data:>6} " + "  ".join(f"{k} {x}" for k, x in row.items() if x != ""), flush=True)
-    if not args.no_save:
-        write(rows, kernel_file("pretrain", args.device))
+            if not args.no_save:
+                write([start | case | row for row in rows], kernel_file("pretrain", args.device))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import utils
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -76,6 +77,17 @@ def compile_layers(model: nn.Module) -> None:
     """Has every layer run compiled; lengths of documents may vary without compiling anew."""
     for layer in layers(model):
         layer.forward = torch.compile(layer.forward)
+
+
+def compiled() -> dict[str, Any]:
+    """What compiling took in this process so far: seconds, graphs, and how many of them torch had in its cache on disk
+    (TORCHINDUCTOR_CACHE_DIR). Empty where nothing was compiled."""
+    done = utils.get_compilation_metrics()
+    if not done:
+        return {}
+    seconds = sum(each.end_time_us - each.start_time_us for each in done) / 1e6
+    cached, made = (utils.counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+    return {"compile_s": round(seconds, 1), "graphs": cached + made, "graphs_cached": cached}
 
 
 def float8_layers(model: nn.Module) -> None:

@@ -50,6 +50,7 @@ from sagetrain.training.checkpoint_files import HostCheckpointIO, check_checkpoi
 from sagetrain.training.checks import check_settings
 from sagetrain.training.folder import global_rank, locked, quoted, write
 from sagetrain.training.full import enough
+from sagetrain.training.layers import compiled
 from sagetrain.training.module import CausalLM, check_length, model_config
 from sagetrain.training.signals import LAUNCHER, Stopped, Watch, alone, follow_launcher, is_helper
 
@@ -292,6 +293,7 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
     def write_down(status: str, **more: Any) -> None:
         if torch.cuda.is_initialized():
             log.facts["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        log.facts |= compiled()
         if global_rank() == 0 and trainers:
             log.write_status(status, trainers[0].global_step, **more)
 

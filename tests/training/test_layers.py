@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sagetrain.integrations import bf16
 from sagetrain.ops import schemes
-from sagetrain.training.layers import checkpoint_layers, compile_layers, layers
+from sagetrain.training.layers import checkpoint_layers, compile_layers, compiled, layers
 
 LAYERS = 4
 FORWARD = schemes.get().forward
@@ -113,9 +113,13 @@ def test_compiled_with_other_documents_in_every_batch(kind: str) -> None:
 def test_all_layers_share_a_graph() -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
+    torch._dynamo.utils.clear_compilation_metrics()
+    assert compiled() == {}
     net = model()
     compile_layers(net)
     step(net, torch.randint(264, (1, 64)))
+    took = compiled()
+    assert took["graphs"] == 2 and 0 <= took["graphs_cached"] <= 2 and 0 < took["compile_s"] < 600  # forward, backward
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
 
