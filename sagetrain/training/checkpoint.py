@@ -233,14 +233,19 @@ class Checkpoint(L.Callback):
         self.settle(trainer)
         if self.keep == "weights":
             save_weights(trainer, module, self.out / "weights")
-        self.watch.stepping = False
+        self._leave(trainer)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """Whatever ends the run, the checkpoint that is being written is finished; where that fails it is said."""
         if self._promise is not None and (failed := self._promise.exception()) is not None:
             self._remove_partial()
             console(stderr=True).print(f"{self._next.name} could not be written: {failed}", soft_wrap=True)
+        self._leave(trainer)
+
+    def _leave(self, trainer: L.Trainer) -> None:
+        """Nothing is left to save."""
         self.watch.stepping = False
+        trainer.strategy.optimizers = []  # else Lightning copies their state to the host: 10 GB of a billion weights
 
     def clear(self) -> None:
         """After the end of a run: leave what is to be kept."""

@@ -151,6 +151,9 @@ class Watch:
                 self._end(asked, f"and, {PATIENCE:.0f} s later, by force")
 
     def _end(self, signum: int, how: str) -> None:
+        said = f"stopped by {signal.Signals(signum).name} {how}"
+        with contextlib.suppress(OSError):
+            os.write(2, f"sagetrain: {said}\n".encode())
         with contextlib.suppress(Exception):
-            self.on_forced_end(f"stopped by {signal.Signals(signum).name} {how}")
+            self.on_forced_end(said)
         os._exit(128 + signum)

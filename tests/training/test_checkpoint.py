@@ -1,5 +1,6 @@
 """Saving in the background, the checkpoint before the last, and what a damaged one or a full disk leads to."""
 
+import contextlib
 import csv
 import io
 import json
@@ -133,6 +134,20 @@ def test_how_long_training_stood_still_is_noted(train, monkeypatch) -> None:
     monkeypatch.setattr(torch, "save", lambda content, path: (time.sleep(1.0), SAVE(content, path)))
     facts = info(train(f"checkpoint.every_n_steps={STEPS}"))
     assert facts["save_write_s"] >= 1.0 and facts["save_stall_s"] < 0.2
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_moments_are_not_moved_as_a_run_ends(train, monkeypatch, stopped: bool) -> None:
+    """Lightning has all of a trainer's optimizers moved to the host: 10 GB of a billion weights, for nothing."""
+    moved = []
+    monkeypatch.setattr(
+        L.strategies.strategy, "_optimizers_to_device", lambda optimizers, device: moved.append(len(optimizers))
+    )
+    if stopped:
+        monkeypatch.setattr(Checkpoint, "on_train_batch_end", lambda *_: (_ for _ in ()).throw(Stopped(signal.SIGTERM)))
+    with pytest.raises(Stopped) if stopped else contextlib.nullcontext():
+        train()
+    assert len(moved) > 1 and moved[-1] == 0
 
 
 def test_a_copy_on_the_host_shares_nothing_and_keeps_what_is_tied() -> None:

@@ -239,7 +239,8 @@ with signals.Watch() as watch:
 @pytest.mark.parametrize("where", ["in a step", "before it"])
 def test_a_process_that_waits_in_c_ends_too(where: str) -> None:
     command = [sys.executable, "-c", STUCK, where]
-    with subprocess.Popen(command, env=HERE, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=HERE, text=True, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)  # a launcher passes on what the terminal sent to all: one wish
@@ -247,8 +248,9 @@ def test_a_process_that_waits_in_c_ends_too(where: str) -> None:
             time.sleep(1.5)
             assert process.poll() is None
             process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=10)
-        assert process.returncode == 130 and "stopped by SIGINT" in said
+        recorded, said = process.communicate(timeout=10)
+        assert process.returncode == 130 and recorded.startswith("stopped by SIGINT")
+        assert f"sagetrain: {recorded}" in said
 
 
 def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:
