@@ -22,6 +22,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from sagetrain.__main__ import compose
 from sagetrain.errors import is_bad_input
 from sagetrain.training import checkpoint
+from sagetrain.training.callbacks import RunLog
 from sagetrain.training.checkpoint import Checkpoint
 from sagetrain.training.checkpoint_files import damage, last_good, on_host
 from sagetrain.training.export import export
@@ -134,6 +135,25 @@ def test_how_long_training_stood_still_is_noted(train, monkeypatch) -> None:
     monkeypatch.setattr(torch, "save", lambda content, path: (time.sleep(1.0), SAVE(content, path)))
     facts = info(train(f"checkpoint.every_n_steps={STEPS}"))
     assert facts["save_write_s"] >= 1.0 and facts["save_stall_s"] < 0.2
+
+
+def test_random_numbers_go_on_where_a_run_stopped(train, monkeypatch) -> None:
+    drops = ("attention=bf16", "trainer.max_steps=5")
+    plain = losses(train(*drops, out="plain"))
+    drops += ("model.config.attention_dropout=0.3",)
+    whole = losses(train(*drops, out="whole"))
+    assert not set(whole) & set(plain)
+    logged = RunLog.on_train_batch_end
+
+    def stops(self: RunLog, trainer: L.Trainer, *args: Any) -> None:
+        logged(self, trainer, *args)
+        if trainer.global_step == 3:
+            raise KeyError("stopped")
+
+    with monkeypatch.context() as patched, pytest.raises(KeyError):
+        patched.setattr(RunLog, "on_train_batch_end", stops)
+        train(*drops)
+    assert losses(train(*drops)) == whole
 
 
 @pytest.mark.parametrize("stopped", [False, True])
