@@ -255,6 +255,11 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
             write(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         with enough(cfg):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        if anew and not log.row:
+            raise ValueError(
+                f"resume={cfg.resume} is a checkpoint of step {trainer.global_step:,}: nothing is left to train up to "
+                f"trainer.max_steps={cfg.trainer.max_steps}. Set a larger trainer.max_steps"
+            )
     if global_rank() == 0:
         save.clear()
         kept = {"last": f"checkpoint in {out / 'checkpoints'}", "weights": f"weights in {out / 'weights'}"}

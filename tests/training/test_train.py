@@ -137,6 +137,8 @@ def test_resume_from_a_path_starts_a_new_run_from_it(train) -> None:
     (second,) = train(f"resume={first}", "trainer.max_steps=6", out="second")
     assert [row["step"] for row in rows(second)] == ["5", "6"]
     assert json.loads((second / "run.json").read_text())["steps"] == 6
+    with pytest.raises(ValueError, match="of step 4: nothing is left to train up to trainer.max_steps=4"):
+        train(f"resume={first}", out="third")
 
 
 @pytest.mark.parametrize("kind", ["text", "other tensors", "cut off", "folder"])
