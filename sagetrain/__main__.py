@@ -49,7 +49,7 @@ options of the groups (group=NAME):
 {groups}
 
 any key of the configuration: key=value, e.g. trainer.max_steps=100 optim.lr=1e-3 out=FOLDER
-  compare.arms=[bf16,sage_int8] compare.seeds=2   run several arms and report the differences
+  compare.arms=[bf16,sage_int8] compare.seeds=3   run several arms and report the differences
   data.path=FILE                                  local data instead of the hub
   --cfg job   show the composed configuration      -m key=a,b   one run per value      --hydra-help   all flags
 python -m sagetrain.doctor says what runs here, python -m sagetrain.compare RUN RUN... compares finished runs,

@@ -2,11 +2,15 @@
 
 Method: the final loss of a run is its mean over the last 10% of the steps (at least 5 rows), of an arm the mean over
 its seeds. Runs with the same seed see the same weights and batches, so the gap is the mean over paired seeds of arm -
-baseline: most of the noise cancels. The yardstick is the baseline's seed-to-seed band, max - min over its seeds of
-the final loss.
-Choice: a trailing mean of the same width draws the difference curve, so that its right end is the number in the
-table.
+baseline: what the seed does to both cancels. The yardstick is the baseline's seed-to-seed band, max - min over its
+seeds of the final loss: an arm whose gap is inside trains as well. A gap outside is a finding only where its 95%
+interval (Student's t over the paired seeds) leaves out zero; else it may be chance, and there is no verdict.
+Choice: band and interval, as training is chaotic: a change of rounding moves a run as far as another seed does. By the
+band alone, four of ten equal arms of two seeds fail. A trailing mean of the same width draws the difference curve, so
+that its right end is the number in the table.
 Limits: a band of two seeds is a rough estimate of chance, of one seed none at all; both are said beside the verdict.
+Two seeds seldom tell a gap outside the band from chance: their interval is 3.6 times as wide as that of three. Whoever
+adds seeds until there is a verdict takes chance for a finding more often than the 5% say.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from sagetrain.ops.schemes import SCHEMES
 from sagetrain.paths import settings
 
 TAIL, LEAST_ROWS = 10, 5  # the final loss is over the last 1/TAIL of the steps, but at least LEAST_ROWS rows
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t by degrees of freedom
 MOST_SETTINGS = 12  # differing settings that are listed one by one
 TABLE_COLUMNS = ("arm", "seeds", "final loss", "gap", "band", "inside?", "tokens/s", "ratio")
 IDENTITY = {
@@ -62,6 +67,24 @@ def on_common_steps(curves: list[Series]) -> tuple[np.ndarray, np.ndarray]:
     return steps, np.stack([values[np.searchsorted(own, steps)] for own, values in curves])
 
 
+def mean_interval(values: list[float]) -> tuple[float, float] | None:
+    """The 95% interval of the mean, by Student's t; None for fewer than two values.
+
+    Many values have the last quantile of the table, which makes their interval a little too wide.
+    """
+    if len(values) < 2:
+        return None
+    quantile = T975[min(len(values) - 1, len(T975)) - 1]
+    mean, reach = float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean - reach, mean + reach
+
+
+def is_inside(gap: float, band: float, interval: tuple[float, float] | None) -> bool | None:
+    """Whether a gap is inside the band; None: it is outside, but nothing says that it is more than chance."""
+    chance = interval is None or interval[0] <= 0 <= interval[1]
+    return True if abs(gap) <= band else None if chance else False
+
+
 @dataclass(frozen=True, eq=False)
 class Arm:
     """One way of training: final loss per seed and what follows from it (nats; None = these runs cannot tell)."""
@@ -76,6 +99,7 @@ class Arm:
     handicap: str | None = None  # why its speed is no measure of its attention
     pairs: list[int] = field(default_factory=list)
     gap: float | None = None
+    interval: tuple[float, float] | None = None  # the 95% interval of the gap
     inside: bool | None = None
 
 
@@ -210,6 +234,7 @@ class Comparison:
         for arm in self.arms:
             final = {"final_loss": _finite(arm.loss), "final_losses": {s: _finite(x) for s, x in arm.finals.items()}}
             against = {"paired_seeds": arm.pairs, "gap": _finite(arm.gap), "inside_band": arm.inside}
+            against["gap_interval"] = arm.interval and [_finite(end) for end in arm.interval]
             speed = {"tokens_per_s": arm.tokens_per_s, "speed_ratio": arm.speed_ratio, "handicap": arm.handicap}
             arms[arm.name] = {"label": self.label(arm.name)} | final | against | speed
         runs = {r.name: {"path": str(r.path), "status": r.info["status"], "last_step": r.last_step} for r in self.runs}
@@ -244,15 +269,15 @@ class Comparison:
 
     def _against(self, arm: Arm, base: Arm) -> Arm:
         pairs = sorted(arm.finals.keys() & base.finals.keys())
-        gap = float(np.mean([arm.finals[seed] - base.finals[seed] for seed in pairs])) if pairs else None
-        inside = None
+        gaps = [arm.finals[seed] - base.finals[seed] for seed in pairs]
+        gap, interval, inside = float(np.mean(gaps)) if gaps else None, mean_interval(gaps), None
         if not math.isfinite(arm.loss):
             inside = False if math.isfinite(base.loss) else None
         elif gap is not None and self.band is not None:
-            inside = abs(gap) <= self.band
+            inside = is_inside(gap, self.band, interval)
         comparable = arm.tokens_per_s and base.tokens_per_s and not self.no_ratio(arm, base)
         ratio = arm.tokens_per_s / base.tokens_per_s if comparable else None
-        return replace(arm, pairs=pairs, gap=gap, inside=inside, speed_ratio=ratio)
+        return replace(arm, pairs=pairs, gap=gap, interval=interval, inside=inside, speed_ratio=ratio)
 
     def _sentence(self, arm: Arm) -> str:
         name, base, short = self.label(arm.name), self.label(self.baseline), self.short(self.baseline)
@@ -268,8 +293,14 @@ class Comparison:
         if self.band is None:
             why = f"one {short} seed gives no seed-to-seed band; run at least two (compare.seeds=2)"
             return f"{name} has a {where} {base} ({seeds}); whether that is more than chance is unknown: {why}.{speed}"
-        what = "trains as well as" if arm.inside else "does not train as well as" if arm.gap > 0 else "ends lower than"
+        if arm.interval:
+            seeds += f", 95% interval {arm.interval[0]:+.4f} to {arm.interval[1]:+.4f}"
         band = f"{'inside' if arm.inside else 'outside'} the {short} seed-to-seed band of {self.band:.4f}"
+        if arm.inside is None:
+            why = "their interval holds zero" if arm.interval else "one pair has no interval"
+            more = f"these seeds cannot tell it from chance: {why}; run more (compare.seeds={2 * len(arm.pairs)})"
+            return f"No verdict on {name}: {where} {base} ({seeds}), {band}, but {more}.{speed}"
+        what = "trains as well as" if arm.inside else "does not train as well as" if arm.gap > 0 else "ends lower than"
         return f"{name} {what} {base}: {where} ({seeds}), {band}.{speed}"
 
     def _mismatches(self) -> Iterator[str]:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from sagetrain.compare import Comparison, Run, find_runs, report
 from sagetrain.compare.__main__ import main
-from sagetrain.compare.stats import window_mean
+from sagetrain.compare.stats import T975, is_inside, mean_interval, window_mean
 
 STEPS = 20  # so that a tenth is 2 rows and the rule "at least 5 rows" decides
 
@@ -115,6 +115,7 @@ def test_statistics_by_hand(parent: Path):
     assert base.finals == pytest.approx({0: 2.0, 1: 2.1}) and base.loss == pytest.approx(2.05)
     assert comparison.band == pytest.approx(0.1)
     assert int8.gap == pytest.approx(0.02) and int8.pairs == [0, 1] and int8.inside is True
+    assert int8.interval == pytest.approx((0.02 - 0.12706, 0.02 + 0.12706), abs=1e-5)
     assert (base.tokens_per_s, int8.tokens_per_s, int8.speed_ratio) == (100.0, 200.0, 2.0)
     (sentence,) = comparison.sentences()
     assert (
@@ -166,9 +167,66 @@ def test_outside_the_band_both_ways(tmp_path: Path):
     assert [arm.name for arm in comparison.arms] == ["bf16", "better", "worse"]
     assert [arm.inside for arm in comparison.others] == [False, False]
     assert [arm.gap for arm in comparison.others] == pytest.approx([-0.505, 0.495])
+    # 12.706 * std(0.5, 0.49) / sqrt(2) = 0.0635
+    assert comparison.others[1].interval == pytest.approx((0.495 - 0.06353, 0.495 + 0.06353), abs=1e-5)
     better, worse = comparison.sentences()
     assert better.startswith("better (SDPA flash) ends lower than BF16 (SDPA flash)")
     assert worse.startswith("worse (SDPA flash) does not train as well as BF16 (SDPA flash)")
+    assert "0.4950 nats above (2 paired seeds, 95% interval +0.4315 to +0.5585), outside the BF16" in worse
+
+
+def test_outside_the_band_but_maybe_by_chance(tmp_path: Path):
+    """Two equal arms, measured: training is chaotic, and another rounding would have moved FP32 as far."""
+    for seed, (base, int8) in enumerate([(2.1291, 2.1621), (2.1442, 2.1566)]):
+        write_run(tmp_path, "bf16", seed, falling(base))
+        write_run(tmp_path, "sage_int8", seed, falling(int8))
+    comparison = report([tmp_path], tmp_path / "out")
+    (sentence,) = comparison.sentences()
+    assert sentence == (
+        "No verdict on INT8: final loss 0.0227 nats above BF16 (SDPA flash) (2 paired seeds, 95% interval -0.1082 to "
+        "+0.1536), outside the BF16 seed-to-seed band of 0.0151, but these seeds cannot tell it from chance: their "
+        "interval holds zero; run more (compare.seeds=4). It runs at 2.00 times the speed of BF16 (SDPA flash)."
+    )
+    assert comparison.others[0].inside is None and comparison.cells()[1][5] == "unknown"
+    int8 = json.loads((tmp_path / "out" / "comparison.json").read_text("utf-8"))["arms"]["sage_int8"]
+    assert int8["inside_band"] is None and int8["gap_interval"] == pytest.approx([-0.1082, 0.1536], abs=1e-4)
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert 'class="card verdict open"' in page and '<td class="unknown">unknown' in page and sentence in page
+
+
+def test_one_pair_outside_the_band_is_no_finding(tmp_path: Path):
+    for seed in (0, 1):
+        write_run(tmp_path, "bf16", seed, falling(2.0 + seed / 100))
+    write_run(tmp_path, "sage_int8", 0, falling(2.5))
+    comparison = Comparison(find_runs([tmp_path]))
+    assert comparison.others[0].inside is None and comparison.others[0].interval is None
+    (sentence,) = comparison.sentences()
+    assert "(1 paired seed), outside" in sentence and "one pair has no interval; run more" in sentence
+
+
+def test_quantiles_against_the_density_of_student_t():
+    for degrees, quantile in enumerate(T975, 1):
+        t = np.linspace(-quantile, quantile, 20001)
+        density = (1 + t**2 / degrees) ** (-(degrees + 1) / 2) / math.sqrt(degrees * math.pi)
+        density *= math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2)
+        area = ((density[1:] + density[:-1]) / 2 * np.diff(t)).sum()
+        assert area == pytest.approx(0.95, abs=5e-5)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 12])
+def test_equal_arms_are_seldom_told_apart_and_unequal_ones_are(seeds: int):
+    """Nothing but chance between the arms, as if a seed had no effect: where the band alone is wrong most often."""
+    base, arm = np.random.default_rng(0).standard_normal((2, 4000, seeds))
+
+    def apart(gaps: np.ndarray, bands: np.ndarray) -> float:
+        """How many in one of the cases are called worse or better."""
+        judged = [is_inside(g.mean(), band, mean_interval(list(g))) for g, band in zip(gaps, bands, strict=True)]
+        return sum(inside is False for inside in judged) / len(judged)
+
+    bands = np.ptp(base, axis=1)
+    assert apart(arm - base, bands) <= 0.05
+    assert 0.03 < apart(arm - base, 0 * bands) < 0.06  # of the interval alone: 5%, a little less for many seeds
+    assert apart(arm - base + 40, bands) > 0.9
 
 
 def test_report_is_self_contained_and_complete(parent: Path, tmp_path: Path):
