@@ -30,6 +30,12 @@ NAMES = PEERS | {
 }  # fmt: skip
 
 
+def arm_name(arm: str) -> str:
+    """`SageTrain INT8, model.linear=float8`: the attention and the settings that an arm is named by."""
+    attention, *settings = arm.split(" ")
+    return ", ".join([{"bf16": "BF16"}.get(attention) or NAMES.get(attention, attention), *settings])
+
+
 def save(figure: plt.Figure, target: Path) -> Path:
     figure.savefig(target, dpi=150)
     plt.close(figure)
@@ -103,31 +109,40 @@ def attention(path: Path, device: str | None = None) -> Path:
 def loss(folder: Path) -> Path:
     """Loss of a folder's runs (metrics.csv), a thin line per seed and the mean of an arm, over a tenth of the steps.
 
-    Below, the difference of the arms with the same seed, beside what another seed does to BF16.
+    Below, the difference of the arms with the same seed, beside what another seed does to BF16. Without BF16 the first
+    arm is what the other is held against.
     """
     runs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read(folder / "metrics.csv"):
         runs[row["arm"]][row["seed"]].append(float(row["loss"]))
-    width = max(5, len(next(iter(runs["bf16"].values()))) // TAIL)
+    first = "bf16" if "bf16" in runs else next(iter(runs))
+    (other,) = (arm for arm in runs if arm != first)
+    width = max(5, len(next(iter(runs[first].values()))) // TAIL)
     smooth = {
         arm: {s: [statistics.mean(x[max(0, i - width + 1) : i + 1]) for i in range(len(x))] for s, x in seeds.items()}
         for arm, seeds in runs.items()
     }
-    base, steps = smooth["bf16"], range(1, len(next(iter(smooth["bf16"].values()))) + 1)
+    base, steps = smooth[first], range(1, len(next(iter(smooth[first].values()))) + 1)
     figure, (above, below) = plt.subplots(
         2, 1, sharex=True, layout="constrained", figsize=(6.4, 4.6), gridspec_kw={"height_ratios": (2, 1)}
     )
-    for arm, colour, style in (("bf16", COLOURS["fa4"], "-"), ("sage_int8", COLOURS["sage_int8"], "--")):
+    for arm, colour, style in ((first, COLOURS["fa4"], "-"), (other, COLOURS["sage_int8"], "--")):
         for seed in smooth[arm].values():
             above.plot(steps, seed, color=colour, lw=0.8, alpha=0.5)
         mean = [statistics.mean(values) for values in zip(*smooth[arm].values(), strict=True)]
-        above.plot(steps, mean, style, color=colour, lw=2, label={"bf16": "BF16"}.get(arm, NAMES.get(arm)))
-    band = [max(values) - min(values) for values in zip(*base.values(), strict=True)]
-    below.fill_between(steps, [-x for x in band], band, color="#c9d3df", lw=0, label="BF16, seed to seed")
-    for number, (seed, values) in enumerate(smooth["sage_int8"].items()):
-        gap = [ours - other for ours, other in zip(values, base[seed], strict=True)]
-        below.plot(steps, gap, color=COLOURS["sage_int8"], lw=1.2, label=None if number else "INT8 − BF16, same seed")
-    settled = max(band[len(band) // TAIL :])
+        above.plot(steps, mean, style, color=colour, lw=2, label=arm_name(arm))
+    spread = [max(values) - min(values) for values in zip(*base.values(), strict=True)]
+    if len(base) > 1:
+        below.fill_between(
+            steps, [-x for x in spread], spread, color="#c9d3df", lw=0, label=f"{arm_name(first)}, seed to seed"
+        )
+    named = "INT8 − BF16" if first == "bf16" else f"{other.split(' ')[-1]} − {first.split(' ')[-1]}"
+    for number, (seed, values) in enumerate(smooth[other].items()):
+        gap = [ours - theirs for ours, theirs in zip(values, base[seed], strict=True)]
+        below.plot(steps, gap, color=COLOURS["sage_int8"], lw=1.2, label=None if number else f"{named}, same seed")
+        if len(base) == 1:
+            spread = [abs(x) for x in gap]
+    settled = max(spread[len(spread) // TAIL :])
     below.set_ylim(-1.2 * settled, 2 * settled)  # room for the legend above
     above.set_ylabel("loss, nats per token", fontsize=8.5)
     below.set_ylabel("difference", fontsize=8.5)

@@ -21,7 +21,7 @@ Columns: first_ms, micro_ms, optimizer_ms, step_ms, tokens_per_s, mfu (docs/pret
 (how many times its tokens/s), peak_gib (of a step, weights and moments included), loss (of the first micro-batch before
 any update), compile_s (the first micro-batch), ran (what really computed attention), handicap (why it is no baseline).
 With --breakdown: ms_<kind>, a micro-batch and an update by what their kernels do, from torch's profiler; ms_idle is
-what is left of the time on the clock.
+what is left of the time on the clock, which the profiler makes longer.
 """
 
 from __future__ import annotations
@@ -52,20 +52,23 @@ from sagetrain.training.checks import check_settings
 from sagetrain.training.module import model_config, optimizer_of, prepare
 from sagetrain.training.train import attention_file
 
-PLAIN_PEERS = {"sdpa_flash": lambda: peers.sdpa(SDPBackend.FLASH_ATTENTION), "fa4": peers.fa4_compilable}
+PLAIN_PEERS = {  # arm -> what it runs, and what makes it; called here with no mask, so that nobody needs to watch them
+    "sdpa_flash": ("SDPA FlashAttention-2", lambda: peers.sdpa(SDPBackend.FLASH_ATTENTION)),
+    "fa4": ("FlashAttention-4", peers.fa4_compilable),
+}
 ARMS = {
     "packed": ("sage_int8", "fa4", "fa3", "fa2", "varlen", "flex", "sdpa"),
     "plain": ("sage_int8", "fa4", "sdpa_flash", "sdpa_cudnn", "sdpa"),
 }
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 5090": 210e12}  # dense BF16
 KINDS = {  # of kernels, by their names; the first that matches
-    "attention backward": r"sagetrain.*backward_kernel|flash.*bwd|fmha.*bwd|sdpa.*bprop|bwd",
-    "attention forward": r"sagetrain.*forward_kernel|flash.*fwd|fmha.*fwd|sdpa.*fprop|flash_fwd",
+    "attention backward": r"sagetrain.*backward_kernel|triton_tem.*flex_attention.*backward|sdpa.*bprop|bwd",
+    "attention forward": r"sagetrain.*forward_kernel|triton_tem.*flex_attention|flash.*fwd|fmha.*fwd|sdpa.*fprop",
     "quantise": r"sagetrain",
     "products": r"nvjet|gemm|cutlass|xmma|cublas",
     "copies": r"^Mem",
 }
-SPANS = ("loss", "optimizer")  # whatever runs within them is theirs
+SPANS = {"loss": "loss", "Optimizer.step": "optimizer"}  # beginning of a span's name -> whose all within it is
 
 
 def implementation(arm: str, data: str, device: torch.device) -> str:
@@ -75,11 +78,22 @@ def implementation(arm: str, data: str, device: torch.device) -> str:
     return bf16.choose(OmegaConf.load(attention_file(arm)).implementation, device)
 
 
+def plain_name(arm: str) -> str:
+    """transformers takes any name with "flash" in it for a package to load."""
+    return f"plain_{arm.replace('flash', 'fa2')}"
+
+
+def ran(how: str) -> tuple[str, str | None]:
+    """What computed attention since bf16.forget(), and why it is no baseline or None."""
+    direct = {plain_name(arm): what for arm, (what, _) in PLAIN_PEERS.items()}
+    return (direct[how], None) if how in direct else bf16.ran(how)
+
+
 def peer(arm: str) -> str:
     """Registers one of PLAIN_PEERS, which takes no mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    call, name = PLAIN_PEERS[arm](), f"plain_{arm.replace('flash', 'fa2')}"
+    call, name = PLAIN_PEERS[arm][1](), plain_name(arm)
 
     def attend(module: Any, q: Any, k: Any, v: Any, mask: Any, **_: Any) -> tuple[Any, None]:
         if mask is not None:
@@ -139,9 +153,8 @@ class Arm:
         return loss.detach()
 
     def update(self) -> None:
-        with torch.profiler.record_function("optimizer"):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, pair: list[dict[str, Any]]) -> Iterator[str]:
         self.model.set_attn_implementation(self.how)
@@ -159,7 +172,7 @@ class Arm:
         begun = time.perf_counter()
         loss = self.micro(pair[0])
         self.found = {"loss": round(float(loss), 5), "compile_s": round(time.perf_counter() - begun, 1)}
-        self.found["ran"], self.found["handicap"] = bf16.ran(self.how)
+        self.found["ran"], self.found["handicap"] = ran(self.how)
         self.micro(pair[1])
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -186,14 +199,29 @@ class Arm:
             path = Path(folder) / "trace.json"
             seen.export_chrome_trace(str(path))
             events = json.loads(path.read_text())["traceEvents"]
-        spans = [e for e in events if e.get("cat") == "gpu_user_annotation" and e["name"] in SPANS]
-        found: dict[str, float] = defaultdict(float)
-        for event in events:
-            if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-                within = (s["name"] for s in spans if s["ts"] <= event["ts"] < s["ts"] + s["dur"])
-                named = (kind for kind, names in KINDS.items() if re.search(names, event["name"], re.IGNORECASE))
-                found[next(within, None) or next(named, "other")] += event["dur"] / 1e3
-        return dict(found) | {"idle": max(0.0, wall - sum(found.values()))}
+        found = by_kind(events)
+        return found | {"idle": max(0.0, wall - sum(found.values()))}
+
+
+def by_kind(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds on the GPU by KINDS and SPANS, of a trace's events.
+
+    torch's profiler gives a kernel to the innermost span that launched it, and a span that has none does not show on
+    the GPU: hence the optimizer's own name for its step, not a span around it.
+    """
+    found: dict[str, float] = defaultdict(float)
+    spans = [
+        (event["ts"], event["ts"] + event["dur"], kind)
+        for event in events
+        for begins, kind in SPANS.items()
+        if event.get("cat") == "gpu_user_annotation" and event["name"].startswith(begins)
+    ]
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            within = (kind for start, end, kind in spans if start <= event["ts"] < end)
+            named = (kind for kind, names in KINDS.items() if re.search(names, event["name"], re.IGNORECASE))
+            found[next(within, None) or next(named, "other")] += event["dur"] / 1e3
+    return dict(found)
 
 
 def spanned(model: torch.nn.Module) -> None:

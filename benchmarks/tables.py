@@ -38,7 +38,6 @@ Row = dict[str, str]
 CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention": (("shape", "mask", "backend"), ()),
     "passes": (("shape", "direction"), ("pass",)),
-    "train_step": (("model", "layers", "shape", "attention"), ()),
     "pretrain": (("recipe", "tokens", "data", "checkpointing", "precision", "linear", "optimizer", "attention"), ()),
     "accuracy": (("case", "d", "tokens", "dtype"), ("result",)),
     "ablation": (("case", "d", "tokens"), ("variant",)),
@@ -49,6 +48,13 @@ OURS = "sage_int8"
 PEERS = {
     "sdpa_flash": "FA2", "sdpa_cudnn": "cuDNN", "fa4": "FA4", "cudnn_fp8": "cuDNN FP8",
     "sdpa_fp32": "SDPA FP32", "sdpa_bf16": "SDPA BF16", "sage_int8_deterministic": "`deterministic`",
+    "varlen": "torch varlen", "flex": "FlexAttention", "sdpa": "SDPA", "fa2": "FA2, own package", "fa3": "FA3",
+}  # fmt: skip
+NAMES = PEERS | {"bf16": "BF16", OURS: "INT8"}
+PARTS = {  # of a step, and the columns of benchmarks.pretrain that have them; the first three are attention
+    "attention forward": ("ms_attention_forward",), "backward": ("ms_attention_backward",),
+    "quantise": ("ms_quantise",), "linear layers": ("ms_products",), "loss": ("ms_loss",),
+    "the rest": ("ms_other", "ms_copies", "ms_optimizer"), "idle": ("ms_idle",),
 }  # fmt: skip
 OUTPUTS = {"o": "O", "d_q": "dQ", "d_k": "dK", "d_v": "dV"}
 TAIL = 10  # a run's final loss is over the last tenth of its steps, as in sagetrain.compare
@@ -92,7 +98,10 @@ def fits(value: str, wanted: str) -> bool:
 
 
 def chosen(file: str, wanted: dict[str, str]) -> list[Row]:
-    """The newest rows of a file that fit; the parts of their shape are columns, and for part=both both_ms is `ms`."""
+    """The newest rows of a file that fit; the parts of their shape are columns, and for part=both both_ms is `ms`.
+
+    Of a recipe's step `ms` is all of it.
+    """
     wanted, found = dict(wanted), []
     device, part = wanted.pop("device", ""), wanted.pop("part", None)
     for row in newest(read(RESULTS / f"{file}.csv"), file.split("-")[0]):
@@ -100,6 +109,7 @@ def chosen(file: str, wanted: dict[str, str]) -> list[Row]:
         row = dict(zip(("b", "hq", "hkv", "t", "d"), sizes, strict=False)) | row if len(sizes) == 5 else row
         if part:
             row["ms"] = row.get(f"{part}_ms") or row.get(f"{part}_bytes", "")
+        row.setdefault("ms", row.get("step_ms", ""))
         if device in row["device"] and all(fits(row[column], value) for column, value in wanted.items()):
             found.append(row)
     if not found:
@@ -113,7 +123,7 @@ def by_case(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
     """Case without the backend -> backend -> row."""
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        key = tuple(row.get(column, "") for column in ("layers", "shape", "mask"))
+        key = tuple(row.get(column, "") for column in ("shape", "mask", *CASES["pretrain"][0][:-1]))
         cases.setdefault(key, {})[row.get("backend") or row["attention"]] = row
     return cases
 
@@ -237,18 +247,51 @@ def passes(file: str, **wanted: str) -> str:
     return markdown(head, lines, f"Measured at commit {rows[-1]['commit']}.")
 
 
-def steps(file: str, **wanted: str) -> str:
-    """Table: a training step, our milliseconds and tokens/s and of each peer how many times its speed that is."""
+def where(row: Row) -> str:
+    """`8,192 packed`: the row of tokens that a step of benchmarks.pretrain was given."""
+    return f"{int(row['tokens']):,} {row['data']}"
+
+
+def step(file: str, **wanted: str) -> str:
+    """Table: a recipe's step by length, data and attention, ours first; the last column has our tokens/s by theirs."""
+    rows, lines, notes = chosen(file, wanted), [], {}
+    for case in by_case(rows).values():
+        ran = [row for row in case.values() if row["ms"]]
+        for row in sorted(ran, key=lambda row: (row["attention"] != OURS, float(row["ms"]))):
+            name = NAMES[row["attention"]]
+            if row["attention"] == "sdpa":
+                name = f"{name}'s choice: {row['ran'].removeprefix('SDPA ')}"
+            if row["handicap"]:
+                name, notes[f"\\* {row['handicap']}."] = f"{name} \\*", None
+            ours = row["attention"] == OURS
+            cells = [
+                where(row) if ours else "",
+                name,
+                digits(float(row["tokens_per_s"])),
+                digits(float(row["micro_ms"])),
+            ]
+            cells += [f"{float(row['mfu']):.0%}", f"{float(row['peak_gib']):.1f}"]
+            lines.append([*cells, "" if ours else as_ratio(times(case[OURS], row))])
+    for row in rows:
+        if row["refused"]:
+            notes[f"Refused: {re.split(r': | [(]|;', row['refused'])[1]}."] = None
+    head = ["", "", "tokens/s", "micro-batch, ms", "MFU", "peak, GiB", "INT8"]
+    return markdown(head, lines, " ".join([*notes, origin(rows, peers_of(rows, None))]))
+
+
+def breakdown(file: str, **wanted: str) -> str:
+    """Table: milliseconds of a micro-batch and an update by what the kernels do, of ours and of the fastest other."""
     rows, lines = chosen(file, wanted), []
-    peers = peers_of(rows, None)
-    for (layers, shape, _), case in by_case(rows).items():
-        ours, other = case[OURS], max(int(case[name]["peak_mib"]) for name in peers)
-        cells = [f"{layers} layers, {shape.replace('x', ' x ')} tokens", digits(float(ours["ms"]))]
-        cells.append(f"{int(ours['tokens_per_s']):,}")
-        cells += [f"{as_ratio(times(ours, case[name]))} ({digits(float(case[name]['ms']))})" for name in peers]
-        lines.append([*cells, f"{int(ours['peak_mib']) / 1024:.1f} ({other / 1024:.1f})"])
-    head = ["", "INT8, ms", "tokens/s", *(PEERS[name] for name in peers), "memory, GiB (the others)"]
-    return markdown(head, lines, origin(rows, peers))
+    for case in by_case(rows).values():
+        others = [row for name, row in case.items() if name != OURS and row["ms"] and not row["handicap"]]
+        for row in (case[OURS], min(others, key=lambda row: float(row["ms"]))):
+            ms = [sum(float(row.get(column) or 0) for column in columns) for columns in PARTS.values()]
+            busy, attention = sum(ms) - ms[-1], sum(ms[:3])
+            cells = [where(row) if row["attention"] == OURS else "", NAMES[row["attention"]]]
+            cells += [digits(x) if x else "–" for x in ms] + [digits(sum(ms))]
+            lines.append([*cells, f"{attention / busy:.0%}", as_ratio(busy / (busy - attention))])
+    head = ["ms", "", *PARTS, "all", "attention, of the kernels", "were it free"]
+    return markdown(head, lines, origin(rows, peers_of(rows, None)))
 
 
 def group_of(row: Row) -> str:
@@ -318,22 +361,35 @@ def trained(folder: str) -> dict[str, dict[int, dict[str, float]]]:
 
 
 def loss(folder: str) -> str:
-    """Table: final loss of the arms, the gap by seeds, how far BF16 is from itself with another seed, tokens/s."""
+    """Table: final loss of the arms, the gap by seeds, how far BF16 is from itself with another seed, tokens/s.
+
+    Without BF16 the first arm is what the others are held against.
+    """
     arms, lines = trained(folder), []
-    base = arms["bf16"]
+    first = "bf16" if "bf16" in arms else next(iter(arms))
+    base = arms[first]
     band = max(run["loss"] for run in base.values()) - min(run["loss"] for run in base.values())
     for arm, runs in arms.items():
         gap = mean(run["loss"] - base[seed]["loss"] for seed, run in runs.items())
-        first = next(iter(runs.values()))
-        cells = [PEERS.get(arm, {"bf16": "BF16", OURS: "INT8"}.get(arm, arm)), str(len(runs)), f"{first['steps']:.0f}"]
-        cells += [f"{mean(run['loss'] for run in runs.values()):.4f}", "" if arm == "bf16" else f"{gap:+.4f}"]
-        lines.append([*cells, f"{band:.4f}" if arm == "bf16" else "", f"{first['speed']:,.0f}"])
+        run, (attention, *settings) = next(iter(runs.values())), arm.split(" ")
+        cells = [" ".join([NAMES.get(attention, attention), *settings]), str(len(runs)), f"{run['steps']:.0f}"]
+        cells += [f"{mean(run['loss'] for run in runs.values()):.4f}", "" if arm == first else f"{gap:+.4f}"]
+        seeds = f"{band:.4f}" if arm == first and len(base) > 1 else ""
+        lines.append([*cells, seeds, f"{run['speed']:,.0f}"])
     return markdown(["", "seeds", "steps", "final loss", "gap", "seed to seed", "tokens/s"], lines)
 
 
+def typical(folder: str, column: str) -> str:
+    """Phrase: the median of a column over all steps of the runs in a folder's metrics.csv."""
+    return digits(median(float(row[column]) for row in read(RESULTS / folder / "metrics.csv") if row[column]))
+
+
 KINDS: dict[str, Callable[..., str]] = {
-    f.__name__: f for f in (speed, ratios, ratio, value, over, passes, steps, errors, accuracy, overlap, loss)
-}
+    f.__name__: f
+    for f in (
+        speed, ratios, ratio, value, over, passes, step, breakdown, errors, accuracy, overlap, loss, typical,
+    )
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- pages

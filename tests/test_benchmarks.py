@@ -40,3 +40,45 @@ def test_model_flops_by_hand() -> None:
     batch = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "cu_seq_lens_q": torch.tensor([0, 3, 8])}
     assert pretrain.model_flops(model, batch) == 6 * count * 8 + 6 * 64 * 34
     assert pretrain.model_flops(model, {"input_ids": batch["input_ids"]}) == 6 * count * 8 + 6 * 64 * 64
+
+
+def test_kernels_are_counted_by_what_they_do() -> None:
+    """By names such as a trace of a GPU has, and by the spans around them."""
+    kernels = {
+        "void sagetrain::sm90::forward_kernel<64>": "attention forward",
+        "void sagetrain::sm90::backward_kernel<64>": "attention backward",
+        "void sagetrain::sm90::prepare_kernel<64>": "quantise",
+        "void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>": "attention forward",
+        "void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<64>": "attention backward",
+        "kernel_cutlass_kernel_flash_attn_cute_flash_fwd_sm90": "attention forward",
+        "kernel_cutlass_kernel_flash_attn_cute_flash_bwd_sm90": "attention backward",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma": "attention forward",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma": "attention backward",
+        "triton_tem_fused_flex_attention_2": "attention forward",
+        "triton_tem_fused__to_copy_flex_attention_flex_attention_backward_zeros_3": "attention backward",
+        "triton_poi_fused__to_copy_mul_silu_5": "other",
+        "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "products",
+        "Memcpy DtoD (Device -> Device)": "copies",
+    }
+    for name, kind in kernels.items():
+        assert pretrain.by_kind([{"cat": "kernel", "name": name, "ts": 5, "dur": 2000}]) == {kind: 2.0}, name
+    spans = [
+        {"cat": "gpu_user_annotation", "name": name, "ts": start, "dur": 100}
+        for name, start in (("loss", 0), ("Optimizer.step#AdamW8bit.step", 100), ("## Call CompiledFxGraph ##", 200))
+    ]
+    work = [{"cat": "kernel", "name": "nvjet_tst", "ts": start, "dur": 1000} for start in (0, 99, 100, 200, 250)]
+    host = [{"cat": "user_annotation", "name": "loss", "ts": 200, "dur": 100}, {"name": "no category", "ts": 0}]
+    assert pretrain.by_kind(spans + work + host) == {"loss": 2.0, "optimizer": 1.0, "products": 2.0}
+
+
+def test_a_peer_that_is_called_directly_is_known() -> None:
+    cfg = pretrain.compose(["recipe=quickstart", *MODEL, "compare.arms=null", "data.seq_len=64"])
+    cfg.trainer.precision = "bf16-mixed"
+    device = torch.device("cpu")
+    model, optimizer = pretrain.build(cfg, device)
+    pair = [{"input_ids": torch.arange(64)[None], "labels": torch.arange(64)[None]}] * 2
+    arm = pretrain.Arm("sdpa_flash", pretrain.peer("sdpa_flash"), model, optimizer, cfg.trainer.precision)
+    arm.warm_up(pair)
+    assert (arm.found["ran"], arm.found["handicap"]) == ("SDPA FlashAttention-2", None)
+    assert pretrain.ran(pretrain.plain_name("fa4")) == ("FlashAttention-4", None)
+    assert "nobody watched" in pretrain.ran("eager")[1]

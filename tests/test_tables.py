@@ -174,3 +174,77 @@ def test_rows_say_what_compiled_the_kernels_and_how_fast_the_gpu_may_go(tmp_path
     with path.open(newline="") as file:
         old, new = csv.DictReader(file)
     assert old["nvcc"] == "" and new["nvcc"] == start["nvcc"] and old["device"] == "old"
+
+
+def test_a_steps_ratios_are_those_of_the_run() -> None:
+    seen = 0
+    for case in tables.by_case(tables.chosen("pretrain-sm90", {"device": "H200"})).values():
+        for name, row in case.items():
+            if given := case[tables.OURS].get(f"x_{name}"):
+                assert tables.times(case[tables.OURS], row) == pytest.approx(float(given), abs=2e-3)
+                seen += 1
+    assert seen > 10
+
+
+STEP = {
+    "device": "H100", "commit": "1", "recipe": "r", "tokens": "8192", "data": "packed", "checkpointing": "none",
+    "precision": "bf16-mixed", "linear": "", "optimizer": "adamw", "refused": "", "handicap": "", "ran": "x",
+    "tokens_per_s": "2000", "micro_ms": "4", "mfu": "0.5", "peak_gib": "30", "ms_products": "10", "ms_loss": "4",
+    "ms_other": "1", "ms_copies": "0.5", "ms_optimizer": "0.5", "ms_idle": "5",
+}  # fmt: skip
+STEPS = [
+    STEP | {"attention": "fa4", "step_ms": "90", "ms_attention_forward": "5"},
+    STEP | {"attention": "sage_int8", "step_ms": "100"}
+    | {"ms_attention_forward": "1", "ms_attention_backward": "2", "ms_quantise": "1"},
+    STEP | {"attention": "varlen", "step_ms": "150", "ms_attention_forward": "50"},
+    STEP | {"attention": "sdpa", "step_ms": "80", "handicap": "a mask", "ran": "SDPA cuDNN, masked"},
+    STEP | {"attention": "fa3", "step_ms": "", "refused": "ValueError: fa3 needs a package (pip); or another"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines"),
+    [
+        (
+            "step",
+            (
+                "| 8,192 packed | INT8 | 2,000 | 4.00 | 50% | 30.0 |  |",
+                "|  | SDPA's choice: cuDNN, masked \\* | 2,000 | 4.00 | 50% | 30.0 | 0.80x |",
+                "|  | FA4 | 2,000 | 4.00 | 50% | 30.0 | 0.90x |",
+                "|  | torch varlen | 2,000 | 4.00 | 50% | 30.0 | 1.50x |",
+                "\\* a mask. Refused: fa3 needs a package. Measured at commit 1.",
+            ),
+        ),
+        (
+            "breakdown",  # ours, and of the others the fastest that is a baseline
+            (
+                "| 8,192 packed | INT8 | 1.00 | 2.00 | 1.00 | 10.0 | 4.00 | 2.00 | 5.00 | 25.0 | 20% | 1.25x |",
+                "|  | FA4 | 5.00 | – | – | 10.0 | 4.00 | 2.00 | 5.00 | 26.0 | 24% | 1.31x |",
+                "Measured at commit 1.",
+            ),
+        ),
+    ],
+)
+def test_a_step_line_by_line(
+    kind: str, lines: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    common.write(STEPS, tmp_path / "pretrain-sm90.csv")
+    assert tuple(line for line in tables.made(kind, "pretrain-sm90").split("\n") if line)[2:] == lines
+
+
+def test_loss_without_bf16_is_held_against_the_first_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "run").mkdir()
+    rows = [
+        f"r,{arm},0,{step},{step}00,{loss},{speed},{wait}"
+        for arm, loss, speed, wait in (("sage_int8 a=1", 2, 10, 0.1), ("sage_int8 a=2", 2.5, 20, 0.2))
+        for step in (1, 2)
+    ]
+    (tmp_path / "run" / "metrics.csv").write_text(
+        "\n".join(["recipe,arm,seed,step,tokens,loss,tokens_per_s,data_wait", *rows])
+    )
+    assert "| INT8 a=1 | 1 | 2 | 2.0000 |  |  | 10 |\n| INT8 a=2 | 1 | 2 | 2.5000 | +0.5000 |  | 20 |" in tables.made(
+        "loss", "run"
+    )
+    assert tables.made("typical", "run column=data_wait") == "0.150"

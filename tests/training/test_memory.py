@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from transformers import AutoModelForCausalLM
 
 from sagetrain.__main__ import compose
 from sagetrain.training import train
 from sagetrain.training.callbacks import RunLog
+from sagetrain.training.module import model_config, prepare
 from sagetrain.training.train import run
 from tests.tiny import MODEL, RUN
 
@@ -41,6 +43,40 @@ def test_llama1b_at_16k(tmp_path: Path, memory: str, gib: int) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert facts["status"] == "finished" and facts["peak_gib"] < gib
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "hidden", "inner"), [("80gb", 2 * 13.9, 2 * 6), ("24gb", 11.9 + 5.4, 6)])
+def test_what_layers_keep_for_the_backward(memory: str, hidden: float, inner: float) -> None:
+    """Two layers more, by the arithmetic of docs/pretraining.md: T (`hidden` H + `inner` F) bytes."""
+    tokens, config = 96, {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
+    config |= {"num_key_value_heads": 1, "vocab_size": 272}
+
+    def kept(layers: int) -> int:
+        shape = [f"model.config.{key}={value}" for key, value in (config | {"num_hidden_layers": layers}).items()]
+        cfg = compose(["recipe=quickstart", "compare.arms=null", "model.compile=true", f"memory={memory}", *shape])
+        mixed = memory == "80gb"
+        dtype = torch.float32 if mixed else torch.bfloat16
+        model = AutoModelForCausalLM.from_config(model_config(cfg.model), dtype=dtype).train()
+        prepare(model, cfg.model)
+        model.set_attn_implementation("sage_int8")
+        sizes = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            if tokens in x.shape:  # no weight, and none of its casts
+                sizes[x.untyped_storage().data_ptr()] = x, x.untyped_storage().nbytes()
+            return x
+
+        ids = torch.arange(tokens)[None]
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=mixed),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        ):
+            model(input_ids=ids, labels=ids, use_cache=False)
+        return sum(size for _, size in sizes.values())
+
+    more = (kept(4) - kept(2)) / tokens
+    assert more == pytest.approx(hidden * 256 + inner * 1024, rel=0.01)
 
 
 @pytest.mark.slow
