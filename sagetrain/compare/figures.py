@@ -60,7 +60,7 @@ def panels(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
     medians = ["The table gives medians.", *comparison.without_ratio()]
     rows: list[tuple[str, str, str, str, Draw]] = [
         ("loss", "Training loss", seeds, NATS, _draw_loss),
-        ("gap", "Difference in loss", f"{difference}; {band}.", f"loss − {base} {NATS}", _draw_difference),
+        ("gap", "Difference in loss", f"{difference}; {band}.", "difference (nats per token)", _draw_difference),
         ("grad_norm", "Gradient norm", seeds, "gradient norm", norm),
         ("tokens_per_s", "Speed", " ".join([seeds, *medians]), "tokens per second", speed),
         ("val_loss", "Validation loss", "Measured on held-out data.", NATS, held_out),

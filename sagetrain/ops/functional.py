@@ -51,11 +51,10 @@ def attention(
             "torch context_parallel does not see the INT8 attention op: each rank would attend to its own shard of the "
             "sequence only. Leave the context_parallel block, or use SDPA (attention='sdpa') for these runs."
         )
-    device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    chosen, device = schemes.get(scheme), q.device.type
+    if device in chosen.dtypes and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(dtype) if x.is_floating_point() else x for x in (q, k, v))
-    chosen = schemes.get(scheme)
     _check(chosen, q, k, v, cu_seqlens_q, cu_seqlens_k)
     if scale is not None and not scale >= 0:  # the GPU kernels look for a row's largest score before they scale
         raise ValueError(f"scale is {scale}: it must not be negative; negate q instead")
