@@ -3,6 +3,7 @@
 The kills are real: this file, run as a script, trains in forked children and ends them with SIGKILL.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -71,8 +72,11 @@ def in_child(out: Path, *more: str, slow: bool = False) -> int:
 
 
 def half_written(out: Path, since: float) -> bool:
-    found = [path.stat() for path in out.glob("checkpoints/.partial-step*")]
-    return any(file.st_size and file.st_mtime > since for file in found)
+    for path in out.glob("checkpoints/.partial-step*"):
+        with contextlib.suppress(FileNotFoundError):  # it is whole by now
+            if path.stat().st_size and path.stat().st_mtime > since:
+                return True
+    return False
 
 
 def killed_again_and_again(folder: Path, data: str) -> None:
