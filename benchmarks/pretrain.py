@@ -19,7 +19,8 @@ operator that compiled graphs hold, where the recipe's own breaks them. An arm t
 
 Columns: first_ms, micro_ms, optimizer_ms, step_ms, tokens_per_s, mfu (docs/pretraining.md has the formula), x_<arm>
 (how many times its tokens/s), peak_gib (of a step, weights and moments included), loss (of the first micro-batch before
-any update), compile_s (the first micro-batch), ran (what really computed attention), handicap (why it is no baseline).
+any update), compile_s (the first micro-batch), graph_breaks, ran (what really computed attention), handicap (why it is
+no baseline).
 With --breakdown: ms_<kind>, a micro-batch and an update by what their kernels do, from torch's profiler; ms_idle is
 what is left of the time on the clock, which the profiler makes longer.
 """
@@ -169,11 +170,14 @@ class Arm:
         """Compiles; no update, so that the loss is that of the initial weights."""
         self.model.set_attn_implementation(self.how)
         bf16.forget()
+        breaks = torch._dynamo.utils.counters["graph_break"]
+        breaks.clear()
         begun = time.perf_counter()
         loss = self.micro(pair[0])
         self.found = {"loss": round(float(loss), 5), "compile_s": round(time.perf_counter() - begun, 1)}
         self.found["ran"], self.found["handicap"] = ran(self.how)
         self.micro(pair[1])
+        self.found["graph_breaks"] = len(breaks)
         self.optimizer.zero_grad(set_to_none=True)
 
     def round(self, pair: list[dict[str, Any]]) -> None:
@@ -257,7 +261,8 @@ def measure(cfg: DictConfig, data: str, names: list[str], rounds: int, device: t
             continue
         arms.append(arm)
     for number, pair in enumerate(pairs):
-        for arm in arms:
+        turn = number % max(len(arms), 1)
+        for arm in arms[turn:] + arms[:turn]:  # no arm always follows the same one, which heats the GPU or lets it cool
             arm.round(pair)
             if number == 0:  # the optimizer's first update makes its state, and may compile
                 arm.times.clear()
