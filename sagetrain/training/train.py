@@ -318,11 +318,14 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
     try:
         yield trainers
     except BaseException as error:
+        if watch.stop and not isinstance(error, Stopped) and not is_bad_input(error):
+            # Launchers signal a whole group of processes: a compiler that dies of it makes an error of this step.
+            error = Stopped(watch.stop, f"in the middle of a step ({type(error).__name__}: {error})".splitlines()[0])
         with contextlib.suppress(OSError):  # the disk may be the very problem
             more = {} if isinstance(error, Stopped) or is_bad_input(error) else {"traceback": traceback.format_exc()}
             write_down("failed", error=f"{type(error).__name__}: {error}", **more)
         finish(code=1)
-        raise
+        raise error
     write_down("finished")
     finish(code=0)
 

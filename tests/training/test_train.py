@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -17,6 +20,7 @@ from sagetrain.__main__ import compose
 from sagetrain.errors import is_bad_input
 from sagetrain.training import checkpoint
 from sagetrain.training.module import CausalLM, model_config
+from sagetrain.training.signals import Stopped
 from sagetrain.training.train import needed_tokens, run
 from tests.tiny import MODEL
 
@@ -360,3 +364,19 @@ def test_pretrained_weights_need_no_accelerate_on_a_gpu(train, monkeypatch, tmp_
     monkeypatch.setattr(SingleDeviceStrategy, "tensor_init_context", lambda *_, **__: torch.device("meta"))
     (out,) = train("model=pretrained", f"model.path={tmp_path / 'model'}", "model.tokenizer=byte")
     assert len(rows(out)) == 4
+
+
+def test_an_error_that_a_signal_brought_is_that_signal(train, tmp_path: Path, monkeypatch) -> None:
+    """As when a launcher ends a whole group of processes, the compiler of this one among them."""
+
+    def compiler_dies(self: CausalLM, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("g++ was terminated\nand what it said")
+
+    monkeypatch.setattr(CausalLM, "training_step", compiler_dies)
+    with pytest.raises(
+        Stopped, match=r"SIGTERM in the middle of a step \(RuntimeError: g\+\+ was terminated"
+    ) as caught:
+        train()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert "SIGTERM" in json.loads((tmp_path / "out" / "run.json").read_text())["error"]
