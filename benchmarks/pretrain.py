@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import statistics
 import tempfile
@@ -177,7 +178,7 @@ class Arm:
         self.found = {"loss": round(float(loss), 5), "compile_s": round(time.perf_counter() - begun, 1)}
         self.found["ran"], self.found["handicap"] = ran(self.how)
         self.micro(pair[1])
-        self.found["graph_breaks"] = len(breaks)
+        self.found["graph_breaks"] = sum(breaks.values())
         self.optimizer.zero_grad(set_to_none=True)
 
     def round(self, pair: list[dict[str, Any]]) -> None:
@@ -261,8 +262,7 @@ def measure(cfg: DictConfig, data: str, names: list[str], rounds: int, device: t
             continue
         arms.append(arm)
     for number, pair in enumerate(pairs):
-        turn = number % max(len(arms), 1)
-        for arm in arms[turn:] + arms[:turn]:  # no arm always follows the same one, which heats the GPU or lets it cool
+        for arm in random.Random(number).sample(arms, len(arms)):  # else each follows one that heats or cools the GPU
             arm.round(pair)
             if number == 0:  # the optimizer's first update makes its state, and may compile
                 arm.times.clear()

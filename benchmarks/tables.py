@@ -282,8 +282,10 @@ def step(file: str, **wanted: str) -> str:
 def breakdown(file: str, **wanted: str) -> str:
     """Table: milliseconds of a micro-batch and an update by what the kernels do, of ours and of the fastest other."""
     rows, lines = chosen(file, wanted), []
-    for case in by_case(rows).values():
-        others = [row for name, row in case.items() if name != OURS and row["ms"] and not row["handicap"]]
+    for case in by_case([row for row in rows if row["ms"] and row.get("ms_products")]).values():
+        others = [row for name, row in case.items() if name != OURS and not row["handicap"]]
+        if OURS not in case or not others:
+            continue
         for row in (case[OURS], min(others, key=lambda row: float(row["ms"]))):
             ms = [sum(float(row.get(column) or 0) for column in columns) for columns in PARTS.values()]
             busy, attention = sum(ms) - ms[-1], sum(ms[:3])

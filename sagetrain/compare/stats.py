@@ -5,12 +5,14 @@ its seeds. Runs with the same seed see the same weights and batches, so the gap 
 baseline: what the seed does to both cancels. The yardstick is the baseline's seed-to-seed band, max - min over its
 seeds of the final loss: an arm whose gap is inside trains as well. A gap outside is a finding only where its 95%
 interval (Student's t over the paired seeds) leaves out zero; else it may be chance, and there is no verdict.
-Choice: band and interval, as training is chaotic: a change of rounding moves a run as far as another seed does. By the
-band alone, four of ten equal arms of two seeds fail. A trailing mean of the same width draws the difference curve, so
-that its right end is the number in the table.
+Choice: band and interval, as training can be chaotic: then a change of rounding moves a run as far as another seed
+does, and by the band alone four of ten equal arms of two seeds fail. A trailing mean of the same width draws the
+difference curve, so that its right end is the number in the table.
 Limits: a band of two seeds is a rough estimate of chance, of one seed none at all; both are said beside the verdict.
 Two seeds seldom tell a gap outside the band from chance: their interval is 3.6 times as wide as that of three. Whoever
-adds seeds until there is a verdict takes chance for a finding more often than the 5% say.
+adds seeds until there is a verdict takes chance for a finding more often than the 5% say. The band widens with seeds
+(max - min), so with many a gap inside may be small but no chance: the sentence says so where the interval leaves out
+zero.
 """
 
 from __future__ import annotations
@@ -291,17 +293,20 @@ class Comparison:
         seeds = f"{len(arm.pairs)} paired seed{'s' if len(arm.pairs) > 1 else ''}"
         where = f"final loss {abs(arm.gap):.4f} nats {'above' if arm.gap > 0 else 'below'}"
         if self.band is None:
-            why = f"one {short} seed gives no seed-to-seed band; run at least two (compare.seeds=2)"
+            why = f"one {short} seed gives no seed-to-seed band; run at least three (compare.seeds=3)"
             return f"{name} has a {where} {base} ({seeds}); whether that is more than chance is unknown: {why}.{speed}"
         if arm.interval:
             seeds += f", 95% interval {arm.interval[0]:+.4f} to {arm.interval[1]:+.4f}"
+        sure = arm.interval and not arm.interval[0] <= 0 <= arm.interval[1]
         band = f"{'inside' if arm.inside else 'outside'} the {short} seed-to-seed band of {self.band:.4f}"
         if arm.inside is None:
             why = "their interval holds zero" if arm.interval else "one pair has no interval"
-            more = f"these seeds cannot tell it from chance: {why}; run more (compare.seeds={2 * len(arm.pairs)})"
+            seeds_more = 2 * max(len(one.runs) for one in (arm, self.arms[0]))
+            more = f"these seeds cannot tell it from chance: {why}; run more (compare.seeds={seeds_more})"
             return f"No verdict on {name}: {where} {base} ({seeds}), {band}, but {more}.{speed}"
         what = "trains as well as" if arm.inside else "does not train as well as" if arm.gap > 0 else "ends lower than"
-        return f"{name} {what} {base}: {where} ({seeds}), {band}.{speed}"
+        small = "; the gap is small, but no chance" if arm.inside and sure and arm.gap else ""
+        return f"{name} {what} {base}: {where} ({seeds}), {band}{small}.{speed}"
 
     def _mismatches(self) -> Iterator[str]:
         """What differs between the runs although it has to be the same for a like-for-like comparison."""

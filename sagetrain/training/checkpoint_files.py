@@ -10,6 +10,7 @@ Cost: reading the file once more before training goes on, one or two seconds for
 
 import copy
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ from sagetrain.training.folder import global_rank
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, the newest first."""
     return sorted(folder.glob("step-*.ckpt"), key=lambda path: -int(path.stem.removeprefix("step-")))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint of a run; 0 where it has another name."""
+    found = re.fullmatch(r"step-(\d+)", checkpoint.stem)
+    return int(found[1]) if found else 0
 
 
 def damage(path: Path) -> str | None:

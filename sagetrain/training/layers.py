@@ -79,13 +79,20 @@ def compile_layers(model: nn.Module) -> None:
         layer.forward = torch.compile(layer.forward)
 
 
+def compiled_anew() -> None:
+    """From here on `compiled` counts."""
+    utils.clear_compilation_metrics()
+    utils.counters["inductor"].clear()
+    utils.counters["graph_break"].clear()
+
+
 def compiled() -> dict[str, Any]:
-    """What compiling took in this process so far: seconds, graphs, how many of them torch had in its cache on disk
+    """What compiling took since `compiled_anew`: seconds, graphs, how many of them torch had in its cache on disk
     (TORCHINDUCTOR_CACHE_DIR), and where a layer breaks into several. Empty where nothing was compiled."""
     done = utils.get_compilation_metrics()
     if not done:
         return {}
-    seconds = sum(each.end_time_us - each.start_time_us for each in done) / 1e6
+    seconds = sum((each.end_time_us or 0) - (each.start_time_us or 0) for each in done) / 1e6
     cached, made = (utils.counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
     breaks = [reason.splitlines()[0] for reason in utils.counters["graph_break"]]
     return {"compile_s": round(seconds, 1), "graphs": cached + made, "graphs_cached": cached, "graph_breaks": breaks}

@@ -152,8 +152,9 @@ class Watch:
 
     def _end(self, signum: int, how: str) -> None:
         said = f"stopped by {signal.Signals(signum).name} {how}"
-        with contextlib.suppress(OSError):
-            os.write(2, f"sagetrain: {said}\n".encode())
         with contextlib.suppress(Exception):
             self.on_forced_end(said)
+        with contextlib.suppress(OSError):
+            if select.select([], [2], [], 0)[1]:  # else nobody reads, and to write would wait
+                os.write(2, f"sagetrain: {said}\n".encode())
         os._exit(128 + signum)

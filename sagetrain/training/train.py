@@ -46,11 +46,11 @@ from sagetrain.terminal import console
 from sagetrain.training.attention_record import AttentionRecord
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint
-from sagetrain.training.checkpoint_files import HostCheckpointIO, check_checkpoint, checkpoints, last_good
+from sagetrain.training.checkpoint_files import HostCheckpointIO, check_checkpoint, checkpoints, last_good, step_of
 from sagetrain.training.checks import check_settings
 from sagetrain.training.folder import global_rank, locked, quoted, write
 from sagetrain.training.full import enough
-from sagetrain.training.layers import compiled
+from sagetrain.training.layers import compiled, compiled_anew
 from sagetrain.training.module import CausalLM, check_length, model_config
 from sagetrain.training.signals import LAUNCHER, Stopped, Watch, alone, follow_launcher, is_helper
 
@@ -168,6 +168,11 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
         if not of_run:
             check_checkpoint(start, _in_one_file(cfg))
         _check_optimizer(cfg, start.resolve())
+        if 0 < cfg.trainer.get("max_steps", -1) <= (step := step_of(start.resolve())):
+            raise ValueError(
+                f"resume={cfg.resume} is a checkpoint of step {step:,}: nothing is left to train up to "
+                f"trainer.max_steps={cfg.trainer.max_steps}. Set a larger trainer.max_steps"
+            )
         return start.resolve(), True
     return None, False
 
@@ -219,6 +224,7 @@ def _train(cfg: DictConfig, watch: Watch, group: str | None = None) -> Path:
 def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
     (checkpoint, anew), out = _prepare(cfg), Path(cfg.out)
     facts = _facts(cfg)
+    compiled_anew()
     past = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {}
     if past.get("status") == "finished":
         console().print(f"{facts['name']}: finished already ({past['steps']} steps), skipped")
@@ -255,11 +261,6 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
             write(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         with enough(cfg):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-        if anew and not log.row:
-            raise ValueError(
-                f"resume={cfg.resume} is a checkpoint of step {trainer.global_step:,}: nothing is left to train up to "
-                f"trainer.max_steps={cfg.trainer.max_steps}. Set a larger trainer.max_steps"
-            )
     if global_rank() == 0:
         save.clear()
         kept = {"last": f"checkpoint in {out / 'checkpoints'}", "weights": f"weights in {out / 'weights'}"}
@@ -318,14 +319,17 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
     try:
         yield trainers
     except BaseException as error:
-        if watch.stop and not isinstance(error, Stopped) and not is_bad_input(error):
+        more = {} if isinstance(error, Stopped) or is_bad_input(error) else {"traceback": traceback.format_exc()}
+        end = error
+        if watch.stop and more:
             # Launchers signal a whole group of processes: a compiler that dies of it makes an error of this step.
-            error = Stopped(watch.stop, f"in the middle of a step ({type(error).__name__}: {error})".splitlines()[0])
+            end = Stopped(watch.stop, f"in the middle of a step ({type(error).__name__}: {error})".splitlines()[0])
         with contextlib.suppress(OSError):  # the disk may be the very problem
-            more = {} if isinstance(error, Stopped) or is_bad_input(error) else {"traceback": traceback.format_exc()}
-            write_down("failed", error=f"{type(error).__name__}: {error}", **more)
+            write_down("failed", error=f"{type(end).__name__}: {end}", **more)
         finish(code=1)
-        raise error
+        if end is error:
+            raise
+        raise end from error
     write_down("finished")
     finish(code=0)
 

@@ -175,6 +175,14 @@ def test_outside_the_band_both_ways(tmp_path: Path):
     assert "0.4950 nats above (2 paired seeds, 95% interval +0.4315 to +0.5585), outside the BF16" in worse
 
 
+def test_inside_the_band_but_no_chance(tmp_path: Path):
+    for seed, base in enumerate((2.0, 2.1, 2.2)):
+        write_run(tmp_path, "bf16", seed, falling(base))
+        write_run(tmp_path, "sage_int8", seed, falling(base + 0.05 + 0.001 * seed))
+    (sentence,) = report([tmp_path], tmp_path / "out").sentences()
+    assert "INT8 trains as well as BF16" in sentence and "0.2000; the gap is small, but no chance." in sentence
+
+
 def test_outside_the_band_but_maybe_by_chance(tmp_path: Path):
     """Two equal arms, measured: training is chaotic, and another rounding would have moved FP32 as far."""
     for seed, (base, int8) in enumerate([(2.1291, 2.1621), (2.1442, 2.1566)]):

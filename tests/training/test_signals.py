@@ -1,5 +1,6 @@
 """Signals to real runs: a checkpoint at the end of the step, the signal's own exit status, and no rank left behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -251,6 +252,26 @@ def test_a_process_that_waits_in_c_ends_too(where: str) -> None:
         recorded, said = process.communicate(timeout=10)
         assert process.returncode == 130 and recorded.startswith("stopped by SIGINT")
         assert f"sagetrain: {recorded}" in said
+
+
+def test_a_process_that_waits_ends_even_if_nobody_reads_what_it_says() -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 4096)
+    os.set_blocking(write, True)
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK, "before it"], env=HERE, text=True, stdout=subprocess.PIPE, stderr=write
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(10) == 143
+        finally:
+            process.kill()
+            os.close(read)
+            os.close(write)
 
 
 def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:

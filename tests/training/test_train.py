@@ -143,6 +143,7 @@ def test_resume_from_a_path_starts_a_new_run_from_it(train) -> None:
     assert json.loads((second / "run.json").read_text())["steps"] == 6
     with pytest.raises(ValueError, match="of step 4: nothing is left to train up to trainer.max_steps=4"):
         train(f"resume={first}", out="third")
+    assert not (second.parent / "third" / "run.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["text", "other tensors", "cut off", "folder"])
@@ -167,7 +168,7 @@ def test_resume_from_what_is_no_checkpoint(train, tmp_path: Path, kind: str) -> 
 def test_resume_from_another_model(train) -> None:
     (first,) = train()
     with pytest.raises(ValueError, match=r"another model: \S+ is missing there and \[\d+") as caught:
-        train(f"resume={first}", "model.config.num_hidden_layers=3", out="second")
+        train(f"resume={first}", "trainer.max_steps=6", "model.config.num_hidden_layers=3", out="second")
     assert is_bad_input(caught.value)
 
 
@@ -379,4 +380,6 @@ def test_an_error_that_a_signal_brought_is_that_signal(train, tmp_path: Path, mo
     ) as caught:
         train()
     assert caught.value.code == 128 + signal.SIGTERM
-    assert "SIGTERM" in json.loads((tmp_path / "out" / "run.json").read_text())["error"]
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert "SIGTERM" in facts["error"] and "compiler_dies" in facts["traceback"]  # a bug of ours would be found again
