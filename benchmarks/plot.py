@@ -140,9 +140,8 @@ def loss(folder: Path) -> Path:
     for number, (seed, values) in enumerate(smooth[other].items()):
         gap = [ours - theirs for ours, theirs in zip(values, base[seed], strict=True)]
         below.plot(steps, gap, color=COLOURS["sage_int8"], lw=1.2, label=None if number else f"{named}, same seed")
-        if len(base) == 1:
-            spread = [abs(x) for x in gap]
-    settled = max(spread[len(spread) // TAIL :])
+    shown = spread if len(base) > 1 else [abs(x) for x in gap]
+    settled = max(shown[len(shown) // TAIL :])
     below.set_ylim(-1.2 * settled, 2 * settled)  # room for the legend above
     above.set_ylabel("loss, nats per token", fontsize=8.5)
     below.set_ylabel("difference", fontsize=8.5)

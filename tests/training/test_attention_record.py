@@ -56,3 +56,13 @@ def test_every_compiled_run_of_a_process_is_watched(facts, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda *a, **k: real(*a, **{**k, "backend": "eager"}))
     found = facts("compare.arms=[bf16,sage_int8]", "compare.seeds=2", "model.compile=true")
     assert found["bf16-seed0"] == found["bf16-seed1"] == ("SDPA flash", None)
+
+
+def test_graph_breaks_are_those_of_the_run_itself(facts, tmp_path: Path, monkeypatch) -> None:
+    """The arm before, which calls SDPA document by document, breaks its layers; INT8 does not."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: real(*a, **{**k, "backend": "eager"}))
+    facts("compare.arms=[bf16,sage_int8]", "compare.seeds=1", "model.compile=true", "data.document_boundaries=true")
+    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("4/*/run.json")}
+    assert found["bf16-seed0"]["graph_breaks"] and found["sage_int8-seed0"]["graph_breaks"] == []
+    assert all(info["compile_s"] > 0 for info in found.values())

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sagetrain.integrations import bf16
 from sagetrain.ops import schemes
-from sagetrain.training.layers import checkpoint_layers, compile_layers, compiled, layers
+from sagetrain.training.layers import checkpoint_layers, compile_layers, compiled, compiled_anew, layers
 
 LAYERS = 4
 FORWARD = schemes.get().forward
@@ -113,7 +113,7 @@ def test_compiled_with_other_documents_in_every_batch(kind: str) -> None:
 def test_all_layers_share_a_graph() -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    torch._dynamo.utils.clear_compilation_metrics()
+    compiled_anew()
     assert compiled() == {}
     net = model()
     compile_layers(net)
