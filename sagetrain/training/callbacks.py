@@ -9,8 +9,8 @@ for which the loop waited for its next batches. Not Lightning's CSVLogger, which
 and writes a row only once; not its progress bars, which count batches of an epoch, read what was logged (a wait for the
 device each time) and show nothing where the output is no terminal.
 Cost: reading a row waits for the step to finish on the device. That happens every `trainer.log_every_n_steps` steps,
-before validation and a probe, and at the end; no other step is waited for. A probe costs about two training steps and
-the memory of two sets of gradients.
+before validation and a probe, and at the end; no other step is waited for. A probe takes two sets of gradients, and
+time and activations of `probe.max_tokens`, which is less than a micro-batch of long rows takes.
 """
 
 import csv
@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sagetrain.data.loader import targets
 from sagetrain.ops import reference, schemes
 from sagetrain.terminal import console
 from sagetrain.training.checkpoint import way_back
@@ -171,9 +172,10 @@ class RunLog(L.Callback):
 class Probe(L.Callback):
     """Every `every` steps: how far the run's scheme is from BF16 on one held batch, with the weights of the moment.
 
-    The batch is the first of the run (kept in the checkpoint). Gradients are taken with `torch.autograd.grad`, so
-    neither `.grad`, optimizer nor random state change: a run with the probe has the losses of a run without. Needs
-    whole parameters on every rank; with FSDP2 or ZeRO-3 it says so and stays off.
+    The batch is the beginning of the run's first row, `max_tokens` of it, and is kept in the checkpoint: two sets of
+    gradients and the activations of so few tokens stay below what a training step takes. Gradients are taken with
+    `torch.autograd.grad`, so neither `.grad`, optimizer nor random state change: a run with the probe has the losses of
+    a run without. Needs whole parameters on every rank; with FSDP2 or ZeRO-3 it says so and stays off.
     """
 
     def __init__(self, record: RunLog, every: int, max_tokens: int) -> None:
@@ -196,8 +198,7 @@ class Probe(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: CausalLM, batch: dict[str, Any], batch_idx: int) -> None:
         if self.batch is None:
-            self.batch = {k: v.detach().clone().cpu() if isinstance(v, Tensor) else v for k, v in batch.items()}
-            self.batch.pop("num_items_in_batch", None)  # the probe takes this batch by itself, not its step
+            self.batch = beginning(batch, self.max_tokens)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
         due = self.every and trainer.global_step % self.every == 0
@@ -221,7 +222,7 @@ class Probe(L.Callback):
         layers = [tensors for tensors in layers if len(tensors) == 4]  # one that checkpointing ran again got no dO
         norm = math.sqrt(sum(_dot(a, a) for a in grads_bf16) * sum(_dot(b, b) for b in grads_lowbit))
         cosine = sum(_dot(a, b) for a, b in zip(grads_bf16, grads_lowbit, strict=True)) / norm
-        length, preset = min(first_document(batch), self.max_tokens), scheme.preset(scheme.kernel_name(module.device))
+        length, preset = first_document(batch), scheme.preset(scheme.kernel_name(module.device))
         first = ([x[:1, :, :length] for x in tensors] for tensors in layers)
         residual = max(reference.ds_rowsum_residual(*tensors, preset=preset) for tensors in first)
         values = dict(zip(PROBE, (loss_bf16, loss_lowbit, cosine, residual), strict=True))
@@ -243,7 +244,22 @@ class Probe(L.Callback):
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a.double() * b.double()).sum())
+    pieces = zip(a.flatten().split(2**24), b.flatten().split(2**24), strict=True)  # fp64 of a whole head: gigabytes
+    return float(sum((x.double() * y.double()).sum() for x, y in pieces))
+
+
+def beginning(batch: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The first `tokens` of row 0 as a batch of its own on the CPU; the whole row where these hold no target."""
+    row = {k: v[:1].detach().cpu() for k, v in batch.items() if isinstance(v, Tensor) and v.dim() > 1}
+    cut = {k: v[:, :tokens].clone() for k, v in row.items()}
+    if not targets(cut["labels"]):
+        cut = {k: v.clone() for k, v in row.items()}
+    if "cu_seq_lens_q" in batch:
+        width, borders = cut["input_ids"].shape[1], batch["cu_seq_lens_q"].cpu()
+        borders = torch.cat((borders[borders < width], borders.new_tensor([width])))
+        cut |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+        cut |= dict.fromkeys(("max_length_q", "max_length_k"), int(borders.diff().max()))
+    return cut
 
 
 def first_document(batch: dict[str, Any]) -> int:

@@ -5,11 +5,14 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from sagetrain.__main__ import compose
-from sagetrain.training.callbacks import PROBE, RunLog, first_document, probe_columns
+from sagetrain.data.collate import packed, padded
+from sagetrain.training.callbacks import PROBE, Probe, RunLog, beginning, first_document, probe_columns
+from sagetrain.training.module import CausalLM
 from sagetrain.training.train import run
 
 TINY = [
@@ -70,6 +73,42 @@ def test_probe_on_packed_documents_and_off_in_bf16(tmp_path: Path) -> None:
     assert all(packed[2][c] for c in PROBE)
     plain = train(tmp_path, "probe.every=3", "attention=bf16", f"out={tmp_path / 'b'}")
     assert not any(c.startswith("probe/") for c in plain[0])
+
+
+def test_probe_holds_the_beginning_of_a_row() -> None:
+    rows = [(np.arange(12) + 100 * i, starts) for i, starts in enumerate(([0, 3, 8], [0, 5]))]
+    for whole, tokens in (
+        (packed(rows), 10),
+        (packed(rows), 8),
+        (packed(rows), 99),
+        (packed(rows, boundaries=False), 6),
+    ):
+        cut, width = beginning(whole, tokens), min(tokens, 12)
+        starts = [x for x in (0, 3, 8) if x < width]
+        alone = packed([(np.arange(width), starts)], boundaries="position_ids" in whole)
+        assert cut.keys() == alone.keys()
+        for key, value in alone.items():
+            assert torch.equal(cut[key], value) if isinstance(value, torch.Tensor) else cut[key] == value
+    examples = [(np.arange(9), 2), (np.arange(5), 1)]
+    assert beginning(padded(examples, 0), 4)["input_ids"].shape == (1, 4)
+    assert beginning(padded(examples, 0), 2)["input_ids"].shape == (1, 9)  # two tokens of prompt: no target
+
+
+def test_probe_takes_no_more_tokens_than_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, gradients = [], Probe._gradients
+
+    def watched(module: CausalLM, batch: dict, attention: str) -> tuple:
+        hook = module.model.register_forward_pre_hook(
+            lambda _, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
+        )
+        try:
+            return gradients(module, batch, attention)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(Probe, "_gradients", staticmethod(watched))
+    train(tmp_path, "probe.every=1", "trainer.max_steps=1", "probe.max_tokens=24", f"out={tmp_path / 'run'}")
+    assert seen == [24, 24]
 
 
 def test_rows_beyond_the_checkpoint_and_half_rows_are_dropped(tmp_path: Path) -> None:

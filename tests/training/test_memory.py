@@ -20,13 +20,13 @@ from tests.tiny import MODEL, RUN
 
 
 def pretrain(tmp_path: Path, *overrides: str) -> dict:
-    """Two steps of two micro-batches of 16K; what run.json says of them."""
+    """Two steps of two micro-batches of 16K and a probe; what run.json says of them."""
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": "a lone lime " * (20 + i * i % 3000)}) + "\n" for i in range(200)))
     (folder,) = run(compose([
         "recipe=llama1b_pretrain", "model.tokenizer=byte", f"data.path={text}", "data.val_documents=1",
         "data.seq_len=16384", "trainer.max_steps=2", "trainer.accumulate_grad_batches=2", "trainer.limit_val_batches=0",
-        "checkpoint.keep=none", "checkpoint.every_n_steps=0", "checkpoint.every_minutes=0", "probe.every=0",
+        "checkpoint.keep=none", "checkpoint.every_n_steps=0", "checkpoint.every_minutes=0", "probe.every=1",
         f"out={tmp_path / 'run'}", *overrides,
     ]))  # fmt: skip
     return json.loads((folder / "run.json").read_text())
