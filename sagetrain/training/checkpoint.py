@@ -13,8 +13,8 @@ group on the CPU, so that no device waits.
 Choice: not Lightning's ModelCheckpoint, which overwrites `last.ckpt` in place and builds the whole file in memory
 first, nor its AsyncCheckpointIO, whose copies stay on the device and whose errors wait for the save after.
 Cost: room for three checkpoints while one is written, which is asked for before training starts, and one state in the
-host's memory until it is. How long training stood still for the last save and how long the thread took is in run.json
-(`save_stall_s`, `save_write_s`).
+host's memory until it is. How often this process saved, how long training stood still for it and how long the thread
+wrote is in run.json (`saves`, `save_stall_s`, of it the longest `save_stall_max_s`, `save_write_s`).
 """
 
 import os
@@ -99,7 +99,7 @@ class Checkpoint(L.Callback):
     out: the run directory. keep: what stays of a finished run, `last` (the last checkpoint), `weights` (in Hugging
     Face's format, in `out`/weights) or `none`; with `none` and both intervals 0 nothing is ever written.
     watch: the signals. io: the trainer's, where checkpoints are files. last: the checkpoint in `out` that training goes
-    on from. anew: it starts from that of another run. facts: where the times of the last save are noted.
+    on from. anew: it starts from that of another run. facts: where it is noted how long the saves took.
     """
 
     def __init__(
@@ -126,6 +126,7 @@ class Checkpoint(L.Callback):
         self.last = last  # the newest that is complete, as far as this rank knows
         self.anew = anew
         self.facts = {} if facts is None else facts
+        self.facts |= {"saves": 0, "save_stall_s": 0.0, "save_stall_max_s": 0.0, "save_write_s": 0.0}
         self.periodic = bool(every_n_steps or every_minutes)
         self._saved_step = self._seen = 0
         self._whole = True  # the last micro-batch was the last of its step
@@ -282,7 +283,10 @@ class Checkpoint(L.Callback):
             state, self.io.taken = self.io.taken, None
             self._promise = self._thread.submit(self._write, state, partial, self._next, self.last)
         self._saved_step, self._saved_time = step, time.monotonic()
-        self.facts["save_stall_s"] = round(time.perf_counter() - begun, 3)
+        stall = time.perf_counter() - begun
+        self.facts["saves"] += 1
+        self.facts["save_stall_s"] = round(self.facts["save_stall_s"] + stall, 3)
+        self.facts["save_stall_max_s"] = round(max(self.facts["save_stall_max_s"], stall), 3)
 
     def settle(self, trainer: L.Trainer) -> None:
         """Wait for the checkpoint that is being written. Raises OSError on every rank when that failed."""
@@ -325,7 +329,7 @@ class Checkpoint(L.Callback):
         begun = time.perf_counter()
         torch.save(state, partial)
         self._publish(partial, final, before)
-        self.facts["save_write_s"] = round(time.perf_counter() - begun, 3)
+        self.facts["save_write_s"] = round(self.facts["save_write_s"] + time.perf_counter() - begun, 3)
 
     def _publish(self, partial: Path, final: Path, before: Path | None) -> None:
         """Has a checkpoint that is written take its place; `before` stays, what is older or damaged goes."""

@@ -21,7 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from sagetrain.__main__ import compose
 from sagetrain.errors import is_bad_input
-from sagetrain.training import checkpoint
+from sagetrain.training import checkpoint, checkpoint_files
 from sagetrain.training.callbacks import RunLog
 from sagetrain.training.checkpoint import Checkpoint
 from sagetrain.training.checkpoint_files import damage, last_good, on_host
@@ -134,7 +134,17 @@ def test_steps_go_on_while_a_checkpoint_is_written_with_what_was_at_its_save_poi
 def test_how_long_training_stood_still_is_noted(train, monkeypatch) -> None:
     monkeypatch.setattr(torch, "save", lambda content, path: (time.sleep(1.0), SAVE(content, path)))
     facts = info(train(f"checkpoint.every_n_steps={STEPS}"))
-    assert facts["save_write_s"] >= 1.0 and facts["save_stall_s"] < 0.2
+    assert facts["saves"] == 1 and facts["save_write_s"] >= 1.0
+    assert 0 < facts["save_stall_max_s"] == facts["save_stall_s"] < 0.2
+
+
+def test_a_long_first_save_is_not_hidden_by_later_ones(train, monkeypatch) -> None:
+    seconds = iter((0.4, 0.2, 0.0, 0.0))
+    monkeypatch.setattr(checkpoint_files, "on_host", lambda state: (time.sleep(next(seconds)), on_host(state))[1])
+    monkeypatch.setattr(torch, "save", lambda content, path: (time.sleep(0.1), SAVE(content, path)))
+    facts = info(train())
+    assert facts["saves"] == 4 and facts["save_write_s"] >= 0.4
+    assert 0.4 <= facts["save_stall_max_s"] <= facts["save_stall_s"] - 0.2
 
 
 def test_random_numbers_go_on_where_a_run_stopped(train, monkeypatch) -> None:
