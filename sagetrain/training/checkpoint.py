@@ -12,9 +12,11 @@ one before is used (checkpoint_files.py). Once a step the ranks compare what sig
 group on the CPU, so that no device waits.
 Choice: not Lightning's ModelCheckpoint, which overwrites `last.ckpt` in place and builds the whole file in memory
 first, nor its AsyncCheckpointIO, whose copies stay on the device and whose errors wait for the save after.
-Cost: room for three checkpoints while one is written, which is asked for before training starts, and one state in the
-host's memory until it is. How often this process saved, how long training stood still for it and how long the thread
-wrote is in run.json (`saves`, `save_stall_s`, of it the longest `save_stall_max_s`, `save_write_s`).
+Cost: room for three checkpoints while one is written, which is asked for before training starts, and pinned memory of
+the host for one state, which torch keeps. To pin it takes longer than the copy, so where saves are to come the thread
+does it while the second step and those after it run. How often this process saved, how long training stood still for it
+and how long the thread wrote is in run.json (`saves`, `save_stall_s`, of it the longest `save_stall_max_s`,
+`save_write_s`).
 """
 
 import os
@@ -23,7 +25,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sagetrain.terminal import console
-from sagetrain.training.checkpoint_files import HostCheckpointIO, checkpoints, flush, remove, size
+from sagetrain.training.checkpoint_files import HostCheckpointIO, checkpoints, flush, pin, pinned_sizes, remove, size
 from sagetrain.training.export import save_weights
 from sagetrain.training.finite import is_finite, what_is_bad
 from sagetrain.training.module import numel
@@ -136,6 +138,7 @@ class Checkpoint(L.Callback):
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._next: Path | None = None  # what is being written, on every rank; rank 0 has the thread's promise
         self._promise: Future | None = None
+        self._pinning: list[Future] = []  # one, from the end of the first step on
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": random_state()}
@@ -198,6 +201,9 @@ class Checkpoint(L.Callback):
         if not self._whole:  # within an accumulation
             return
         self._seen = step
+        if self.periodic and self.io is not None and trainer.is_global_zero and not self._pinning:
+            state = module.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]
+            self._pinning = [self._thread.submit(pin, pinned_sizes(state))]
         due = bool(self.every_n_steps) and step % self.every_n_steps == 0
         late = bool(self.every_minutes) and time.monotonic() - self._saved_time >= 60 * self.every_minutes
         self._heed(trainer, due or late or (self.keep == "last" and step == trainer.max_steps))
@@ -245,6 +251,7 @@ class Checkpoint(L.Callback):
 
     def _leave(self, trainer: L.Trainer) -> None:
         """Nothing is left to save."""
+        wait(self._pinning)  # the next run in this process does the same
         self.watch.stepping = False
         trainer.strategy.optimizers = []  # else Lightning copies their state to the host: 10 GB of a billion weights
 
@@ -272,6 +279,7 @@ class Checkpoint(L.Callback):
                 f"{what_is_bad(trainer, trainer.lightning_module)}{way_back(trainer)}"
             )
         self.settle(trainer)
+        wait(self._pinning)  # else the copy would pin as much again; where pinning failed, it tries and says why
         self._next = self.folder / f"step-{step:08d}.ckpt"
         partial = self.folder / f"{PARTIAL}{self._next.name}"
         self._together(trainer, lambda: trainer.is_global_zero and self._check_space(trainer.lightning_module))

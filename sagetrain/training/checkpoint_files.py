@@ -147,10 +147,35 @@ def _copied(x: Tensor, copies: dict[Any, Tensor]) -> Tensor:
         names, context = x.__tensor_flatten__()
         inner = {name: _copied(getattr(x, name), copies) for name in names}
         return type(x).__tensor_unflatten__(inner, context, x.size(), x.stride())
-    key = x.device, x.data_ptr(), x.dtype, x.size(), x.stride()  # of tied weights the same
-    if key not in copies:
+    if (key := _key(x)) not in copies:
         copies[key] = x.detach().to("cpu", non_blocking=True, copy=True)
     return copies[key]
+
+
+def _key(x: Tensor) -> tuple:
+    """Of tied weights the same."""
+    return x.device, x.data_ptr(), x.dtype, x.size(), x.stride()
+
+
+def pinned_sizes(state: Any) -> list[int]:
+    """Bytes of each piece of pinned memory that `on_host` asks for: one for every tensor on a GPU."""
+    parts = [part for x in tree_leaves(state) if isinstance(x, Tensor) for part in _parts(x)]
+    return list({_key(part): part.nbytes for part in parts if part.is_cuda}.values())
+
+
+def _parts(x: Tensor) -> list[Tensor]:
+    if is_traceable_wrapper_subclass(x):
+        return [part for name in x.__tensor_flatten__()[0] for part in _parts(getattr(x, name))]
+    return [x]
+
+
+def pin(sizes: list[int]) -> None:
+    """Pin memory in pieces of these `sizes`, which torch then keeps for whoever asks for as much.
+
+    For gigabytes that takes seconds: without the GIL, but the driver's lock is held for as long as one piece takes.
+    """
+    held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
+    del held  # all at once: a piece that is let go serves the next request
 
 
 class HostCheckpointIO(TorchCheckpointIO):

@@ -7,10 +7,14 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as L
@@ -24,7 +28,7 @@ from sagetrain.errors import is_bad_input
 from sagetrain.training import checkpoint, checkpoint_files
 from sagetrain.training.callbacks import RunLog
 from sagetrain.training.checkpoint import Checkpoint
-from sagetrain.training.checkpoint_files import damage, last_good, on_host
+from sagetrain.training.checkpoint_files import HostCheckpointIO, damage, last_good, on_host, pin, pinned_sizes
 from sagetrain.training.export import export
 from sagetrain.training.module import CausalLM
 from sagetrain.training.signals import Stopped, Watch
@@ -198,6 +202,133 @@ def test_a_copy_on_the_host_shares_nothing_and_keeps_what_is_tied() -> None:
     (moment, (plain, *rest)) = copy["moments"]
     assert isinstance(moment, TwoTensor) and rest == [3, "x"] and bool(plain.all())
     assert torch.equal(moment.a, plain) and torch.equal(moment.b, plain)
+
+
+# --- Pinned memory, ahead of the first save ---
+
+
+def test_as_much_is_pinned_as_a_copy_takes(monkeypatch) -> None:
+    weight, part = torch.randn(4, 4), torch.randn(3)
+    state = {
+        "a": weight,
+        "tied": weight.detach(),
+        "column": weight[:, 1],
+        "rest": [TwoTensor(part, part.clone()), part, 3],
+    }
+    copied = on_host(state)
+    parts = [copied["a"], copied["column"], copied["rest"][0].a, copied["rest"][0].b]
+    assert pinned_sizes(state) == []  # nothing of it is on a GPU
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert pinned_sizes(state) == [x.untyped_storage().nbytes() for x in parts] == [64, 16, 12, 12]
+
+
+def test_all_pieces_are_held_until_the_last_is_there(monkeypatch) -> None:
+    pieces, there, empty = [], [], torch.empty
+
+    def noted(size: int, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        piece = empty(size, dtype=dtype)
+        pieces.append(weakref.ref(piece))
+        there.append(sum(each().nbytes for each in pieces))
+        return piece
+
+    monkeypatch.setattr(torch, "empty", noted)
+    pin([64, 16, 12])
+    assert there == [64, 80, 92] and not any(piece() is not None for piece in pieces)
+
+
+def test_memory_is_pinned_while_steps_go_on_and_the_first_copy_waits_for_it(train, monkeypatch) -> None:
+    happened, step = [], CausalLM.training_step
+
+    def slow(sizes: list[int]) -> None:
+        assert sizes == []  # on a CPU
+        happened.append("pin")
+        end = time.monotonic() + 60
+        while happened.count("step") < 6 and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        happened.append("pinned")
+
+    monkeypatch.setattr(CausalLM, "training_step", lambda *args: (happened.append("step"), step(*args))[1])
+    monkeypatch.setattr(checkpoint_files, "on_host", lambda state: (happened.append("copy"), on_host(state))[1])
+    monkeypatch.setattr(checkpoint, "pin", slow)
+    train("checkpoint.every_n_steps=6", "trainer.max_steps=12")
+    assert happened[:2] == ["step", "pin"]
+    assert happened[2:] == [*["step"] * 5, "pinned", "copy", *["step"] * 6, "copy"]
+
+
+def test_a_run_ends_no_sooner_than_its_pinning(train, monkeypatch) -> None:
+    """The next one in this process, of a comparison, would hold as much again."""
+    happened, trained = [], threading.Event()
+    end, clear = Checkpoint.on_train_end, Checkpoint.clear
+    monkeypatch.setattr(checkpoint, "pin", lambda _: (trained.wait(60), time.sleep(1.0), happened.append("pinned")))
+    monkeypatch.setattr(Checkpoint, "on_train_end", lambda *args: (trained.set(), end(*args))[1])
+    monkeypatch.setattr(Checkpoint, "clear", lambda self: (happened.append("ended"), clear(self))[1])
+    train("checkpoint.every_n_steps=100", "checkpoint.keep=none")
+    assert happened == ["pinned", "ended"]
+
+
+def test_a_run_goes_on_where_no_memory_can_be_pinned(train, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "pin", lambda sizes: fails(RuntimeError("CUDA error: out of memory"))())
+    out = train()
+    assert saved(out) == [STEPS] and info(out)["status"] == "finished" and info(out)["saves"] == 4
+
+
+@pytest.mark.parametrize(
+    ("steps", "minutes", "keep", "first_rank", "in_one_file", "pins"),
+    [
+        (9, 0, "none", True, True, 1),
+        (0, 9, "last", True, True, 1),
+        (0, 0, "none", True, True, 0),
+        (0, 0, "last", True, True, 0),  # it only saves at its end
+        (9, 0, "last", False, True, 0),
+        (9, 0, "last", True, False, 0),
+    ],
+)
+def test_only_who_copies_on_the_way_pins_and_once(
+    tmp_path: Path, monkeypatch, steps: int, minutes: int, keep: str, first_rank: bool, in_one_file: bool, pins: int
+) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr(checkpoint, "pin", asked.append)
+    callback = Checkpoint(tmp_path, steps, minutes, keep, Watch(), io=HostCheckpointIO() if in_one_file else None)
+    trainer = SimpleNamespace(is_global_zero=first_rank, optimizers=[], max_steps=9, global_step=0)
+    for trainer.global_step in (1, 1, 2, 3):
+        callback.on_train_batch_end(trainer, torch.nn.Linear(2, 2))
+    callback._thread.shutdown()
+    assert len(asked) == pins
+
+
+@pytest.mark.gpu
+def test_the_first_save_on_a_gpu_takes_no_longer_than_the_next(train, monkeypatch) -> None:
+    """Of 2 GB of weights and moments: a save pins nothing, and steps go on while memory is pinned."""
+    stalls, pinned, went_on, steps = [], [], [], []
+    save, step = Checkpoint.save, CausalLM.training_step
+
+    def noted(sizes: list[int]) -> None:
+        before = len(steps)
+        pin(sizes)
+        went_on.append(len(steps) - before)
+
+    def timed(self: Checkpoint, trainer: L.Trainer) -> None:
+        self.settle(trainer)  # how fast the disk is
+        wait(self._pinning)  # and how long a step takes is not asked here
+        before, begun = torch.cuda.host_memory_stats()["allocated_bytes.allocated"], time.perf_counter()
+        save(self, trainer)
+        stalls.append(time.perf_counter() - begun)
+        pinned.append(torch.cuda.host_memory_stats()["allocated_bytes.allocated"] - before)
+
+    monkeypatch.setattr(CausalLM, "training_step", lambda *args: (steps.append(1), step(*args))[1])
+    monkeypatch.setattr(checkpoint, "pin", noted)
+    monkeypatch.setattr(Checkpoint, "save", timed)
+    torch.accelerator.empty_host_cache()
+    train(
+        "trainer.accelerator=gpu", "trainer.precision=bf16-mixed", "attention=sdpa", "optim.lr=1e-5",
+        "model.config.hidden_size=2048", "model.config.intermediate_size=8192", "model.config.num_hidden_layers=3",
+        "model.config.num_attention_heads=32", "model.config.initializer_range=0.02",
+        "checkpoint.every_n_steps=60", "trainer.max_steps=120",
+    )  # fmt: skip
+    assert len(stalls) == 2 and stalls[0] < 3 * stalls[1], stalls
+    assert max(pinned) < 1e6 and went_on[0] >= 5, (pinned, went_on)
 
 
 def test_a_failed_write_is_raised_at_the_next_step(train, monkeypatch, tmp_path: Path) -> None:
