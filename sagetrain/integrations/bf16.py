@@ -5,7 +5,7 @@ Method. Every arm is an attention function of transformers under a name of its o
 compiled or not; packed documents and padding as cu_seqlens. `bf16` is no arm but a choice: the first of `ORDER` that
 runs here.
 
-    fa4, fa3, fa2   FlashAttention of the packages flash-attn-4, flash-attn-3, flash-attn
+    fa4, fa3, fa2   FlashAttention of the packages flash-attn-4 (by flash4.py), flash-attn-3, flash-attn
     varlen          SDPA for plain rows, torch's varlen_attn (FlashAttention-2) for packed and padded ones
     flex            transformers' own flex_attention, which makes its block mask from position_ids
     sdpa            SDPA. Packed and padded: on a CPU one call for each document, on a GPU a dense mask
@@ -38,6 +38,7 @@ from transformers.masking_utils import flex_attention_mask
 from transformers.masking_utils import sdpa_mask as dense_mask
 from transformers.utils import import_utils
 
+from sagetrain.integrations import flash4
 from sagetrain.integrations.huggingface import Sequences, adapter, sage_mask
 from sagetrain.ops import schemes
 
@@ -242,15 +243,16 @@ def _varlen() -> Callable[..., Tensor]:
 FLASH = {  # version: (package to install, module, transformers' word on whether it is there, compute capability)
     2: ("flash-attn", "flash_attn", import_utils.is_flash_attn_2_available, 8),
     3: ("flash-attn-3", "flash_attn_interface", import_utils.is_flash_attn_3_available, 8),
-    4: ("flash-attn-4", "flash_attn.cute", import_utils.is_flash_attn_4_available, 9),
+    4: ("flash-attn-4", "flash_attn.cute.interface", import_utils.is_flash_attn_4_available, 9),
 }
 
 
 def _flash(version: int) -> Callable[..., Tensor]:
-    module = importlib.import_module(FLASH[version][1])
-    rows, varlen = module.flash_attn_func, module.flash_attn_varlen_func
-    if version == 4:  # no operator of torch.library: compiled graphs break here
-        rows, varlen = torch.compiler.disable(rows), torch.compiler.disable(varlen)
+    if version == 4:  # the package's own are no ops of torch.library: compiled graphs would break
+        rows = varlen = flash4.attention
+    else:
+        module = importlib.import_module(FLASH[version][1])
+        rows, varlen = module.flash_attn_func, module.flash_attn_varlen_func
     what = f"FlashAttention-{version}"
 
     def first(output: Any) -> Tensor:
@@ -337,7 +339,7 @@ def _lacks_flash(version: int) -> Callable[[torch.device], str]:
             importlib.import_module(module)
         except Exception as error:  # built for another torch, most of the time
             return f"a {package} that loads here ({type(error).__name__}: {error})"
-        return ""
+        return flash4.lacks() if version == 4 else ""
 
     return lacks
 

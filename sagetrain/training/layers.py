@@ -22,10 +22,11 @@ from torch._dynamo import utils
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import sagetrain.integrations.flash4  # noqa: F401  (defines its ops)
 from sagetrain.ops import schemes
 
 CHECKPOINTING = ("none", "attention_saved", "full")
-# Attention ops of others, where they are loaded. FlashAttention-4 and FlexAttention are none, and are recomputed.
+# Attention ops of others, where they are loaded. FlexAttention is none, and is recomputed.
 ATTENTION_OPS = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -35,6 +36,7 @@ ATTENTION_OPS = (
     "flash_attn::_flash_attn_forward",
     "flash_attn::_flash_attn_varlen_forward",
     "flash_attn_3::fwd",
+    "sagetrain::fa4_forward",
 )
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from sagetrain.integrations import bf16
 from sagetrain.integrations import huggingface as hf
+from tests.flashkit import Flash4
 from tests.kernelkit import RATIO, error
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -227,8 +228,8 @@ def pretend(monkeypatch) -> Callable[..., str]:
     """Makes an arm that needs a GPU or a package run on what stands above; returns its name for transformers."""
 
     def arm(name: str, torchs: Callable[..., Tensor] = varlen_attn, flash: Callable[..., Tensor] = varlen) -> str:
-        for _, module, *_ in bf16.FLASH.values():
-            monkeypatch.setitem(sys.modules, module, package(flash))
+        for version, (_, module, *_) in bf16.FLASH.items():
+            monkeypatch.setitem(sys.modules, module, Flash4() if version == 4 else package(flash))
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torchs)
         monkeypatch.setitem(bf16.ARMS, name, bf16.ARMS[name]._replace(lacks=lambda device: ""))
         return bf16.PREFIX + name

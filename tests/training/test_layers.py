@@ -1,5 +1,8 @@
 """Checkpointing and compiling by layers: the numbers of a run without, the recomputing that was asked for."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -92,6 +95,12 @@ def test_attention_of_sdpa_is_saved_too() -> None:
     with Calls(op._scaled_dot_product_flash_attention_for_cpu.default) as counted:
         step(net, torch.randint(264, (2, 48)))
     assert counted.count == LAYERS
+
+
+def test_ops_that_we_define_are_saved_whatever_else_is_imported() -> None:
+    program = "from sagetrain.training.layers import attention_ops; print(*attention_ops())"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert {"sagetrain.fa4_forward.default", "sagetrain.attention_forward.default"} < set(said.split())
 
 
 @pytest.mark.parametrize("kind", ["none", "attention_saved", "full"])
