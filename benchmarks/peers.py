@@ -49,39 +49,6 @@ def fa4() -> Call:
     return call
 
 
-def fa4_compilable() -> Call:
-    """The same, causal only, as an operator that torch.compile takes into its graph, as it does ours and SDPA's.
-
-    q `[B, T, Hq, D]`, k, v `[B, T, Hkv, D]` in BF16 or FP16: FA4's own layout. Returns o, like q.
-    """
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-
-    @torch.library.custom_op("sagetrain_benchmarks::fa4_attention", mutates_args=())
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        o, lse, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True)
-        return o, lse
-
-    @forward.register_fake
-    def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        batch, tokens, heads, _ = q.shape
-        return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
-
-    @torch.library.custom_op("sagetrain_benchmarks::fa4_attention_backward", mutates_args=())
-    def backward(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_q, d_k, d_v, *_ = _flash_attn_bwd(q, k, v, o, d_o, lse, causal=True)
-        return d_q, d_k, d_v
-
-    @backward.register_fake
-    def _(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    forward.register_autograd(
-        lambda ctx, d_o, d_lse: backward(d_o.contiguous(), *ctx.saved_tensors),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
-    )
-    return lambda q, k, v: forward(q, k, v)[0]
-
-
 # ---------------------------------------------------------------------------------------------- cuDNN FP8
 
 # What FP8 values were multiplied by. q, k, v and dO have unit variance here and need nothing; P is at most 1, dS (which

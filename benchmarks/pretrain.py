@@ -14,13 +14,13 @@ of the device between CUDA events. A step is that of the recipe, with all its mi
 
     step_ms = first_ms + (trainer.accumulate_grad_batches - 1) * micro_ms + optimizer_ms
 
-Arms are those of conf/attention; for plain rows also `sdpa_flash` (FlashAttention-2 as torch has it), and `fa4` as an
-operator that compiled graphs hold, where the recipe's own breaks them. An arm that cannot run is a row with its reason.
+Arms are those of conf/attention; for plain rows also `sdpa_flash` (FlashAttention-2 as torch has it). An arm that
+cannot run is a row with its reason. Each has compiled layers of its own (`compile_apart`).
 
 Columns: first_ms, micro_ms, optimizer_ms, step_ms, tokens_per_s, mfu (docs/pretraining.md has the formula), x_<arm>
 (how many times its tokens/s), peak_gib (of a step, weights and moments included), loss (of the first micro-batch before
-any update), compile_s (the first micro-batch), graph_breaks, ran (what really computed attention), handicap (why it is
-no baseline).
+any update), compile_s (the first micro-batch), graph_breaks (a place counts for every function that it breaks, and each
+time one is compiled), ran (what really computed attention), handicap (why it is no baseline).
 With --breakdown: ms_<kind>, a micro-batch and an update by what their kernels do, from torch's profiler; ms_idle is
 what is left of the time on the clock, which the profiler makes longer.
 """
@@ -35,7 +35,8 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,12 @@ from sagetrain.__main__ import compose
 from sagetrain.integrations import bf16
 from sagetrain.ops import schemes
 from sagetrain.training.checks import check_settings
+from sagetrain.training.layers import layers
 from sagetrain.training.module import model_config, optimizer_of, prepare
 from sagetrain.training.train import attention_file
 
 PLAIN_PEERS = {  # arm -> what it runs, and what makes it; called here with no mask, so that nobody needs to watch them
     "sdpa_flash": ("SDPA FlashAttention-2", lambda: peers.sdpa(SDPBackend.FLASH_ATTENTION)),
-    "fa4": ("FlashAttention-4", peers.fa4_compilable),
 }
 ARMS = {
     "packed": ("sage_int8", "fa4", "fa3", "fa2", "varlen", "flex", "sdpa"),
@@ -101,8 +102,6 @@ def peer(arm: str) -> str:
         if mask is not None:
             raise RuntimeError(f"{arm} was given a mask tensor: it would measure something else")
         q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
-        if arm == "fa4":
-            return call(*(x.transpose(1, 2) for x in (q, k, v))), None
         return call(q, k, v, True).transpose(1, 2), None
 
     AttentionInterface.register(name, attend)
@@ -117,9 +116,27 @@ def build(cfg: DictConfig, device: torch.device) -> tuple[torch.nn.Module, torch
     torch.manual_seed(cfg.seed)
     with device:
         model = AutoModelForCausalLM.from_config(model_config(cfg.model), dtype=dtype).train()
-    prepare(model, cfg.model)
+    prepare(model, OmegaConf.merge(cfg.model, {"compile": False}))
+    if cfg.model.compile:
+        compile_apart(model)
     groups = [{"params": list(model.parameters()), "weight_decay": cfg.optim.weight_decay}]
     return model, optimizer_of(cfg.optim, groups, fused=device.type == "cuda")
+
+
+def compile_apart(model: torch.nn.Module) -> None:
+    """Compiles the layers anew for each attention.
+
+    Dynamo finds what it compiled by the code of a function, and takes the pieces of a layer that one attention broke
+    for the next one too: nothing in those around the attention says which it was. Hence a backend for each.
+    """
+    backends: dict[str, Any] = defaultdict(lambda: partial(torch._dynamo.lookup_backend("inductor")))
+
+    def by_attention(forward: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = cache(lambda attention: torch.compile(forward, backend=backends[attention]))
+        return lambda *args, **inputs: compiled(model.config._attn_implementation)(*args, **inputs)
+
+    for layer in layers(model):
+        layer.forward = by_attention(layer.forward)
 
 
 def batches(cfg: DictConfig, count: int, device: torch.device) -> list[dict[str, Any]]:

@@ -80,5 +80,38 @@ def test_a_peer_that_is_called_directly_is_known() -> None:
     arm = pretrain.Arm("sdpa_flash", pretrain.peer("sdpa_flash"), model, optimizer, cfg.trainer.precision)
     arm.warm_up(pair)
     assert (arm.found["ran"], arm.found["handicap"]) == ("SDPA FlashAttention-2", None)
-    assert pretrain.ran(pretrain.plain_name("fa4")) == ("FlashAttention-4", None)
     assert "nobody watched" in pretrain.ran("eager")[1]
+
+
+@pytest.mark.parametrize("order", [("sdpa", "sage_int8"), ("sage_int8", "sdpa")])
+def test_an_attention_that_breaks_its_layers_breaks_no_other(
+    order: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU `sdpa` goes through packed documents one by one, in no graph."""
+    graphs_run: list[None] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        return lambda *args: (graphs_run.append(None), graph(*args))[1]
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", {"inductor": backend}.get)
+    layers = "model.config.num_hidden_layers=2"
+    cfg = pretrain.compose(["recipe=quickstart", *MODEL, layers, "model.compile=true", "compare.arms=null"])
+    device = torch.device("cpu")
+    torch.compiler.reset()
+    model, optimizer = pretrain.build(cfg, device)
+    cu, places = torch.tensor([0, 24, 64], dtype=torch.int32), torch.cat([torch.arange(24), torch.arange(40)])[None]
+    documents = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 40, "max_length_k": 40}
+    pair = [{"input_ids": torch.arange(64)[None], "labels": places, "position_ids": places} | documents] * 2
+    arms = [
+        pretrain.Arm(name, pretrain.implementation(name, "packed", device), model, optimizer, "32-true")
+        for name in order
+    ]
+    for arm in arms:
+        arm.warm_up(pair)
+    breaks, graphs = {}, {}
+    for arm in arms * 2:
+        graphs_run.clear()
+        list(arm.step(pair[:1] * 2))
+        breaks[arm.name], graphs[arm.name] = arm.found["graph_breaks"], len(graphs_run)
+    assert breaks["sage_int8"] == 0 and graphs["sage_int8"] == 2 * 2
+    assert breaks["sdpa"] > 0 and graphs["sdpa"] > 2 * 2
