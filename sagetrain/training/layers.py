@@ -78,7 +78,25 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
 def compile_layers(model: nn.Module) -> None:
     """Has every layer run compiled; lengths of documents may vary without compiling anew."""
     for layer in layers(model):
-        layer.forward = torch.compile(layer.forward)
+        layer.forward = _gradients_aside(layer, torch.compile(layer.forward))
+
+
+def _gradients_aside(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Takes gradients of another type than their weight's (`grad_dtype`) off the layer while it runs: Dynamo breaks the
+    graph at such a weight when it compiles in the midst of an accumulation, and then runs checkpoints uncompiled."""
+
+    def aside(*args: Any, **inputs: Any) -> Any:
+        weights = [w for w in layer.parameters() if w.grad is not None and w.grad.dtype != w.dtype]
+        gradients = [w.grad for w in weights]
+        for weight in weights:
+            weight.grad = None
+        try:
+            return forward(*args, **inputs)
+        finally:
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
+
+    return aside
 
 
 def compiled_anew() -> None:

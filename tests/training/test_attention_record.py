@@ -66,3 +66,17 @@ def test_graph_breaks_are_those_of_the_run_itself(facts, tmp_path: Path, monkeyp
     found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("4/*/run.json")}
     assert found["bf16-seed0"]["graph_breaks"] and found["sage_int8-seed0"]["graph_breaks"] == []
     assert all(info["compile_s"] > 0 for info in found.values())
+
+
+def test_graphs_of_little_memory_are_whole(facts, tmp_path: Path, monkeypatch) -> None:
+    """Micro-batches of other documents compile anew, and find gradients in FP32 on weights in BF16."""
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": "lime " * (1 + i * i % 7)}) + "\n" for i in range(200)))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: real(*a, **{**k, "backend": "eager"}))
+    facts(
+        *("memory=24gb", "trainer.precision=bf16-true", "trainer.accumulate_grad_batches=4", "model.compile=true"),
+        *("data.document_boundaries=true", f"data.path={documents}"),
+    )
+    (info,) = (json.loads(path.read_text()) for path in tmp_path.glob("6/**/run.json"))
+    assert info["graph_breaks"] == [] and info["compile_s"] > 0

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -117,6 +120,44 @@ def test_compiled_with_other_documents_in_every_batch(kind: str) -> None:
             assert (a - b).norm() <= 2e-2 * b.norm() + 1e-6  # other fusions, and INT8 may round to the neighbour
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[-2] == graphs[-3], graphs
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize(("kind", "calls"), [("attention_saved", LAYERS), ("full", LAYERS + LAYERS // 2)])
+def test_graphs_made_in_the_midst_of_an_accumulation_are_whole(
+    kind: str, calls: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BF16 weights whose gradients are FP32, as memory=24gb has them. The graphs as they are, without Inductor."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    plain, net = (model().to(torch.bfloat16) for _ in range(2))
+    for weight in (*plain.parameters(), *net.parameters()):
+        weight.grad_dtype = torch.float32
+    checkpoint_layers(net, kind, every=2)
+    compile_layers(net)
+    for number, lengths in enumerate(((32, 32), (10, 44, 10), (5, 9, 30, 20))):  # the second compiles anew
+        tokens = torch.randint(264, (1, 64 if packed else 16 * len(lengths)))
+        options = {"labels": tokens, "use_cache": False} | (batch(*lengths) if packed else {})
+        plain(tokens, **options).loss.backward()
+        with profile() if number == 2 else nullcontext() as seen:
+            net(tokens, **options).loss.backward()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4  # of layers with and without a checkpoint
+    assert sum(x.count for x in seen.key_averages() if x.key == FORWARD.name()) == calls  # not compiled: more
+    for weight, wanted in zip(net.parameters(), plain.parameters(), strict=True):
+        assert weight.grad.dtype == torch.float32 and torch.equal(weight.grad, wanted.grad)
+
+
+def test_an_error_leaves_the_gradients_where_they_were() -> None:
+    net = model().to(torch.bfloat16)
+    compile_layers(net)
+    for weight in net.parameters():
+        weight.grad_dtype = torch.float32
+        weight.grad = torch.ones_like(weight, dtype=torch.float32)
+    with pytest.raises(TypeError):
+        layers(net)[0]()
+    assert all(weight.grad is not None for weight in net.parameters())
 
 
 def test_all_layers_share_a_graph() -> None:
