@@ -16,7 +16,7 @@ from sagetrain.compare.runs import Run
 from sagetrain.paths import settings
 
 # What may differ between two runs of one arm.
-FREE = ("recipe", "seed", "out", "resume", "logger", "compare", "probe", "checkpoint", "attention.name")
+FREE = ("recipe", "seed", "out", "resume", "logger", "compare", "probe", "eval", "checkpoint", "attention.name")
 FREE += tuple(f"trainer.{name}" for name in ("default_root_dir", "enable_progress_bar", "log_every_n_steps"))
 LONGEST = 60  # characters of settings in a name; arms that would need more are numbered instead
 

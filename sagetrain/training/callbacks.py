@@ -122,7 +122,10 @@ class RunLog(L.Callback):
 
     def amend(self, trainer: L.Trainer, values: dict[str, float]) -> None:
         """Add columns to the row of the last step."""
-        self.row.update(values)
+        if trainer.is_global_zero and self._file is None:  # nothing was left to train
+            self._open(trainer.global_step)
+        if self.row.get("step") == trainer.global_step:
+            self.row.update(values)
         if trainer.is_global_zero and self.row:
             self._file.seek(self._last_row)
             self._write()
@@ -162,7 +165,12 @@ class RunLog(L.Callback):
         if path.exists():
             rows = csv.DictReader(line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
             rows.fieldnames = [RENAMED.get(column, column) for column in rows.fieldnames or ()]
-            self._table(text).writerows(row for row in rows if row["step"].isdigit() and int(row["step"]) <= step)
+            kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
+            self._table(text).writerows(kept[:-1])
+            for last in kept[-1:]:  # it may get more columns
+                self.row = {key: float(value) for key, value in last.items() if value} | {"step": int(last["step"])}
+                self.row["tokens"], self._last_row = int(last["tokens"]), len(text.getvalue().encode())
+                self._table(text).writerow(last)
         write(path, text.getvalue())
         self.close()
         self._file = open(path, "r+", newline="")  # noqa: SIM115 (closed in close())

@@ -26,13 +26,16 @@ LEAST = {
     "model.checkpoint_every": 1,
     "optim.warmup_steps": 0,
     "optim.decay_steps": 0,
+    "eval.every_n_steps": 0,
+    "eval.limit": 1,
+    "eval.few_shot": 0,
     "probe.every": 0,
     "probe.max_tokens": 1,
     "checkpoint.every_n_steps": 0,
     "compare.seeds": 1,
     "trainer.max_steps": -1,
 }
-OPTIONAL = ("optim.decay_steps",)
+OPTIONAL = ("optim.decay_steps", "eval.limit")
 RANGES = {
     "optim.lr": (0, math.inf),
     "optim.weight_decay": (0, math.inf),

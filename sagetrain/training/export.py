@@ -7,6 +7,7 @@ Choice: FP32 weights where the checkpoint has them (DeepSpeed keeps them beside 
 Cost: the whole model once in the memory of the CPU; no GPU is needed.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sagetrain.data import build_tokenizer
 from sagetrain.errors import asked_for
-from sagetrain.training.checkpoint_files import damage
+from sagetrain.training.checkpoint_files import damage, step_of
 from sagetrain.training.module import model_config
 
 PREFIX = "model."  # of the Hugging Face model inside CausalLM
@@ -38,19 +39,48 @@ def export(run: str | Path, folder: str | Path) -> Path:
     Raises FileNotFoundError for what is no run or holds no checkpoint, ValueError for one that is damaged,
     FileExistsError when `folder` is in use.
     """
-    run, folder = (Path(path).expanduser().absolute() for path in (run, folder))
-    checkpoint = run if run.parent.name == "checkpoints" else None
-    source = run.parent.parent if checkpoint else run
-    if not (source / "config.yaml").exists():
+    folder = Path(folder).expanduser().absolute()
+    source, checkpoint = _found(run)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty: choose another folder")
+    if checkpoint is None:
+        shutil.copytree(source / "weights", folder, dirs_exist_ok=True)
+        return folder
+    _write(OmegaConf.load(source / "config.yaml"), _weights(checkpoint), folder)
+    return folder
+
+
+def load(run: str | Path) -> tuple[PreTrainedModel, int]:
+    """The model of a run (its directory, or one of its checkpoints) on the CPU, and the step of its weights.
+
+    Raises as `export` does.
+    """
+    source, checkpoint = _found(run)
+    if checkpoint is None:
+        steps = json.loads((source / "run.json").read_text())["steps"]
+        return AutoModelForCausalLM.from_pretrained(source / "weights"), steps
+    weights = _weights(checkpoint)
+    empty = _model(OmegaConf.load(source / "config.yaml"), weights)  # but for the weights: it lacks what no file holds
+    return type(empty).from_pretrained(None, config=empty.config, state_dict=weights), step_of(checkpoint.resolve())
+
+
+def run_of(path: str | Path) -> Path | None:
+    """The run that a path names, itself or by one of its checkpoints; None where it names none."""
+    path = Path(path).expanduser().absolute()
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    return run if (run / "config.yaml").exists() else None
+
+
+def _found(run: str | Path) -> tuple[Path, Path | None]:
+    """The directory of a run, and which checkpoint has its weights; None where `weights` holds them."""
+    source, run = run_of(run), Path(run).expanduser().absolute()
+    if source is None:
         raise FileNotFoundError(
             f"{run} is no run: it has no config.yaml. Give a run directory or one of its checkpoints"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not empty: choose another folder")
-    if checkpoint is None and (source / "weights").is_dir():
-        shutil.copytree(source / "weights", folder, dirs_exist_ok=True)
-        return folder
-    checkpoint = checkpoint or source / "checkpoints" / "last.ckpt"
+    if run == source and (source / "weights").is_dir():
+        return source, None
+    checkpoint = source / "checkpoints" / "last.ckpt" if run == source else run
     if not checkpoint.exists():
         raise FileNotFoundError(
             f"{run} holds no checkpoint: none was due yet, or it kept none, as comparisons do unless they are given "
@@ -58,10 +88,11 @@ def export(run: str | Path, folder: str | Path) -> Path:
         )
     if said := damage(checkpoint):
         raise ValueError(f"{checkpoint} is damaged: {said}. Where the run holds an earlier checkpoint, give that one")
-    cfg = OmegaConf.load(source / "config.yaml")
-    weights = {k.removeprefix(PREFIX): v for k, v in read_weights(checkpoint).items() if k.startswith(PREFIX)}
-    _write(cfg, weights, folder)
-    return folder
+    return source, checkpoint
+
+
+def _weights(checkpoint: Path) -> dict[str, Tensor]:
+    return {k.removeprefix(PREFIX): v for k, v in read_weights(checkpoint).items() if k.startswith(PREFIX)}
 
 
 def save_weights(trainer: L.Trainer, module: L.LightningModule, folder: Path) -> None:
@@ -124,8 +155,8 @@ def _from_deepspeed(checkpoint: Path) -> Mapping[str, Tensor]:
     return {name.removeprefix("_forward_module."): x for name, x in weights.items()}
 
 
-def _write(cfg: DictConfig, weights: dict[str, Tensor], folder: Path) -> None:
-    """Model and tokenizer in Hugging Face's format. Raises ValueError when the weights are not this model's."""
+def _model(cfg: DictConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """The model of a run with these weights. Raises ValueError when they are not this model's."""
     with asked_for("model"):
         config = model_config(cfg.model)
     dtype = next(x.dtype for x in weights.values() if x.is_floating_point())
@@ -139,6 +170,11 @@ def _write(cfg: DictConfig, weights: dict[str, Tensor], folder: Path) -> None:
             f"the checkpoint does not fit the model of this run: {len(empty)} weights missing, {len(unknown)} unknown "
             f"({', '.join([*empty, *unknown][:3])}, ...)"
         )
-    model.save_pretrained(folder)
+    return model
+
+
+def _write(cfg: DictConfig, weights: dict[str, Tensor], folder: Path) -> None:
+    """Model and tokenizer in Hugging Face's format. Raises ValueError when the weights are not this model's."""
+    _model(cfg, weights).save_pretrained(folder)
     if cfg.model.tokenizer != "byte":
         build_tokenizer(cfg.model.tokenizer).save_pretrained(folder)

@@ -39,6 +39,7 @@ from sagetrain.data import files
 from sagetrain.data.tables import unigram_entropy
 from sagetrain.doctor import quick_bf16, versions
 from sagetrain.errors import asked_for, is_bad_input
+from sagetrain.evaluation.scores import columns
 from sagetrain.integrations import bf16
 from sagetrain.ops import schemes
 from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups, settings
@@ -48,6 +49,8 @@ from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint
 from sagetrain.training.checkpoint_files import HostCheckpointIO, check_checkpoint, checkpoints, last_good, step_of
 from sagetrain.training.checks import check_settings
+from sagetrain.training.evaluation import Evaluate
+from sagetrain.training.evaluation import check as check_evaluation
 from sagetrain.training.folder import global_rank, locked, quoted, write
 from sagetrain.training.full import enough
 from sagetrain.training.layers import compiled, compiled_anew
@@ -55,7 +58,7 @@ from sagetrain.training.module import CausalLM, check_length, model_config
 from sagetrain.training.signals import LAUNCHER, Stopped, Watch, alone, follow_launcher, is_helper
 
 # What may change between the two commands of one run without making it another run.
-FREE = ("out", "resume", "logger", "checkpoint", "compare", "trainer.enable_progress_bar")
+FREE = ("out", "resume", "logger", "checkpoint", "compare", "eval", "trainer.enable_progress_bar")
 MESSAGES = (".*does not have many workers.*", ".*srun.*", ".*treespec, LeafSpec.*", ".*across ranks is zero.*")
 
 
@@ -145,6 +148,7 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
     with asked_for(f"model.path={cfg.model.path}" if cfg.model.path else "model.config"):
         check_length(model_config(cfg.model), cfg.data.seq_len)
     kernel(cfg)
+    check_evaluation(cfg)
     out = Path(cfg.out)
     before = out / "config.yaml"
     if before.exists():
@@ -249,12 +253,14 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
             f"{module.hf_config.vocab_size}: set model.tokenizer, or model.config.vocab_size={len(tokenizer)}"
         )
     layers = module.hf_config.get_text_config().num_hidden_layers
-    log = RunLog(out, facts, extra=probe_columns(layers) if cfg.probe.every else ())
+    measured = (probe_columns(layers) if cfg.probe.every else ()) + columns(cfg.eval.tasks)
+    log = RunLog(out, facts, extra=measured)
+    evaluation = Evaluate(log, watch, cfg, tokenizer) if cfg.eval.tasks else None
     io, last = HostCheckpointIO() if _in_one_file(cfg) else None, None if anew else checkpoint
     save = Checkpoint(out, watch=watch, io=io, last=last, anew=anew, facts=facts, **cfg.checkpoint)
     bar = Bar(log, facts["name"])
     with _recorded(log, bar, watch) as trainers:
-        trainer = _trainer(cfg, log, save, bar, group)
+        trainer = _trainer(cfg, log, save, bar, group, evaluation)
         trainers.append(trainer)
         if trainer.is_global_zero:
             log.write_status("running", past.get("steps", 0))
@@ -334,10 +340,13 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
     finish(code=0)
 
 
-def _trainer(cfg: DictConfig, log: RunLog, save: Checkpoint, bar: Bar, group: str | None) -> L.Trainer:
+def _trainer(
+    cfg: DictConfig, log: RunLog, save: Checkpoint, bar: Bar, group: str | None, evaluation: Evaluate | None
+) -> L.Trainer:
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     bars = [bar] if options.pop("enable_progress_bar", True) else []
-    probes = [Probe(log, cfg.probe.every, cfg.probe.max_tokens)] if cfg.probe.every else []
+    measures = [Probe(log, cfg.probe.every, cfg.probe.max_tokens)] if cfg.probe.every else []
+    measures += [evaluation] if evaluation else []
     target = cfg.strategy.get("_target_")
     strategy = instantiate(cfg.strategy, attention=cfg.attention.implementation) if target else "auto"
     trainer = L.Trainer(
@@ -345,7 +354,7 @@ def _trainer(cfg: DictConfig, log: RunLog, save: Checkpoint, bar: Bar, group: st
         default_root_dir=cfg.out,
         strategy=strategy,
         # In this order: what is measured in a step belongs to its row, and a checkpoint comes after both.
-        callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *bars, *probes, save],
+        callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *bars, *measures, save],
         plugins=[save.io] if save.io else None,
         enable_progress_bar=False,
         logger=_logger(cfg, log.facts, group) or False,

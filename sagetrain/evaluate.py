@@ -1,0 +1,155 @@
+"""`python -m sagetrain.evaluate MODEL --tasks gsm8k mmlu hellaswag drop`: scores by lm-evaluation-harness.
+
+MODEL is a run directory or one of its checkpoints, a folder of Hugging Face's format, or a hub id. A run is evaluated
+with its own attention and precision, another model with sage_int8 and in the type of its weights (FP32 ones where the
+device is quick at BF16 under autocast), unless told otherwise. Scores are printed and, of a run or with --out, written
+to eval.json, whose format sagetrain/evaluation/scores.py describes. The same command goes on where it was killed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from sagetrain.extras import needs
+from sagetrain.terminal import console, print_anything
+
+with needs("train", command=__name__ == "__main__"):
+    import torch
+    from omegaconf import DictConfig, OmegaConf
+    from transformers import AutoModelForCausalLM
+
+    from sagetrain.data import build_tokenizer
+    from sagetrain.doctor import quick_bf16
+    from sagetrain.errors import asked_for, refused
+    from sagetrain.evaluation import AUTOCAST, scores
+    from sagetrain.evaluation.tasks import METRICS, build, check_tasks, find
+    from sagetrain.integrations import bf16
+    from sagetrain.paths import CONF_DIR, groups
+    from sagetrain.training.export import load, run_of
+with needs("eval", command=__name__ == "__main__"):
+    from sagetrain.evaluation.harness import evaluate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    print_anything()
+    try:
+        options = _options(arguments)
+        found = evaluate_model(**vars(options))
+    except Exception as error:
+        return refused(error)
+    console().print(scores.table(found))
+    return 0
+
+
+def evaluate_model(
+    model: str,
+    tasks: list[str],
+    data: str | dict[str, str] | None = None,
+    attention: str | None = None,
+    limit: int | None = None,
+    few_shot: int = 0,
+    batch_size: int | str = 8,
+    chat_template: bool = False,
+    out: str | Path | None = None,
+    device: str | None = None,
+) -> scores.Scores:
+    """The scores of a model by task, also written to eval.json of its run or of `out`. The arguments are those of the
+    command; `data` is a folder, or a file or folder by task.
+
+    Raises ValueError, OSError and their kin with one line that says what to do.
+    """
+    tasks = check_tasks(tasks, "--tasks")
+    files = find(tasks, data, few_shot)
+    run = run_of(model)
+    cfg = OmegaConf.load(run / "config.yaml") if run else None
+    arm = attention or (cfg.attention.name if cfg else "sage_int8")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: torch sees no CUDA device; python -m sagetrain.doctor says why")
+    implementation = bf16.choose(_implementation(arm), where)
+    built = {task: build(task, of, few_shot) for task, of in files.items()}
+    network, step = load(model) if cfg else (_load(model), 0)
+    tokenizer = build_tokenizer(cfg.model.tokenizer if cfg else model)
+    network.to(where).set_attn_implementation(implementation)
+    found = evaluate(
+        network,
+        tokenizer,
+        built,
+        title=Path(model).name,
+        batch_size=batch_size,
+        limit=limit,
+        chat_template=chat_template,
+        dtype=_autocast(cfg, network, where),
+    )
+    for task, of in found.items():
+        of |= {"model": model, "data": "hub" if files[task] is None else ", ".join(map(str, files[task].asked))}
+    if folder := out or run:
+        scores.keep(Path(folder).expanduser(), step, arm, found)
+    return found
+
+
+def _load(model: str) -> Any:
+    with asked_for(model):
+        return AutoModelForCausalLM.from_pretrained(Path(model).expanduser() if Path(model).exists() else model)
+
+
+def _implementation(arm: str) -> str:
+    choices = groups()["attention"]
+    if arm not in choices:
+        raise ValueError(f"--attention: unknown attention {arm!r}, choose from {', '.join(choices)}")
+    return OmegaConf.load(CONF_DIR / "attention" / f"{arm}.yaml").implementation
+
+
+def _autocast(cfg: DictConfig | None, network: Any, where: torch.device) -> torch.dtype | None:
+    """What the products are computed in beside the type of the weights."""
+    if cfg is not None:
+        return AUTOCAST.get(cfg.trainer.precision)
+    return torch.bfloat16 if network.dtype == torch.float32 and quick_bf16(where) else None
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m sagetrain.evaluate", description=__doc__.partition(": ")[2])
+    parser.add_argument("model", metavar="MODEL", help="run directory or checkpoint, Hugging Face folder, or hub id")
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=", ".join(METRICS))
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FOLDER|TASK=FILE",
+        help="local data: a folder with a file for each task (gsm8k-test.jsonl.xz, mmlu/test.parquet, ...), or a file "
+        "for a task, with TASK.few_shot=FILE for its examples; other tasks are read from the hub",
+    )
+    parser.add_argument("--attention", metavar="NAME", help="a file of conf/attention: sage_int8, bf16, sdpa, ...")
+    parser.add_argument("--limit", type=_count, metavar="N", help="the first N questions (MMLU: of each subject)")
+    parser.add_argument("--few-shot", type=_count, default=0, metavar="N", help="examples before a question (0)")
+    parser.add_argument("--batch-size", type=_batch, default=8, metavar="N|auto", help="rows at a time (8)")
+    parser.add_argument("--chat-template", action="store_true", help="questions as turns of a conversation")
+    parser.add_argument("--out", metavar="FOLDER", help="where to write eval.json (a run: into it)")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu")
+    options = parser.parse_args(arguments)
+    options.data = _sources(options.data) if options.data else None
+    return options
+
+
+def _sources(words: list[str]) -> str | dict[str, str]:
+    named = [word for word in words if "=" in word]
+    if not named and len(words) == 1:
+        return words[0]
+    if len(named) < len(words):
+        raise ValueError("--data: give one folder, or TASK=FILE for each task")
+    return dict(word.split("=", 1) for word in named)
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number is needed, not {word}")
+    return int(word)
+
+
+def _batch(word: str) -> int | str:
+    return word if word == "auto" else _count(word)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Evaluation within a run: every `eval.every_n_steps` steps and at its end, of the model where it lies.
+
+Method: as sagetrain.evaluate does alone, with the run's attention and precision; layers run uncompiled. Scores go to
+eval.json, to the step's row of metrics.csv and to the loggers. Random state and training mode are put back, so a run
+has the losses of a run without. All ranks share the requests.
+Choice: at the end it comes after the last checkpoint is written, so whatever happens to a long evaluation costs nothing
+but itself; a signal during one between steps breaks it off, and the run catches up when it goes on. Answers are kept
+until there are scores. Sharded weights (FSDP2, ZeRO-3) are refused: generation would gather them for each token.
+Cost: every rank reads the questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from omegaconf import DictConfig, OmegaConf
+
+from sagetrain.errors import asked_for
+from sagetrain.evaluation import AUTOCAST, scores
+from sagetrain.evaluation.tasks import Files, build, check_tasks, find
+from sagetrain.training.callbacks import RunLog
+from sagetrain.training.checkpoint import random_state, set_random_state
+from sagetrain.training.module import CausalLM
+from sagetrain.training.signals import Watch
+
+
+def check(cfg: DictConfig) -> dict[str, Files | None]:
+    """The files of each task that the run evaluates. Raises what is wrong with `eval`, before anything takes time."""
+    tasks = check_tasks(list(cfg.eval.tasks or []), "eval.tasks")
+    if not tasks:
+        return {}
+    if find_spec("lm_eval") is None:
+        raise ModuleNotFoundError("eval.tasks: no package lm_eval: pip install 'sagetrain[eval]'", name="lm_eval")
+    target = cfg.strategy.get("_target_") or ""
+    if target.endswith("SageFSDP2Strategy") or cfg.strategy.get("stage") == 3:
+        raise ValueError(
+            "eval.tasks: this strategy shards the weights, and they are not evaluated in place. Set eval.tasks=[] and "
+            "evaluate what the run leaves (python -m sagetrain.evaluate RUN), or choose strategy=ddp"
+        )
+    data = OmegaConf.to_container(cfg.eval.data) if OmegaConf.is_config(cfg.eval.data) else cfg.eval.data
+    return find(tasks, data, cfg.eval.few_shot, "eval.data")
+
+
+class Evaluate(L.Callback):
+    """record: where the run writes. Raises ValueError for data that cannot be read."""
+
+    def __init__(self, record: RunLog, watch: Watch, cfg: DictConfig, tokenizer: Any) -> None:
+        self.record, self.watch, self.cfg, self.tokenizer = record, watch, cfg, tokenizer
+        self.files = check(cfg)
+        self.every = cfg.eval.every_n_steps
+        with asked_for("eval.data"):
+            self.tasks = {task: build(task, files, cfg.eval.few_shot) for task, files in self.files.items()}
+
+    def on_train_start(self, trainer: L.Trainer, module: CausalLM) -> None:
+        if trainer.global_step and self._due(trainer):
+            self._evaluate(trainer, module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
+        if module.step.get("step") == trainer.global_step and self._due(trainer):
+            self.record.has_row(trainer, module)
+            self._evaluate(trainer, module)
+
+    def on_fit_end(self, trainer: L.Trainer, module: CausalLM) -> None:
+        if trainer.global_step and not self._has(trainer.global_step):
+            module.to(trainer.strategy.root_device)  # Lightning has put it aside
+            self._evaluate(trainer, module)
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        step = trainer.global_step
+        return bool(self.every) and step % self.every == 0 and step != trainer.max_steps and not self._has(step)
+
+    def _has(self, step: int) -> bool:
+        held = scores.read(self.record.folder).get(str(step), {}).get(self.cfg.attention.name, {})
+        asked = {"few_shot": self.cfg.eval.few_shot, "limit": self.cfg.eval.limit}
+        return all(asked.items() <= held.get(task, {}).items() for task in self.tasks)
+
+    def _evaluate(self, trainer: L.Trainer, module: CausalLM) -> None:
+        from sagetrain.evaluation.harness import Abandoned, evaluate
+
+        step, how = trainer.global_step, self.cfg.eval
+        try:
+            with _put_back(module):
+                found = evaluate(
+                    module.model,
+                    self.tokenizer,
+                    self.tasks,
+                    title=f"{self.record.facts['name']} step {step}",
+                    batch_size=how.batch_size,
+                    limit=how.limit,
+                    dtype=AUTOCAST.get(str(trainer.precision)),
+                    quiet=not self.cfg.trainer.get("enable_progress_bar", True),
+                    rank=trainer.global_rank,
+                    world=trainer.world_size,
+                    stop=lambda: self.watch.stepping and self.watch.stop,
+                )
+        except Abandoned:  # the checkpoint comes next, and the end
+            return
+        for task, of in found.items():
+            files = self.files[task]
+            of |= {"model": self.cfg.out, "data": "hub" if files is None else ", ".join(map(str, files.asked))}
+        if trainer.is_global_zero:
+            scores.keep(Path(self.record.folder), step, self.cfg.attention.name, found)
+        self.record.amend(trainer, scores.row(found))
+
+
+@contextmanager
+def _put_back(module: CausalLM) -> Iterator[None]:
+    """Leaves random state and training mode as they are."""
+    state, training = random_state(), [part for part in module.modules() if part.training]
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+        set_random_state(state)

@@ -1,0 +1,561 @@
+"""Evaluation: it asks what training showed and what the harness asks, scores what is known, goes on after a kill, and
+leaves a run as it was."""
+
+from __future__ import annotations
+
+import csv
+import json
+import lzma
+import math
+import os
+import signal
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import sagetrain  # noqa: F401 (registers sage_int8)
+from sagetrain.__main__ import compose
+from sagetrain.data import ByteTokenizer
+from sagetrain.data.files import read_records
+from sagetrain.data.tasks import TASKS, _begun
+from sagetrain.errors import is_bad_input
+from sagetrain.evaluation import scores
+from sagetrain.evaluation.tasks import ASKED, Files, build, find, leaves
+from sagetrain.integrations import bf16
+from sagetrain.training.signals import Stopped
+from sagetrain.training.train import run
+from tests.tiny import MODEL
+
+lm_eval = pytest.importorskip("lm_eval")
+
+from lm_eval.api.model import LM  # noqa: E402
+from lm_eval.api.task import ConfigurableTask  # noqa: E402
+from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
+
+from sagetrain import evaluate as command  # noqa: E402
+from sagetrain.evaluation import harness  # noqa: E402
+
+DATE = {"day": "", "month": "", "year": ""}
+
+
+def drop(question: str, *spans: str, number: str = "", **more: Any) -> dict[str, Any]:
+    none = {"number": [], "date": [], "spans": []}
+    answer = {"number": number, "date": DATE, "spans": list(spans)}
+    record = {"query_id": "q", "passage": "A beat B and C by 20 yards.", "question": question, "answer": answer}
+    return record | {"validated_answers": none} | more
+
+
+HUB = {  # records as the hub has them
+    "gsm8k": [{"question": f"What is {n} + {n}? ", "answer": f"Twice.\n#### {2 * n:,}"} for n in (9, 500, 3, 4)],
+    "mmlu": [
+        {"question": f" Which, {n}? ", "subject": subject, "choices": ["w", "x ", "y", "z"], "answer": answer}
+        for n, (subject, answer) in enumerate([("anatomy", 1), ("virology", 3), ("anatomy", 0), ("anatomy", 1)])
+    ],
+    "hellaswag": [
+        {"ind": 1, "activity_label": "Cooking", "ctx_a": "A man cooks.", "ctx_b": "he", "source_id": "a",
+         "endings": ["runs [step] off.", "stirs the soup in a pot for an hour.", "no", "so"], "label": "1"},
+        {"ind": 2, "activity_label": "Pets", "ctx_a": "[header] Wash a cat [title] Fill a tub. [step]", "ctx_b": "",
+         "endings": ["[substeps] Dry it with a towel which is soft.", "Go  on.", "no", "so"], "label": "2",
+         "source_id": "b"},
+        {"ind": 3, "activity_label": "Ski", "ctx_a": "Ann skis in Bern.", "ctx_b": "the man in a BIG hat",
+         "endings": ["falls.", "sings about the mountains he has seen.", "no", "so"], "label": "0", "source_id": "c"},
+    ],
+    "drop": [
+        drop("Who lost?", "B", "C"),
+        drop("By how many yards?", number="20",
+             validated_answers={"number": [""], "date": [DATE], "spans": [["20 yards"]]}),
+        drop("Who won? ", "A"),
+    ],
+}  # fmt: skip
+LOCAL = HUB | {  # and as plain files may have them
+    "hellaswag": [
+        {k: v for k, v in record.items() if k in ("activity_label", "endings")}
+        | {"ctx": f"{record['ctx_a']} {record['ctx_b']}".strip(), "label": int(record["label"])}
+        for record in HUB["hellaswag"][::2]
+    ],
+    "drop": [
+        {k: v for k, v in record.items() if k in ("passage", "question")} | {"answers": answers}
+        for record, answers in zip(HUB["drop"], (["B and C"], ["20", "20 yards"], ["A"]), strict=True)
+    ],
+}
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (lzma.open if path.suffix == ".xz" else open)(path, "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of all tasks, with examples."""
+    names = {
+        "gsm8k": ("test", "train"),
+        "mmlu": ("test", "dev"),
+        "hellaswag": ("val", "train"),
+        "drop": ("dev", "train"),
+    }
+    for task, splits in names.items():
+        for split in splits:
+            write(tmp_path / "data" / f"{task}-{split}.jsonl.xz", HUB[task])
+    return tmp_path / "data"
+
+
+def model_of(attention: str = "sage_int8", seed: int = 0, positions: int = 1024) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=positions, initializer_range=0.2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, attn_implementation=bf16.choose(attention, torch.device("cpu")))
+
+
+def built(data: Path | str, *tasks: str, few_shot: int = 0) -> dict[str, Any]:
+    return {task: build(task, files, few_shot) for task, files in find(tasks, str(data), few_shot).items()}
+
+
+# ------------------------------------------------------------------------------------------------ what is asked
+
+
+def requests(task: Any) -> Iterator[list[tuple[Any, ...]]]:
+    """Of each document: what the model is asked, as the harness makes it of a task."""
+    for leaf in leaves(task):
+        leaf.set_fewshot_seed(harness.SEED)
+        leaf.build_all_requests()
+        by_document: dict[int, list[tuple[Any, ...]]] = {}
+        for instance in leaf.instances:
+            by_document.setdefault(instance.doc_id, []).append(instance.args)
+        yield from by_document.values()
+
+
+def of_the_harness(task: str, records: list[dict[str, Any]], few_shot: int) -> list[list[tuple[Any, ...]]]:
+    """The same from the harness's own templates for these records, laid out as the hub's."""
+    import datasets
+
+    folder = Path(lm_eval.__file__).parent / "tasks"
+    subjects = dict.fromkeys(record["subject"] for record in records) if task == "mmlu" else [None]
+    found = []
+    for subject in subjects:
+        path = folder / (f"mmlu/default/mmlu_{subject}.yaml" if subject else ASKED[task].defined)
+        chosen = [record for record in records if record.get("subject") == subject]
+        splits = dict.fromkeys(("train", "dev", "validation", "test"), datasets.Dataset.from_list(chosen))
+        config = load_yaml(path, resolve_func=True)
+        config.pop("tag", None)
+        how = {"num_fewshot": few_shot, "custom_dataset": lambda s=splits, **_: s}
+        found.extend(requests(ConfigurableTask(config=config | how)))
+    return found
+
+
+@pytest.mark.parametrize("few_shot", [0, 1])
+@pytest.mark.parametrize("task", scores.METRICS)
+def test_asks_what_the_harness_asks(task: str, few_shot: int, tmp_path: Path) -> None:
+    if task == "drop" and few_shot:
+        pytest.skip("the harness shows names of fields as the answer of an example")
+    file = write(tmp_path / "x.jsonl", HUB[task])
+    ours = list(requests(build(task, Files([file], [file]), few_shot)))
+    assert ours == of_the_harness(task, HUB[task], few_shot)
+    assert len(ours) == len(HUB[task])
+
+
+@pytest.mark.parametrize("layout", [HUB, LOCAL], ids=["hub", "local"])
+@pytest.mark.parametrize("task", scores.METRICS)
+def test_asks_what_training_showed(task: str, layout: dict[str, Any], tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", layout[task])
+    shown = sorted("".join(TASKS[task].text(record, "")[1:]) for record in layout[task])
+    rights = {"mmlu": "answer", "hellaswag": "label"}
+    records = layout[task]
+    if task == "mmlu":  # by subject
+        records = sorted(records, key=lambda record: record["subject"])
+    asked = list(requests(build(task, Files([file], []), 0)))
+    if task in rights:
+        pairs = zip(asked, records, strict=True)
+        assert sorted("".join(args[int(record[rights[task]])]) for args, record in pairs) == shown
+    else:
+        assert all(text.startswith(args[0][0]) for text, args in zip(shown, sorted(asked), strict=True))
+
+
+@pytest.mark.skipif("SAGE_DATA" not in os.environ, reason="SAGE_DATA names a folder of the real data sets")
+@pytest.mark.parametrize("task", scores.METRICS)
+def test_asks_what_the_harness_asks_of_real_rows(task: str, tmp_path: Path) -> None:
+    (source,) = find([task], os.environ["SAGE_DATA"], 0)[task].asked
+    records = [record for _, record, _ in islice(read_records(source), 0, None, 50)]
+    if task == "hellaswag":
+        records = [record | dict(zip(("ctx_a", "ctx_b"), _begun(record["ctx"]), strict=True)) for record in records]
+    if task == "drop":
+        records = [drop(record["question"], record["answers"][0], passage=record["passage"]) for record in records]
+    file = write(tmp_path / "x.jsonl", records)
+    assert list(requests(build(task, Files([file], []), 0))) == of_the_harness(task, records, 0)
+
+
+def test_examples_come_before_the_question(data: Path) -> None:
+    context = next(requests(built(data, "drop", few_shot=2)["drop"]))[0][0]
+    assert context.count("A beat B and C by 20 yards.") == 3 and " yards? 20\n\n" in context
+    context = next(requests(built(data, "mmlu", few_shot=1)["mmlu"]))[0][0]
+    assert context.count("multiple choice") == 1 and context.count("Answer:") == 2
+
+
+def test_files_are_found_by_task_and_split(data: Path, tmp_path: Path) -> None:
+    found = find(["gsm8k", "mmlu"], str(data), 1)
+    assert found["mmlu"] == Files([data / "mmlu-test.jsonl.xz"], [data / "mmlu-dev.jsonl.xz"])
+    one = write(tmp_path / "hub" / "main" / "test-00000.jsonl", HUB["gsm8k"])
+    assert find(["gsm8k", "drop"], {"gsm8k": str(tmp_path / "hub")}, 0) == {"gsm8k": Files([one], []), "drop": None}
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+class Known(LM):
+    """Answers that are known, instead of a model's. SAID: to a question with this in it."""
+
+    SAID = {
+        "9 + 9": " It is 18.\n#### 18",
+        "500 +": "So\n#### 1000.",
+        "3 + 3": " The answer is 6",
+        "4 + 4": " 9\n#### 9",
+        "Who lost": " B",
+        "How many": "",
+        "how many": " 20 yards",
+        "Who won": " The a!",
+    }
+    max_length, max_gen_toks = 1024, 256
+    computed = 0
+
+    def __init__(self, model: Any, tokenizer: Any, told: harness.Told, dtype: Any, **_: Any) -> None:
+        super().__init__()
+        self.tokenizer, self.told = tokenizer, told
+
+    def _answer(self, kind: str, asked: Any, answer: Any) -> Any:
+        type(self).computed += 1
+        self.cache_hook.add_partial(kind, asked.args, answer)
+        return answer
+
+    def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+        with self.told.of("", len(requests)):
+            return [self._answer("loglikelihood", one, (self._likes(*one.args), False)) for one in requests]
+
+    @staticmethod
+    def _likes(context: str, answer: str) -> float:
+        if context.endswith("Answer:"):
+            return -1.0 if answer == " B" else -2.0
+        return {True: -30.0, False: -10.0}[len(answer) > 20] - 0.1 * len(answer.split())
+
+    def generate_until(self, requests: Any) -> list[str]:
+        said = [next(text for key, text in self.SAID.items() if key in one.args[0]) for one in requests]
+        with self.told.of("", len(requests)):
+            return [self._answer("generate_until", *pair) for pair in zip(requests, said, strict=True)]
+
+    def loglikelihood_rolling(self, requests: Any) -> list[float]:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> type[Known]:
+    monkeypatch.setattr(harness, "Model", Known)
+    monkeypatch.setattr(Known, "computed", 0)
+    return Known
+
+
+def error(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def test_scores_are_those_of_known_answers(data: Path, known: type[Known]) -> None:
+    found = harness.evaluate(model_of(), ByteTokenizer(), built(data, *scores.METRICS), quiet=True)
+    each = {
+        "gsm8k": {"strict_match": [1, 1, 0, 0], "flexible_extract": [1, 1, 1, 0]},
+        "hellaswag": {"acc": [0, 1, 0], "acc_norm": [1, 0, 0]},
+        "drop": {"em": [0, 1, 1], "f1": [0.5, 1, 1]},
+    }
+    for task, metrics in each.items():
+        for metric, values in metrics.items():
+            assert found[task]["scores"][metric] == pytest.approx(sum(values) / len(values)), (task, metric)
+            assert found[task]["stderr"][metric] == pytest.approx(error(values)), (task, metric)
+    assert found["mmlu"]["scores"] == {"acc": 0.5}  # 2 of 3 and 0 of 1: by size, not by subject
+    assert found["mmlu"]["subjects"] == {"anatomy": pytest.approx(2 / 3), "virology": 0}
+    assert {task: of["n"] for task, of in found.items()} == {"gsm8k": 4, "mmlu": 4, "hellaswag": 3, "drop": 3}
+    assert {task: of["version"] for task, of in found.items()} == {"gsm8k": 3, "mmlu": 1, "hellaswag": 1, "drop": 3}
+    assert all(set(of["scores"]) == set(scores.METRICS[task]) for task, of in found.items())
+
+
+def test_limit(data: Path, known: type[Known]) -> None:
+    found = harness.evaluate(model_of(), ByteTokenizer(), built(data, "gsm8k", "mmlu"), quiet=True, limit=1)
+    assert (found["gsm8k"]["n"], found["mmlu"]["n"], found["gsm8k"]["limit"]) == (1, 2, 1)
+    assert found["gsm8k"]["stderr"]["strict_match"] is None
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """The answers of the next evaluation, by the kind of request."""
+    kept: dict[str, list[Any]] = {}
+
+    class Watched(harness.Kept):
+        def _shared(self, kind: str, requests: Any) -> list[Any]:
+            kept[kind] = super()._shared(kind, requests)
+            return kept[kind]
+
+    monkeypatch.setattr(harness, "Kept", Watched)
+    monkeypatch.setattr(harness.Model, "max_gen_toks", 12)
+    return kept
+
+
+def test_neither_batch_nor_kernel_changes_an_answer(data: Path, answers: dict[str, list[Any]]) -> None:
+    """Of random weights, whose answers hang on every token: rows of a batch have several lengths."""
+    tasks = built(data, "hellaswag", "drop", "gsm8k")
+    said = {}
+    for attention in "bf16_sdpa", "sage_int8":
+        for batch_size in 1, 8:
+            found = harness.evaluate(model_of(attention), ByteTokenizer(), tasks, batch_size=batch_size, quiet=True)
+            said[attention, batch_size] = dict(answers)
+            assert attention.removeprefix("bf16_") in found["drop"]["attention"].lower()
+    exact = said["bf16_sdpa", 1]
+    assert len(set(exact["generate_until"])) > 3
+    for (attention, _), given in said.items():
+        near = 1e-4 if attention == "bf16_sdpa" else 2e-2
+        for (ours, _), (theirs, _) in zip(given["loglikelihood"], exact["loglikelihood"], strict=True):
+            assert ours == pytest.approx(theirs, rel=near)
+        same = [a == b for a, b in zip(given["generate_until"], exact["generate_until"], strict=True)]
+        assert all(same) if attention == "bf16_sdpa" else sum(same) >= 5, given["generate_until"]
+
+
+def test_byte_tokenizer_for_the_harness() -> None:
+    ours, theirs = ByteTokenizer(), harness.for_transformers(ByteTokenizer())
+    for text in "plain\n  text", "Zoë ✓ 漢字 \x00\x7f", "<eos", "":
+        assert theirs.encode(text) == ours.encode(text) and theirs.decode(theirs.encode(text)) == text
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_token_id, ours.pad_token_id)
+    assert theirs.decode([65, 256, 66, 257], skip_special_tokens=True) == "AB"
+
+
+# ------------------------------------------------------------------------------------------------ killed
+
+
+def test_goes_on_where_it_was_killed(data: Path, known: type[Known]) -> None:
+    model, tasks = model_of(seed=7), built(data, "hellaswag", "gsm8k")
+    kept = harness.answers_of(model, ByteTokenizer(), None)
+    kept.unlink(missing_ok=True)
+    whole = harness.evaluate(model, ByteTokenizer(), tasks, quiet=True)
+    total, known.computed = known.computed, 0
+    assert total == 16 and not kept.exists()
+
+    if (child := os.fork()) == 0:
+
+        class Killed(Known):
+            def _answer(self, *given: Any) -> Any:
+                if type(self).computed == 9:
+                    while len(self.cache_hook.dbdict) < 9:  # its thread writes
+                        pass
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super()._answer(*given)
+
+        harness.Model = Killed
+        harness.evaluate(model, ByteTokenizer(), tasks, quiet=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert kept.exists()
+    again = harness.evaluate(model, ByteTokenizer(), tasks, quiet=True)
+    assert known.computed == total - 9 and not kept.exists()
+    assert {task: of["scores"] for task, of in again.items()} == {task: of["scores"] for task, of in whole.items()}
+
+
+def test_another_model_has_other_answers() -> None:
+    model, tokenizer = model_of(), ByteTokenizer()
+    names = [harness.answers_of(model, tokenizer, None)]
+    assert names[0] == harness.answers_of(model_of(), tokenizer, None)
+    names.append(harness.answers_of(model, tokenizer, torch.bfloat16))
+    names.append(harness.answers_of(model, tokenizer, None, rank=1))
+    model.set_attn_implementation("sdpa")
+    names.append(harness.answers_of(model, tokenizer, None))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] *= 1.001
+    names.append(harness.answers_of(model, tokenizer, None))
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight[[0, 1]] = weight[[1, 0]]
+    names.append(harness.answers_of(model, tokenizer, None))
+    assert len(set(names)) == len(names)
+
+
+# ------------------------------------------------------------------------------------------------ in a run
+
+TINY = [
+    "model=quickstart",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "trainer.limit_val_batches=0",
+    "probe.every=0",
+    *MODEL,
+    "data.seq_len=512",
+    "data.batch_size=2",
+    "data.val_fraction=0",
+    "trainer.accumulate_grad_batches=1",
+    "trainer.max_steps=4",
+    "trainer.enable_progress_bar=false",
+    "checkpoint.every_n_steps=0",
+]
+
+
+@pytest.fixture
+def train(data: Path, tmp_path: Path):
+    """Runs a recipe on its task's training file; the run directory."""
+
+    def go(task: str, *changes: str, out: str = "out") -> Path:
+        file = data / f"{task}-{'dev' if task == 'mmlu' else 'train'}.jsonl.xz"
+        evaluated = [f"eval.tasks=[{task}]", f"eval.data={data}", f"data.path={file}", f"out={tmp_path / out}"]
+        (folder,) = run(compose([f"recipe={task}_finetune", *TINY, *evaluated, *changes]))
+        return folder
+
+    return go
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def status(folder: Path) -> str:
+    return json.loads((folder / "run.json").read_text())["status"]
+
+
+@pytest.mark.parametrize("task", scores.METRICS)
+def test_recipe_evaluates_and_trains_as_without(task: str, train, data: Path, capsys) -> None:
+    folder = train(task, "eval.every_n_steps=2", "eval.limit=2")
+    held = scores.read(folder)
+    assert list(held) == ["2", "4"]
+    found = held["4"]["sage_int8"][task]
+    assert found["data"] == str(find([task], str(data), 0)[task].asked[0])
+    assert (found["limit"], found["few_shot"]) == (2, 0) and found["attention"].startswith("sage_int8 (")
+    written = rows(folder)
+    for row in written:
+        for metric in scores.METRICS[task]:
+            held_there = held.get(row["step"], {"sage_int8": {task: {"scores": {metric: None}}}})
+            value = held_there["sage_int8"][task]["scores"][metric]
+            assert row[f"eval/{task}/{metric}"] == ("" if value is None else str(value))
+    plain = rows(train(task, "eval.tasks=[]", out="plain"))
+    for column in "loss", "grad_norm", "lr":
+        assert [row[column] for row in written] == [row[column] for row in plain]
+
+    # The same weights, read from the checkpoint, get the same scores.
+    (folder / scores.FILE).unlink()
+    assert command.main([str(folder), "--tasks", task, "--data", str(data), "--limit", "2", "--device", "cpu"]) == 0
+    assert scores.read(folder)["4"]["sage_int8"][task]["scores"] == found["scores"]
+    assert found["n"] == (3 if task == "mmlu" else 2)
+    assert f"{100 * next(iter(found['scores'].values())):.2f}%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [["model.compile=true"], ["model.checkpointing=full", "attention=sdpa"]])
+def test_layers_made_for_training(how: list[str], train) -> None:
+    """Evaluation runs them uncompiled, and neither it nor what it leaves changes the steps after it."""
+    (evaluated, plain) = (
+        rows(train("gsm8k", *how, f"eval.tasks=[{task}]", "eval.every_n_steps=1", "eval.limit=1", out=f"out{task}"))
+        for task in ("gsm8k", "")
+    )
+    assert [row["loss"] for row in evaluated] == [row["loss"] for row in plain]
+    assert all(row["eval/gsm8k/strict_match"] for row in evaluated)
+
+
+def test_signal_breaks_an_evaluation_off(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answered(told: harness.Told) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        before(told)
+
+    before = harness.Told.answered
+    monkeypatch.setattr(harness.Told, "answered", answered)
+    every = ["eval.every_n_steps=2", "eval.limit=2"]
+    with pytest.raises(Stopped, match="after step 2; its checkpoint"):
+        train("drop", *every)
+    monkeypatch.setattr(harness.Told, "answered", before)
+    folder = train("drop", *every)
+    assert list(scores.read(folder)) == ["2", "4"]
+    assert [bool(row["eval/drop/f1"]) for row in rows(folder)] == [False, True, False, True]
+    assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(train("drop", *every, out="whole"))]
+
+
+def test_killed_at_its_end_a_run_is_evaluated_when_it_goes_on(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no more")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="no more"):
+        patched.setattr(harness, "evaluate", fails)
+        train("hellaswag")
+    folder = train("hellaswag")
+    assert list(scores.read(folder)) == ["4"] and status(folder) == "finished"
+    assert [bool(row["eval/hellaswag/acc"]) for row in rows(folder)] == [False, False, False, True]
+    assert [row["step"] for row in rows(folder)] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("changes, said", [
+    (["eval.tasks=[gsm8k,gms8k]"], "eval.tasks: unknown task 'gms8k'; choose from gsm8k, mmlu, hellaswag, drop"),
+    (["eval.data=nowhere"], "eval.data: no file or folder nowhere"),
+    (["eval.data={gsm8k: nowhere.jsonl}"], "eval.data: no file or folder nowhere.jsonl"),
+    (["eval.tasks=[drop]", "eval.data=conf"], "holds no validation split of drop"),
+    (["eval.few_shot=9"], "few_shot=9: there are 4 examples of gsm8k"),
+    (["eval.limit=0"], "eval.limit=0: give a whole number, at least 1"),
+    (["strategy=fsdp2"], "eval.tasks: this strategy shards the weights"),
+    (["strategy=deepspeed", "strategy.stage=3"], "eval.tasks: this strategy shards the weights"),
+])  # fmt: skip
+def test_is_refused_before_training(changes: list[str], said: str, train, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, OSError)) as refused:
+        train("gsm8k", *changes)
+    assert said in str(refused.value) and is_bad_input(refused.value)
+    assert not (tmp_path / "out" / "metrics.csv").exists()
+
+
+def test_no_network_is_said_before_training(train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(ValueError, match="mmlu: its data is not to be had from the hub; name local files") as refused:
+        train("mmlu", "eval.data=null")
+    assert is_bad_input(refused.value) and not (tmp_path / "out" / "metrics.csv").exists()
+
+
+def test_missing_package_is_said_before_training(train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sagetrain.training import evaluation
+
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"no package lm_eval: pip install 'sagetrain\[eval\]'"):
+        train("gsm8k")
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_a_folder_of_transformers(data: Path, tmp_path: Path, capsys) -> None:
+    folder, out = str(tmp_path / "model"), tmp_path / "scores"
+    model_of().save_pretrained(folder)
+    harness.for_transformers(ByteTokenizer()).save_pretrained(folder)
+    with_files = ["--data", f"hellaswag={data / 'hellaswag-val.jsonl.xz'}", "--out", str(out), "--device", "cpu"]
+    for attention in "sage_int8", "sdpa":
+        assert command.main([folder, "--tasks", "hellaswag", *with_files, "--attention", attention]) == 0
+    held = scores.read(out)["0"]
+    assert set(held) == {"sage_int8", "sdpa"} and "SDPA" in held["sdpa"]["hellaswag"]["attention"]
+    said = capsys.readouterr()
+    assert "acc_norm" in said.out and "Running" not in said.err and said.err.count("\n") <= 20
+
+
+@pytest.mark.parametrize("words, said", [
+    (["nowhere", "--tasks", "gsm8k"], "nowhere"),
+    (["x", "--tasks", "mmmlu"], "--tasks: unknown task 'mmmlu'"),
+    (["x", "--tasks", "gsm8k", "--data", "a", "b"], "--data: give one folder, or TASK=FILE for each task"),
+    (["x", "--tasks", "gsm8k", "--data", "gsm=b"], "--data: unknown task 'gsm'"),
+    (["x", "--tasks", "gsm8k", "--data", "gsm8k={data}/gsm8k-test.jsonl.xz", "--few-shot", "2"], "gsm8k.few_shot=FILE"),
+    (["x", "--tasks", "gsm8k", "--attention", "int8"], "--attention: unknown attention 'int8'"),
+])  # fmt: skip
+def test_command_refuses_in_one_line(words: list[str], said: str, data: Path, capsys) -> None:
+    words = [word.format(data=data) for word in words]
+    words += [] if "--data" in words else ["--data", str(data)]
+    assert command.main(words) == 2
+    shown = capsys.readouterr().err
+    assert said in shown and shown.count("\n") == 1
+
+
+def test_too_few_positions_for_an_answer(data: Path) -> None:
+    with pytest.raises(ValueError, match="an answer may have 256 tokens"):
+        harness.evaluate(model_of(positions=256), ByteTokenizer(), built(data, "gsm8k"), quiet=True)
