@@ -95,6 +95,13 @@ class Model(HFLM):
         with self.told.of("answers", len(requests)):
             return super().generate_until(requests, disable_tqdm=True)
 
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+        # The end that training taught is the tokenizer's, which the model's configuration need not know: rows would go
+        # on after it until all of their batch have stopped.
+        known = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+        return super()._model_generate(context, max_length, stop, eos_token_id=sorted(ends), **options)
+
 
 class Kept(CachingLM):
     """The harness's cache around a model, for the share of the requests of one rank."""
