@@ -8,12 +8,16 @@ import json
 import lzma
 import math
 import os
+import random
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -470,15 +474,39 @@ def test_recipe_evaluates_and_trains_as_without(task: str, train, data: Path, ca
     assert f"{100 * next(iter(found['scores'].values())):.2f}%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", [["model.compile=true"], ["model.checkpointing=full", "attention=sdpa"]])
-def test_layers_made_for_training(how: list[str], train) -> None:
-    """Evaluation runs them uncompiled, and neither it nor what it leaves changes the steps after it."""
+DROPOUT = ["attention=sdpa", "model.checkpointing=full", "+model.config.attention_dropout=0.2"]
+
+
+@pytest.mark.parametrize("how", [["model.compile=true"], DROPOUT], ids=["compiled", "dropout"])
+def test_steps_after_an_evaluation_are_those_without(how: list[str], train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it has layers made for training, and draws random numbers."""
+
+    def draws(model: Any, *given: Any, **options: Any) -> Any:
+        assert torch.rand(1) + np.random.rand() + random.random() >= 0
+        return evaluate(model, *given, **options)
+
+    evaluate = harness.evaluate
+    monkeypatch.setattr(harness, "evaluate", draws)
     (evaluated, plain) = (
         rows(train("gsm8k", *how, f"eval.tasks=[{task}]", "eval.every_n_steps=1", "eval.limit=1", out=f"out{task}"))
         for task in ("gsm8k", "")
     )
     assert [row["loss"] for row in evaluated] == [row["loss"] for row in plain]
     assert all(row["eval/gsm8k/strict_match"] for row in evaluated)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_questions(data: Path, tmp_path: Path) -> None:
+    words = [f"data.path={data / 'hellaswag-train.jsonl.xz'}", f"eval.data={data}", f"out={tmp_path / 'out'}"]
+    words += ["eval.tasks=[hellaswag,drop]", "eval.batch_size=2", "strategy=ddp", "trainer.devices=2"]
+    words += [word if "batch_size" not in word else "data.batch_size=1" for word in TINY]
+    subprocess.run([sys.executable, "-m", "sagetrain", "recipe=hellaswag_finetune", *words], check=True, timeout=300)
+    shared = scores.read(tmp_path / "out")["4"]["sage_int8"]
+    options = ["--tasks", "hellaswag", "drop", "--data", str(data), "--device", "cpu", "--out", str(tmp_path / "alone")]
+    assert command.main([str(tmp_path / "out"), *options]) == 0
+    alone = scores.read(tmp_path / "alone")["4"]["sage_int8"]
+    for task, of in alone.items():
+        assert (shared[task]["scores"], shared[task]["n"]) == (of["scores"], of["n"]) and of["n"] == 3
 
 
 def test_signal_breaks_an_evaluation_off(train, monkeypatch: pytest.MonkeyPatch) -> None:
