@@ -121,7 +121,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "for a task, with TASK.few_shot=FILE for its examples; other tasks are read from the hub",
     )
     parser.add_argument("--attention", metavar="NAME", help="a file of conf/attention: sage_int8, bf16, sdpa, ...")
-    parser.add_argument("--limit", type=_count, metavar="N", help="the first N questions (MMLU: of each subject)")
+    parser.add_argument("--limit", type=_some, metavar="N", help="the first N questions (MMLU: of each subject)")
     parser.add_argument("--few-shot", type=_count, default=0, metavar="N", help="examples before a question (0)")
     parser.add_argument("--batch-size", type=_batch, default=8, metavar="N|auto", help="rows at a time (8)")
     parser.add_argument("--chat-template", action="store_true", help="questions as turns of a conversation")
@@ -147,8 +147,14 @@ def _count(word: str) -> int:
     return int(word)
 
 
+def _some(word: str) -> int:
+    if not _count(word):
+        raise argparse.ArgumentTypeError("at least 1 is needed")
+    return int(word)
+
+
 def _batch(word: str) -> int | str:
-    return word if word == "auto" else _count(word)
+    return word if word == "auto" else _some(word)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ Scores = dict[str, dict[str, Any]]  # by task
 
 def columns(tasks: Sequence[str]) -> tuple[str, ...]:
     """Of metrics.csv."""
-    return tuple(f"eval/{task}/{metric}" for task in tasks for metric in METRICS[task])
+    return tuple(f"eval/{task}/{metric}" for task in dict.fromkeys(tasks) for metric in METRICS[task])
 
 
 def row(scores: Scores) -> dict[str, float]:

@@ -31,6 +31,10 @@ from sagetrain.training.signals import Watch
 
 def check(cfg: DictConfig) -> dict[str, Files | None]:
     """The files of each task that the run evaluates. Raises what is wrong with `eval`, before anything takes time."""
+    if isinstance(cfg.eval.tasks, str):
+        raise ValueError(f"eval.tasks={cfg.eval.tasks}: give a list, eval.tasks=[{cfg.eval.tasks}]")
+    if not (cfg.eval.batch_size == "auto" or (isinstance(cfg.eval.batch_size, int) and cfg.eval.batch_size > 0)):
+        raise ValueError(f"eval.batch_size={cfg.eval.batch_size}: give a number of rows, at least 1, or auto")
     tasks = check_tasks(list(cfg.eval.tasks or []), "eval.tasks")
     if not tasks:
         return {}
@@ -53,26 +57,34 @@ class Evaluate(L.Callback):
         self.record, self.watch, self.cfg, self.tokenizer = record, watch, cfg, tokenizer
         self.files = check(cfg)
         self.every = cfg.eval.every_n_steps
+        self.evaluated = 0  # the last step that was
         with asked_for("eval.data"):
             self.tasks = {task: build(task, files, cfg.eval.few_shot) for task, files in self.files.items()}
 
     def on_train_start(self, trainer: L.Trainer, module: CausalLM) -> None:
-        if trainer.global_step and self._due(trainer):
+        if self._due(trainer) and self._lacks(trainer, module):
             self._evaluate(trainer, module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
-        if module.step.get("step") == trainer.global_step and self._due(trainer):
+        step = trainer.global_step
+        if module.step.get("step") == step != self.evaluated and self._due(trainer):
             self.record.has_row(trainer, module)
             self._evaluate(trainer, module)
 
     def on_fit_end(self, trainer: L.Trainer, module: CausalLM) -> None:
-        if trainer.global_step and not self._has(trainer.global_step):
+        if self._lacks(trainer, module):
             module.to(trainer.strategy.root_device)  # Lightning has put it aside
             self._evaluate(trainer, module)
 
     def _due(self, trainer: L.Trainer) -> bool:
         step = trainer.global_step
-        return bool(self.every) and step % self.every == 0 and step != trainer.max_steps and not self._has(step)
+        return bool(self.every) and step % self.every == 0 and step != trainer.max_steps
+
+    def _lacks(self, trainer: L.Trainer, module: CausalLM) -> bool:
+        """Whether the last step has no scores: neither from here nor, where none was trained, from before."""
+        step = trainer.global_step
+        before = not module.step and self._has(step)
+        return step not in (0, self.evaluated) and not trainer.strategy.broadcast(before)
 
     def _has(self, step: int) -> bool:
         held = scores.read(self.record.folder).get(str(step), {}).get(self.cfg.attention.name, {})
@@ -83,6 +95,7 @@ class Evaluate(L.Callback):
         from sagetrain.evaluation.harness import Abandoned, evaluate
 
         step, how = trainer.global_step, self.cfg.eval
+        self.evaluated = step
         try:
             with _put_back(module):
                 found = evaluate(
