@@ -18,6 +18,7 @@ with needs("train", command=__name__ == "__main__"):
     import torch
     from omegaconf import DictConfig, OmegaConf
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from sagetrain.data import build_tokenizer
     from sagetrain.doctor import quick_bf16
@@ -34,6 +35,7 @@ with needs("eval", command=__name__ == "__main__"):
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr that says what is wrong."""
     print_anything()
+    logging.disable_progress_bar()  # of transformers
     try:
         options = _options(arguments)
         found = evaluate_model(**vars(options))

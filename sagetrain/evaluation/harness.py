@@ -18,6 +18,7 @@ import hashlib
 import io
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ class Told:
 
     def __init__(self, title: str, quiet: bool = False, stop: Callable[[], Any] = lambda: False) -> None:
         self.title, self.quiet, self.stop = title, quiet, stop
-        self.console = console(stderr=True)  # of now: what writes to stderr later is silenced
+        self.console = console(stderr=True)
+        self.console.file = sys.stderr  # of now: later it is where the harness writes
         self.done = self.total = 0
 
     @contextlib.contextmanager
@@ -65,7 +67,9 @@ class Told:
         self.done, self.total, self.what, self.begun = 0, total, f"{self.title}: {what}", time.monotonic()
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
         live = self.console.is_terminal and not self.quiet
-        with Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not live) as self.bar:
+        apart = {"redirect_stdout": False, "redirect_stderr": False}
+        columns = (*columns, TimeRemainingColumn())
+        with Progress(*columns, console=self.console, disable=not live, **apart) as self.bar:
             self.task = self.bar.add_task(self.what, total=total)
             yield
 

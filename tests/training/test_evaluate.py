@@ -222,7 +222,7 @@ class Known(LM):
         "500 +": "So\n#### 1000.",
         "3 + 3": " The answer is 6",
         "4 + 4": " 9\n#### 9",
-        "Who lost": " B",
+        "Who lost": " C B",
         "How many": "",
         "how many": " 20 yards",
         "Who won": " The a!",
@@ -275,7 +275,7 @@ def test_scores_are_those_of_known_answers(data: Path, known: type[Known]) -> No
     each = {
         "gsm8k": {"strict_match": [1, 1, 0, 0], "flexible_extract": [1, 1, 1, 0]},
         "hellaswag": {"acc": [0, 1, 1], "acc_norm": [1, 0, 0]},
-        "drop": {"em": [0, 1, 1], "f1": [0.5, 1, 1]},
+        "drop": {"em": [0, 1, 1], "f1": [0.33, 1, 1]},
     }
     for task, metrics in each.items():
         for metric, values in metrics.items():
@@ -583,13 +583,16 @@ def test_a_folder_of_transformers(data: Path, tmp_path: Path, capsys) -> None:
     folder, out = str(tmp_path / "model"), tmp_path / "scores"
     model_of().save_pretrained(folder)
     harness.for_transformers(ByteTokenizer()).save_pretrained(folder)
+    capsys.readouterr()
     with_files = ["--data", f"hellaswag={data / 'hellaswag-val.jsonl.xz'}", "--out", str(out), "--device", "cpu"]
     for attention in "sage_int8", "sdpa":
         assert command.main([folder, "--tasks", "hellaswag", *with_files, "--attention", attention]) == 0
     held = scores.read(out)["0"]
     assert set(held) == {"sage_int8", "sdpa"} and "SDPA" in held["sdpa"]["hellaswag"]["attention"]
     said = capsys.readouterr()
-    assert "acc_norm" in said.out and "Running" not in said.err and said.err.count("\n") <= 20
+    lines = [line for line in said.err.splitlines() if "left" in line]
+    assert "acc_norm" in said.out and lines == said.err.splitlines()
+    assert [line for line in lines if line.startswith("model: choices scored 12/12")] == [lines[9], lines[19]]
 
 
 @pytest.mark.parametrize("words, said", [
