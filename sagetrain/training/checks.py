@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.checkpointing": CHECKPOINTING,
     "model.linear": ("float8", None),
     "optim.kind": ("adamw", "adamw8bit"),
-    "optim.schedule": ("cosine", "wsd"),
+    "optim.schedule": ("cosine", "linear", "wsd"),
 }
 LEAST = {
     "model.checkpoint_every": 1,

@@ -2,8 +2,8 @@
 
 Method: the model comes from its configuration (random weights) or from pre-trained weights, takes the attention that
 the run names, computes its loss and layers as conf/train.yaml says (loss.py, layers.py), and is trained on next-token
-cross-entropy (nats) with AdamW, linear warm-up and a schedule (cosine, or constant and then down). The loss
-of an optimizer step is the sum over its unmasked targets by their number, of all its micro-batches and ranks together:
+cross-entropy (nats) with AdamW, linear warm-up and a schedule (cosine, linear, or constant and then down). The loss of
+an optimizer step is the sum over its unmasked targets by their number, of all its micro-batches and ranks together:
 each target weighs the same however the step is cut. Validation is weighed in the same way. What a step did (loss,
 tokens, gradient norm, learning rate) is left in `step`, on the device, for the callbacks.
 Choice: transformers divides the sum of a micro-batch by `num_items_in_batch`. We give it the mean number of targets per
@@ -132,13 +132,16 @@ def optimizer_of(
 
 
 def learning_rates(optimizer: torch.optim.Optimizer, optim: DictConfig, steps: int) -> LambdaLR:
-    """The schedule over `steps` optimizer steps: linear warm-up, then `cosine`, or `wsd` (constant, then down like
-    1 - sqrt over the last `decay_steps`; null: a fifth of all)."""
+    """The schedule over `steps` optimizer steps: linear warm-up, then `cosine`, `linear`, or `wsd` (constant, then down
+    like 1 - sqrt over the last `decay_steps`; null: a fifth of all). All end at `min_lr_ratio`."""
     warmup = min(optim.warmup_steps, steps)
     if optim.schedule == "cosine":
         return get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=optim.min_lr_ratio)
-    decay = min(steps // 5 if optim.decay_steps is None else optim.decay_steps, steps - warmup)
-    return get_wsd_schedule(optimizer, warmup, decay, steps, decay_type="1-sqrt", min_lr_ratio=optim.min_lr_ratio)
+    if optim.schedule == "linear":  # a decay that begins where the warm-up ends
+        decay, shape = steps - warmup, "linear"
+    else:
+        decay, shape = min(steps // 5 if optim.decay_steps is None else optim.decay_steps, steps - warmup), "1-sqrt"
+    return get_wsd_schedule(optimizer, warmup, decay, steps, decay_type=shape, min_lr_ratio=optim.min_lr_ratio)
 
 
 class CausalLM(L.LightningModule):

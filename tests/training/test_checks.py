@@ -22,7 +22,7 @@ RUN = "recipe=quickstart"
         ("model.checkpoint_every=true", "model.checkpoint_every=true: give a whole number"),
         ("model.linear=int4", "model.linear=int4: choose float8 or null"),
         ("optim.kind=sgd", "optim.kind=sgd: choose adamw or adamw8bit"),
-        ("optim.schedule=null", "optim.schedule=null: choose cosine or wsd"),
+        ("optim.schedule=null", "optim.schedule=null: choose cosine, linear or wsd"),
         ("optim.decay_steps=-5", "optim.decay_steps=-5: give a whole number, at least 0"),
         ("optim.warmup_steps=null", "optim.warmup_steps=null: give a whole number, at least 0"),
         ("optim.lr=fast", "optim.lr=fast: give a number, 0 or more"),

@@ -295,6 +295,10 @@ def cosine(step: int) -> float:
     return step / 2 if step < 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / 8)) / 2
 
 
+def linear(step: int) -> float:
+    return step / 2 if step < 2 else (10 - step) / 8
+
+
 def wsd(step: int, decay: int) -> float:
     return 0.1 + 0.9 * min(1.0, step / 2, 1 - math.sqrt(max(0.0, (step - 10 + decay) / decay)))
 
@@ -303,6 +307,8 @@ def wsd(step: int, decay: int) -> float:
     ("settings", "expected"),
     [
         ({}, cosine),
+        ({"schedule": "linear", "min_lr_ratio": 0.0}, linear),
+        ({"schedule": "linear"}, lambda step: 0.1 + 0.9 * linear(step)),
         ({"schedule": "wsd"}, partial(wsd, decay=2)),
         ({"schedule": "wsd", "decay_steps": 4}, partial(wsd, decay=4)),
     ],
