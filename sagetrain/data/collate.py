@@ -70,3 +70,8 @@ def packed_examples(rows: Sequence[Sequence[Example]], width: int, pad_id: int) 
             at += len(ids)
         tokens.append((row, starts + [at] * (at < width)))
     return packed(tokens, labels)
+
+
+def flattened(examples: Sequence[Example]) -> dict[str, Any]:
+    """Examples end to end in one row as long as all of them, so without padding. The same format as `packed`."""
+    return packed_examples([examples], sum(len(ids) for ids, _ in examples), IGNORE)

@@ -11,6 +11,11 @@ The prompt's tokens are those of the prompt alone, as at inference. The answer's
 line when both are tokenised together, unless a token reaches over the border; then the answer is tokenised by itself.
 (By itself " A" would be two tokens to tokenizers that put a space before every text.) eos ends it.
 
+With `chat_template` an example is a conversation as the tokenizer's template writes it, and as the harness asks with
+`--apply_chat_template`: the prompt is what the user says, the answer (without its space) what the assistant says. Then
+prompt are all tokens up to where the assistant begins, and the answer ends with what the template ends a turn with; a
+line break behind that, which nobody would generate, is left out.
+
 Both layouts of a record are read: the hub data sets' and plain JSON lines. Nothing that is evaluated is trained on or
 validated on: the harness takes GSM8K's and MMLU's test split and the validation split of HellaSwag and DROP. So
 validation is `val_path`, or the validation files of a local folder; else MMLU's own validation split; else a hash of
@@ -29,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from sagetrain.data.collate import Example, packed_examples, padded
+from sagetrain.data.collate import Example, flattened, packed_examples, padded
 from sagetrain.data.corpus import TOGETHER, clean, encode, frame, get_text, load_hub, say
 from sagetrain.data.files import find, find_validation, read_records
 from sagetrain.data.loader import Stream
@@ -37,6 +42,8 @@ from sagetrain.data.tables import Row, Table, digest, made_by, stamps, tabled
 
 VAL_FRACTION = 0.05  # held out where nothing is published for validation
 TOO_LONG = ("error", "skip", "truncate")
+PACKING = (False, True, "batch")
+CHAT = (False, True, "auto")
 Record = Mapping[str, Any]
 Text = tuple[str, str, str]  # what the split is decided by, prompt, answer (with its leading space)
 
@@ -134,7 +141,7 @@ class Examples:
     def __init__(self, table: Table, tokenizer: Any, longest: int) -> None:
         self.table, self.longest = table, longest
         self.lengths, self.prompts = np.minimum(table.lengths, longest), table.columns["prompt"]
-        self.bos, self.pad = len(frame(tokenizer)[0]), tokenizer.pad_token_id
+        self.bos, self.pad = int(table[0][0] == tokenizer.bos_token_id), tokenizer.pad_token_id
 
     def __getitem__(self, number: int) -> Example:
         ids = self.table[number]
@@ -146,6 +153,9 @@ class Examples:
 
     def packed(self, rows: Sequence[list[int]]) -> dict[str, Any]:
         return packed_examples([[self[number] for number in row] for row in rows], self.longest, self.pad)
+
+    def flattened(self, numbers: Sequence[int]) -> dict[str, Any]:
+        return flattened([self[number] for number in numbers])
 
     def together(self, numbers: np.ndarray) -> list[list[int]]:
         """Rows of as many examples as fit, in their order."""
@@ -174,16 +184,19 @@ def build_task(
     val_split: str | None = None,
     val_fraction: float | None = None,
     max_examples: int | None = None,
-    packing: bool = False,
+    packing: bool | str = False,
+    chat_template: bool | str | None = False,
     too_long: str = "error",
 ) -> Stream:
     """Local files (`path`) or the task's hub data set (another one with `source`, `name`, `split`).
 
     `val_fraction` (between 0 and 1, 0 for no validation) holds out by hash; null takes what there is for validation
     (`val_path`, the validation files of a folder, `val_split`, MMLU's own split), or else a twentieth. `max_examples`
-    limits the training and the validation examples, each drawn evenly. `too_long` says what becomes of an example of
-    more than `seq_len` tokens: error; skip; truncate (the prompt loses its beginning; skipped if the answer alone is
-    too long).
+    limits the training and the validation examples, each drawn evenly. `packing` says what a batch is: false, an
+    example a row, padded; "batch", the same examples end to end in one row; true, rows of `seq_len` tokens with as many
+    examples as fit, so that a row is no fixed number of them. `chat_template`: see `chats`. `too_long` says what
+    becomes of an example of more than `seq_len` tokens: error; skip; truncate (the prompt loses its beginning; skipped
+    if the answer alone is too long).
     """
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise ValueError(f"data.val_fraction must be in [0, 1), not {val_fraction}")
@@ -191,6 +204,9 @@ def build_task(
         raise ValueError(f"data.max_examples must be at least 1, not {max_examples}")
     if too_long not in TOO_LONG:
         raise ValueError(f"data.too_long must be one of {', '.join(TOO_LONG)}, not {too_long!r}")
+    if packing not in PACKING:
+        raise ValueError(f"data.packing must be false, true or batch, not {packing!r}")
+    chat = chats(tokenizer, chat_template)
     task, files = TASKS[kind], None if path is None else find(path)
     repo, config = source or task.repo, name or (None if source else task.config)
 
@@ -201,7 +217,8 @@ def build_task(
         else:
             label, key = ", ".join(map(str, part)), stamps(part)
             records = lambda: ((f"{file}:{i}", x) for file in part for i, x, _ in read_records(file))  # noqa: E731
-        return tabled(lambda: _rows(task, tokenizer, records()), label, kind, made_by(tokenizer), key)
+        made_from = kind, made_by(tokenizer), chat and tokenizer.chat_template, key
+        return tabled(lambda: _rows(task, tokenizer, records(), chat), label, *made_from)
 
     val, fraction = None, 0.0
     if val_path is not None:
@@ -240,11 +257,14 @@ def build_task(
     if files and files.some_left:
         say("data.path=%s: %s", path, files)
         facts["files"] = str(files)
+    facts["chat_template"] = chat
 
     label = ",".join(file.name for file in files.chosen) if files else f"{repo} {split or task.train}"
-    label = f"{kind} {label}, {len(train)} examples, seed {seed}" + (f", packed to {seq_len}" if packing else "")
-    train, held_out, collate = train.tolist(), apart.tolist(), examples.padded
-    if packing:
+    label = f"{kind} {label}, {len(train)} examples, seed {seed}"
+    label += (f", packed to {seq_len}" if packing is True else "") + (", chat template" if chat else "")
+    train, held_out = train.tolist(), apart.tolist()
+    collate = examples.flattened if packing == "batch" else examples.padded
+    if packing is True:
         train = examples.together(np.random.default_rng((seed,)).permutation(train))
         held_out, collate = examples.together(apart), examples.packed
     stream = Stream(label, lambda epoch: train, held_out, collate, batch_size, seed, endless=False, facts=facts)
@@ -258,21 +278,71 @@ def _some(numbers: np.ndarray, limit: int | None) -> np.ndarray:
     return numbers[np.sort(np.random.default_rng((0,)).choice(len(numbers), limit, replace=False))]
 
 
-def _rows(task: Task, tokenizer: Any, records: Iterable[tuple[str, Record]]) -> Iterator[Row]:
-    """Of each example: its tokens, how many of them are bos and prompt, digest of the prompt, place among all in [0, 1)
-    of what the split is decided by. The answer's tokens are chosen as this module's text says."""
-    bos, eos = frame(tokenizer)
+def chats(tokenizer: Any, asked: bool | str | None) -> bool:
+    """Whether examples become conversations, as `data.chat_template` asks: true; false (or null); auto, where the
+    tokenizer has a template, as those of some base models do too.
+
+    Raises ValueError for true where it has none, and for anything else.
+    """
+    if asked is not None and not any(asked is choice or asked == choice == "auto" for choice in CHAT):
+        raise ValueError(f"data.chat_template must be false, true or auto, not {asked!r}")
+    there = bool(getattr(tokenizer, "chat_template", None))
+    if asked is True and not there:
+        raise ValueError(
+            f"data.chat_template=true: the tokenizer '{tokenizer.name_or_path}' has no chat template. Give model.path= "
+            "(or model.tokenizer=) of a model that has one, as instruct models do, or data.chat_template=false"
+        )
+    return there and bool(asked)
+
+
+def _rows(task: Task, tokenizer: Any, records: Iterable[tuple[str, Record]], chat: bool) -> Iterator[Row]:
+    """Of each example: its tokens, how many of them are prompt, digest of the prompt's text, place among all in [0, 1)
+    of what the split is decided by."""
     records = iter(records)
     while texts := [task.read(record, where) for where, record in islice(records, TOGETHER[0])]:
-        prompts = encode(tokenizer, [prompt for _, prompt, _ in texts])
-        lasts = [prompt.rpartition("\n")[2] for _, prompt, _ in texts]
-        ends = encode(tokenizer, [last + answer for last, (_, _, answer) in zip(lasts, texts, strict=True)])
-        for (key, text, reply), prompt, last, end in zip(texts, prompts, encode(tokenizer, lasts), ends, strict=True):
-            joint = np.array_equal(end[: len(last)], last)
-            answer = end[len(last) :] if joint else encode(tokenizer, [reply])[0]
-            ids = np.concatenate([bos, prompt, answer, eos])
-            share = digest(key.encode()) / 2**63
-            yield {"ids": ids, "prompt": len(bos) + len(prompt), "digest": digest(text.encode()), "share": share}
+        pairs = (_conversations if chat else _continuations)(tokenizer, [text[1:] for text in texts])
+        for (key, text, _), (prompt, answer) in zip(texts, pairs, strict=True):
+            ids, share = np.concatenate([prompt, answer]), digest(key.encode()) / 2**63
+            yield {"ids": ids, "prompt": len(prompt), "digest": digest(text.encode()), "share": share}
+
+
+def _continuations(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens of each prompt (bos before it) and of the answer to it (eos behind), chosen as this module's text says."""
+    bos, eos = frame(tokenizer)
+    prompts = encode(tokenizer, [prompt for prompt, _ in texts])
+    lasts = [prompt.rpartition("\n")[2] for prompt, _ in texts]
+    ends = encode(tokenizer, [last + answer for last, (_, answer) in zip(lasts, texts, strict=True)])
+    for (_, reply), prompt, last, end in zip(texts, prompts, encode(tokenizer, lasts), ends, strict=True):
+        joint = np.array_equal(end[: len(last)], last)
+        answer = end[len(last) :] if joint else encode(tokenizer, [reply])[0]
+        yield np.concatenate([bos, prompt]), np.concatenate([answer, eos])
+
+
+def _conversations(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same of conversations of one question and one answer.
+
+    Raises ValueError where the template does not let an answer follow the prompt as it is.
+    """
+    asked = [[{"role": "user", "content": prompt}] for prompt, _ in texts]
+    answers = [{"role": "assistant", "content": reply.strip()} for _, reply in texts]
+    said = [[*question, answer] for question, answer in zip(asked, answers, strict=True)]
+    prompts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    wholes = [whole.rstrip() for whole in tokenizer.apply_chat_template(said, tokenize=False)]
+
+    def ids(some: Sequence[str]) -> list[list[int]]:  # the template has written bos itself
+        return tokenizer(list(some), add_special_tokens=False, verbose=False)["input_ids"]
+
+    for prompt, whole, (_, reply), first, both in zip(prompts, wholes, texts, ids(prompts), ids(wholes), strict=True):
+        _, there, end = whole[len(prompt) :].rpartition(reply.strip())
+        if not whole.startswith(prompt) or not there:
+            raise ValueError(
+                f"data.chat_template: in the template of '{tokenizer.name_or_path}' the answer does not follow the "
+                "prompt as it is, so what is trained would not be what is asked. Set data.chat_template=false"
+            )
+        joint = both[: len(first)] == first
+        answer = both[len(first) :] if joint else ids([whole[len(prompt) :]])[0]
+        answer = answer if end else [*answer, tokenizer.eos_token_id]
+        yield np.asarray(first, np.int32), np.asarray(answer, np.int32)
 
 
 def _list(record: Record, field: str, where: str) -> list[str]:

@@ -100,7 +100,9 @@ def _look(trainer: L.Trainer, module: L.LightningModule) -> str:
 
 def _rows(trainer: L.Trainer, held: list[tuple[dict[str, Any] | None, dict[str, Any]]]) -> str:
     """Which rows of the data these micro-batches are."""
-    rows, position = sum(len(batch["input_ids"]) for _, batch in held), held[0][0]
+    position = held[0][0]
+    own = position and trainer.datamodule.stream.batch_size  # a row of the data need not be one of the batch
+    rows = sum(own or len(batch["input_ids"]) for _, batch in held)
     where = f", this rank's of the {rows * trainer.world_size} that follow {position} in the data" if position else ""
     return f"{rows} rows{where}"
 

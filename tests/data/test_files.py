@@ -107,4 +107,4 @@ def test_the_record_of_a_run_says_what_was_read(tmp_path):
     (out,) = run(cfg)
     assert json.loads((out / "run.json").read_text("utf-8"))["data"] == {
         "examples": 5, "validation examples": "0", "skipped as too long": 3,
-        "files": "reads train-1.jsonl, train-2.jsonl; leaves out test.jsonl"}  # fmt: skip
+        "files": "reads train-1.jsonl, train-2.jsonl; leaves out test.jsonl", "chat_template": False}  # fmt: skip

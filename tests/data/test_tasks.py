@@ -13,6 +13,7 @@ import torch
 from sagetrain.data import ByteTokenizer, build, build_tokenizer
 from sagetrain.data.collate import IGNORE
 from sagetrain.data.tasks import TASKS
+from tests.tiny import TEMPLATES, pretrained
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TOK = ByteTokenizer()
@@ -171,6 +172,75 @@ def test_packed_examples_are_whole_and_apart(tmp_path):
                 got.append(TOK.decode(ids[a:b]))
                 assert ids[b - 1] == TOK.eos_token_id and TOK.decode(labels[a:b][labels[a:b] >= 0]).startswith(" ####")
     assert sorted(got) == sorted(f"Question: {q['question']}\nAnswer: {q['answer']}" for q in questions(20))
+
+
+def test_examples_end_to_end_are_those_of_the_padded_batch(tmp_path):
+    """Of every batch, validation's too: the same examples, in the same order, no token more."""
+    cfg = {"kind": "gsm8k", "path": write(tmp_path / "x.jsonl", questions(20)), "val_fraction": 0.2}
+    padded, flat = (build(cfg | {"packing": how}, TOK, 120, 0, batch_size=4) for how in (False, "batch"))
+    pairs = [*zip(padded.train_dataloader(), flat.train_dataloader(), strict=True)]
+    pairs += zip(padded.val_dataloader(), flat.val_dataloader(), strict=True)
+    assert len(pairs) > 4
+    for rows, row in pairs:
+        real, cu = rows["attention_mask"] == 1, row["cu_seq_lens_q"]
+        for name in ("input_ids", "labels"):
+            assert row[name].shape == (1, int(real.sum())) and torch.equal(row[name][0], rows[name][real])
+        assert torch.equal(cu.diff(), real.sum(1).to(cu.dtype)) and torch.equal(row["cu_seq_lens_k"], cu)
+        positions = torch.arange(real.shape[1]).expand_as(real)[real]
+        assert torch.equal(row["position_ids"][0], positions) and row["max_length_q"] == int(real.sum(1).max())
+    with pytest.raises(ValueError, match="data.packing must be false, true or batch, not 'rows'"):
+        build(cfg | {"packing": "rows"}, TOK, 120, 0)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_conversation_is_what_the_template_writes(kind, template, tmp_path):
+    """Prompt and answer together read as the whole conversation, the prompt as what the harness asks; the answer and
+    the end of its turn carry the loss, the line break that Qwen's template puts behind it is no part of it."""
+    tokenizer = build_tokenizer(str(pretrained(tmp_path / "model", template)))
+    cfg = {"kind": kind, "path": write(tmp_path / "x.jsonl", [HUB[kind]]), "chat_template": True}
+    batch, (prompt, answer) = first(cfg, tokenizer), TEXT[kind]
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer.strip()}]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    assert tokenizer.decode(ids) == whole.removesuffix("\n") and ids[-1] == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert tokenizer.decode(ids[labels == IGNORE]) == asked and tokenizer.decode(labels[labels >= 0]) == (
+        answer.strip() + "<|end|>"
+    )
+    assert ids[labels == IGNORE].tolist() == tokenizer.apply_chat_template(
+        turns[:1], add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_when_examples_are_conversations(tmp_path):
+    """As plain text unless asked for; the table of one is never taken for the other's, nor for another template's."""
+    tokenizer = build_tokenizer(str(pretrained(tmp_path / "model", "qwen2")))
+    cfg = {"kind": "gsm8k", "path": write(tmp_path / "x.jsonl", [HUB["gsm8k"]])}
+
+    def text(tokenizer=tokenizer, **how):
+        data = build({"val_fraction": 0} | cfg | how, tokenizer, 400, 0)
+        ids = next(iter(data.train_dataloader()))["input_ids"][0]
+        assert data.stream.facts["chat_template"] == ("chat template" in data.stream.name) == (ids[0] == 2)
+        return tokenizer.decode(ids)
+
+    plain = text()
+    assert plain.startswith("Question") and text(chat_template=None) == text(chat_template=False) == plain
+    assert text(chat_template=True) == text(chat_template="auto") != plain
+    assert text(TOK, chat_template="auto") == plain.removesuffix("<|eos|>")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|start|>", "<|start|> ")
+    assert text(chat_template=True).startswith("<|start|> user")
+    tokenizer.chat_template = TEMPLATES["qwen2"].replace("<|end|>", "")
+    assert text(chat_template=True).endswith("#### 2<|eos|>")  # where a template does not end a turn
+    for part, other in (("m.content", "m.content | replace('1', 'I')"), ("assistant\n", "it\n")):
+        tokenizer.chat_template = TEMPLATES["qwen2"].replace(part, other)
+        with pytest.raises(ValueError, match="the answer does not follow the prompt as it is"):
+            text(chat_template=True)
+    with pytest.raises(ValueError, match="data.chat_template=true: the tokenizer 'byte' has no chat template"):
+        text(TOK, chat_template=True)
+    for odd in ("yes", 1):
+        with pytest.raises(ValueError, match="data.chat_template must be false, true or auto, not"):
+            text(chat_template=odd)
 
 
 def test_too_long_is_counted_before_anything_is_spent(tmp_path, caplog):

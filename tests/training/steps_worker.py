@@ -42,14 +42,15 @@ def config(folder: Path, ranks: int = 1, run: str = "auto") -> DictConfig:
     strategy = ["strategy=deepspeed", f"strategy.stage={name[-1]}"] if deepspeed else [f"strategy={name}"]
     return compose([
         "recipe=gsm8k_finetune", "model=quickstart", *MODEL, "model.config.num_hidden_layers=2",
-        "attention.implementation=sdpa",
+        "attention.implementation=sdpa", "data.packing=false",
         f"data.path={folder / 'train.jsonl'}", f"data.val_path={folder / 'val.jsonl'}", "data.seq_len=256",
         f"data.batch_size={GLOBAL_BATCH // ranks}", *strategy, "seed=3",
         "trainer.accelerator=cpu", "trainer.precision=32-true", f"trainer.devices={ranks}", "probe.every=0",
         f"trainer.max_steps={STEPS}", f"trainer.accumulate_grad_batches={ACCUMULATION}", "checkpoint.every_n_steps=0",
         "trainer.limit_val_batches=1.0", "trainer.val_check_interval=4", "trainer.enable_progress_bar=false",
         f"trainer.gradient_clip_val={CLIP}", f"+trainer.gradient_clip_algorithm={clipping or 'norm'}",
-        "optim.lr=0.005", "optim.weight_decay=10", "optim.warmup_steps=2", f"out={folder / f'{run}{ranks}'}",
+        "optim.lr=0.005", "optim.schedule=cosine", "optim.min_lr_ratio=0.1", "optim.weight_decay=10",
+        "optim.warmup_steps=2", f"out={folder / f'{run}{ranks}'}",
     ])  # fmt: skip
 
 

@@ -306,7 +306,7 @@ def wsd(step: int, decay: int) -> float:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, cosine),
+        ({"schedule": "cosine"}, cosine),
         ({"schedule": "linear", "min_lr_ratio": 0.0}, linear),
         ({"schedule": "linear"}, lambda step: 0.1 + 0.9 * linear(step)),
         ({"schedule": "wsd"}, partial(wsd, decay=2)),
