@@ -132,12 +132,14 @@ def _known(override: Override, cfg: Any) -> str:
     parts, node = key.split("."), cfg
     for i, part in enumerate(parts):
         place = ".".join(parts[:i])
+        if place == "model.lora" and node is None:
+            return f"++{line}"
         if not isinstance(node, dict):
             raise ValueError(f"unknown key {key}: {place} is a single value")
         if part not in node:
             names = list(inspect.signature(Trainer).parameters) if place == "trainer" else [str(name) for name in node]
             # The model's configuration and sagetrain.data check what they are given.
-            if place in ("model.config", "data") or part in names:
+            if place in ("model.config", "model.lora", "data") or part in names:
                 return f"++{line}"
             close = "".join(f". Did you mean {name}?" for name in difflib.get_close_matches(part, names, 1, 0.5))
             raise ValueError(f"unknown key {key}; choose from {', '.join(names)}{close}")

@@ -17,9 +17,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sagetrain.export", description=__doc__.partition(": ")[2])
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints")
     parser.add_argument("folder", metavar="FOLDER", help="where to write; new or empty")
+    parser.add_argument("--merge", action="store_true", help="of a run with model.lora whole weights, not the adapters")
     options = parser.parse_args(arguments)
     try:
-        folder = export(options.run, options.folder)
+        folder = export(options.run, options.folder, options.merge)
     except Exception as error:
         return refused(error)
     console().print(f"written: {folder}", soft_wrap=True)

@@ -74,6 +74,7 @@ class RunLog(L.Callback):
         self._seen, self._logged = trainer.global_step, (trainer.global_step, int(self._tokens))
         if trainer.is_global_zero:
             self.facts["parameters"] = module.parameter_count()
+            self.facts["trained_parameters"] = module.parameter_count(trained=True)
             self._open(trainer.global_step)
             self.write_status("running", trainer.global_step)
 
@@ -219,14 +220,15 @@ class Probe(L.Callback):
         devices = [module.device] if module.device.type == "cuda" else []
         scheme = schemes.get(module.model.config._attn_implementation)
         with (
-            torch.random.fork_rng(devices),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
             trainer.precision_plugin.forward_context(),
         ):
-            loss_bf16, grads_bf16 = self._gradients(module, batch, "sdpa")
+            with torch.random.fork_rng(devices):
+                loss_bf16, grads_bf16 = self._gradients(module, batch, "sdpa")
             name, layers = captured(scheme.name)
-            loss_lowbit, grads_lowbit = self._gradients(module, batch, name)
+            with torch.random.fork_rng(devices):  # from the same state: dropout drops the same
+                loss_lowbit, grads_lowbit = self._gradients(module, batch, name)
         layers = [tensors for tensors in layers if len(tensors) == 4]  # one that checkpointing ran again got no dO
         norm = math.sqrt(sum(_dot(a, a) for a in grads_bf16) * sum(_dot(b, b) for b in grads_lowbit))
         cosine = sum(_dot(a, b) for a, b in zip(grads_bf16, grads_lowbit, strict=True)) / norm

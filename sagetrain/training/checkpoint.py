@@ -155,8 +155,8 @@ class Checkpoint(L.Callback):
         copies = int(self.keep == "last")
         if self.periodic:  # the last, the one before and the next lie side by side for a moment
             copies = 3 - min(2, len(checkpoints(self.folder)))
-        weights = _bytes(module) if self.keep == "weights" else 0
-        return copies * 3 * _bytes(module) + weights  # with AdamW's two moments
+        weights = _bytes(module, bool(getattr(module, "lora", None))) if self.keep == "weights" else 0
+        return copies * _bytes_of_checkpoint(module) + weights
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Raises OSError when the disk has no room for what this run will write."""
@@ -329,7 +329,7 @@ class Checkpoint(L.Callback):
 
     def _check_space(self, module: L.LightningModule) -> None:
         """Raises OSError before a checkpoint is begun that would not find room."""
-        need = 3 * _bytes(module) if self.last is None else size(self.last)
+        need = _bytes_of_checkpoint(module) if self.last is None else size(self.last)
         if (free := shutil.disk_usage(self.out).free) < need:
             raise OSError(f"it needs {need / 1e6:,.1f} MB and {self.folder} has {free / 1e6:,.1f} MB free")
 
@@ -360,6 +360,11 @@ class Checkpoint(L.Callback):
             remove(leftover)
 
 
-def _bytes(module: L.LightningModule) -> int:
-    """Of the weights, all ranks' shares together."""
-    return sum(numel(p) * p.element_size() for p in module.parameters())
+def _bytes(module: L.LightningModule, trained: bool) -> int:
+    """Of the weights, or of those that are `trained`, all ranks' shares together."""
+    return sum(numel(p) * p.element_size() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def _bytes_of_checkpoint(module: L.LightningModule) -> int:
+    """With AdamW's two moments of what is trained."""
+    return _bytes(module, getattr(module, "adapters_alone", False)) + 2 * _bytes(module, trained=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from sagetrain.training import lora
 from sagetrain.training.layers import CHECKPOINTING
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -46,7 +47,7 @@ RANGES = {
 
 def check_settings(cfg: DictConfig) -> None:
     """Raises ValueError for the first setting that is none of its choices, no whole number, out of its range, or too
-    much for this GPU; ModuleNotFoundError for one that needs torchao where it is missing."""
+    much for this GPU; ModuleNotFoundError for one that needs torchao or peft where it is missing."""
 
     def refuse(key: str, value: Any, wanted: str) -> None:
         raise ValueError(f"{key}={_spelt(value)}: {wanted}")
@@ -73,6 +74,7 @@ def check_settings(cfg: DictConfig) -> None:
     for key, value in ("optim.kind", "adamw8bit"), ("model.linear", "float8"):
         if OmegaConf.select(cfg, key) == value and find_spec("torchao") is None:
             raise ModuleNotFoundError(f"{key}={value}: no package torchao: pip install 'sagetrain[torchao]'")
+    lora.options(cfg.model)
     if cfg.model.linear and (not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9)):
         refuse(
             "model.linear", cfg.model.linear, "needs a GPU of compute capability 8.9 or later; set model.linear=null"

@@ -3,6 +3,7 @@
 Method: `export(run, folder)` reads the weights alone out of a checkpoint (one file; FSDP2's folder, through torch's
 distributed checkpoint; DeepSpeed's folder, through its own zero_to_fp32), puts them into the model that the run's
 config.yaml describes, and has transformers save it. `save_weights` does the same with the model that has just trained.
+Of a run with adapters it is these that are written, as peft writes them, or with `merge` whole weights with them in.
 Choice: FP32 weights where the checkpoint has them (DeepSpeed keeps them beside its 16-bit ones).
 Cost: the whole model once in the memory of the CPU; no GPU is needed.
 """
@@ -10,6 +11,7 @@ Cost: the whole model once in the memory of the CPU; no GPU is needed.
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -27,41 +29,63 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sagetrain.data import build_tokenizer
 from sagetrain.errors import asked_for
+from sagetrain.training import lora
 from sagetrain.training.checkpoint_files import damage, step_of
 from sagetrain.training.module import model_config
 
 PREFIX = "model."  # of the Hugging Face model inside CausalLM
 
 
-def export(run: str | Path, folder: str | Path) -> Path:
-    """Write weights and tokenizer of a run (its directory, or one of its checkpoints) into `folder`, new or empty.
+def export(run: str | Path, folder: str | Path, merge: bool = False) -> Path:
+    """Write weights and tokenizer of a run (its directory, or one of its checkpoints) into `folder`, new or empty: of a
+    run with `model.lora` its adapters or, with `merge`, the weights of `model.path` with the adapters in them.
 
-    Raises FileNotFoundError for what is no run or holds no checkpoint, ValueError for one that is damaged,
-    FileExistsError when `folder` is in use.
+    Raises FileNotFoundError for what is no run or holds no checkpoint, ValueError for one that is damaged or that has
+    nothing to merge, FileExistsError when `folder` is in use.
     """
     folder = Path(folder).expanduser().absolute()
     source, checkpoint = _found(run)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty: choose another folder")
-    if checkpoint is None:
-        shutil.copytree(source / "weights", folder, dirs_exist_ok=True)
+    cfg = OmegaConf.load(source / "config.yaml")
+    if not merge:
+        _export(source, checkpoint, cfg, folder)
         return folder
-    _write(OmegaConf.load(source / "config.yaml"), _weights(checkpoint), folder)
+    if not cfg.model.get("lora"):
+        raise ValueError(f"{run} trained no adapters (model.lora), so there is nothing to merge: leave out --merge")
+    with tempfile.TemporaryDirectory() as adapters:
+        _export(source, checkpoint, cfg, Path(adapters))
+        with asked_for(f"model.path={cfg.model.path}"):
+            lora.merge(cfg.model.path, model_config(cfg.model), Path(adapters), folder)
+    _write_tokenizer(cfg, folder)
     return folder
 
 
+def _export(source: Path, checkpoint: Path | None, cfg: DictConfig, folder: Path) -> None:
+    """Out of `checkpoint`, or else what a finished run in `source` kept."""
+    if checkpoint is None:
+        shutil.copytree(source / "weights", folder, dirs_exist_ok=True)
+    else:
+        _write(cfg, _weights(checkpoint), folder)
+
+
 def load(run: str | Path) -> tuple[PreTrainedModel, int]:
-    """The model of a run (its directory, or one of its checkpoints) on the CPU, and the step of its weights.
+    """The model of a run (its directory, or one of its checkpoints) on the CPU, with its adapters merged, and the step
+    of its weights.
 
     Raises as `export` does.
     """
     source, checkpoint = _found(run)
+    cfg = OmegaConf.load(source / "config.yaml")
+    step = step_of(checkpoint.resolve()) if checkpoint else json.loads((source / "run.json").read_text())["steps"]
+    if cfg.model.get("lora"):
+        with tempfile.TemporaryDirectory() as merged:
+            return AutoModelForCausalLM.from_pretrained(export(run, merged, merge=True)), step
     if checkpoint is None:
-        steps = json.loads((source / "run.json").read_text())["steps"]
-        return AutoModelForCausalLM.from_pretrained(source / "weights"), steps
+        return AutoModelForCausalLM.from_pretrained(source / "weights"), step
     weights = _weights(checkpoint)
-    empty = _model(OmegaConf.load(source / "config.yaml"), weights)  # but for the weights: it lacks what no file holds
-    return type(empty).from_pretrained(None, config=empty.config, state_dict=weights), step_of(checkpoint.resolve())
+    empty = _model(cfg, weights)  # but for the weights: it lacks what no file holds
+    return type(empty).from_pretrained(None, config=empty.config, state_dict=weights), step
 
 
 def run_of(path: str | Path) -> Path | None:
@@ -97,7 +121,8 @@ def _weights(checkpoint: Path) -> dict[str, Tensor]:
 
 def save_weights(trainer: L.Trainer, module: L.LightningModule, folder: Path) -> None:
     """As `export`, of the model that `trainer` has trained; all ranks call it, rank 0 writes. Replaces `folder`."""
-    weights = {name: x for name, x in whole_weights(module.model) if trainer.is_global_zero}
+    some = whole_weights(module.model, trained=bool(module.lora))
+    weights = {name: x for name, x in some if trainer.is_global_zero}
     if trainer.is_global_zero:
         aside = folder.with_name(f".{folder.name}.partial")
         for old in (aside, folder):
@@ -107,11 +132,12 @@ def save_weights(trainer: L.Trainer, module: L.LightningModule, folder: Path) ->
     trainer.strategy.barrier("weights written")
 
 
-def whole_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor, on the CPU, of every parameter and persistent buffer, whichever strategy shards them."""
+def whole_weights(model: torch.nn.Module, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor, on the CPU, of every parameter and persistent buffer, or of the parameters that are
+    `trained`, whichever strategy shards them."""
     kept = model.state_dict().keys()
     for name, x in chain(model.named_parameters(), model.named_buffers()):
-        if name not in kept:
+        if name not in kept or (trained and not x.requires_grad):
             continue
         gather: Any = nullcontext()
         if hasattr(x, "ds_id"):
@@ -155,13 +181,17 @@ def _from_deepspeed(checkpoint: Path) -> Mapping[str, Tensor]:
     return {name.removeprefix("_forward_module."): x for name, x in weights.items()}
 
 
-def _model(cfg: DictConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
-    """The model of a run with these weights. Raises ValueError when they are not this model's."""
+def _empty(cfg: DictConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a run, without values."""
     with asked_for("model"):
         config = model_config(cfg.model)
-    dtype = next(x.dtype for x in weights.values() if x.is_floating_point())
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _model(cfg: DictConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """The model of a run with these weights. Raises ValueError when they are not this model's."""
+    model = _empty(cfg, _dtype(weights))
     missing, unknown = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     empty = [name for name, x in model.named_parameters() if x.is_meta]
@@ -173,8 +203,22 @@ def _model(cfg: DictConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
     return model
 
 
+def _dtype(weights: dict[str, Tensor]) -> torch.dtype:
+    return next(x.dtype for x in weights.values() if x.is_floating_point())
+
+
 def _write(cfg: DictConfig, weights: dict[str, Tensor], folder: Path) -> None:
-    """Model and tokenizer in Hugging Face's format. Raises ValueError when the weights are not this model's."""
-    _model(cfg, weights).save_pretrained(folder)
+    """Model (or adapters) and tokenizer in Hugging Face's format. Raises ValueError when the weights are not this
+    model's."""
+    if adapters := lora.options(cfg.model):
+        model = _empty(cfg, _dtype(weights))
+        lora.adapt(model, adapters, cfg.seed)
+        lora.save(model, weights, folder)
+    else:
+        _model(cfg, weights).save_pretrained(folder)
+    _write_tokenizer(cfg, folder)
+
+
+def _write_tokenizer(cfg: DictConfig, folder: Path) -> None:
     if cfg.model.tokenizer != "byte":
         build_tokenizer(cfg.model.tokenizer).save_pretrained(folder)

@@ -23,7 +23,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, ParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -41,6 +41,7 @@ from transformers import (
 from sagetrain.data.loader import TextData, targets
 from sagetrain.integrations.lightning import SageFSDP2Strategy, shard
 from sagetrain.terminal import console
+from sagetrain.training import lora
 from sagetrain.training.checks import check_settings
 from sagetrain.training.folder import global_rank
 from sagetrain.training.layers import checkpoint_layers, compile_layers, float8_layers
@@ -158,6 +159,7 @@ class CausalLM(L.LightningModule):
         check_settings(cfg)
         self.cfg = cfg
         self.hf_config = model_config(cfg.model)
+        self.lora = lora.options(cfg.model)
         check_length(self.hf_config, cfg.data.seq_len)
         self.model: torch.nn.Module | None = None
         self._fp32_buffers: dict[str, Tensor] = {}
@@ -184,6 +186,8 @@ class CausalLM(L.LightningModule):
                 self.model = AutoModelForCausalLM.from_pretrained(self.cfg.model.path, config=self.hf_config, **options)
             else:
                 self.model = AutoModelForCausalLM.from_config(self.hf_config, **options)
+        if self.lora:
+            lora.adapt(self.model, self.lora, self.cfg.seed)
         self.model.train()
         prepare(self.model, self.cfg.model)
         self._fp32_buffers = {name: x for name, x in self.model.named_buffers() if x.dtype == torch.float32}
@@ -350,9 +354,26 @@ class CausalLM(L.LightningModule):
         schedule = learning_rates(optimizer, optim, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @property
+    def adapters_alone(self) -> bool:
+        """Whether checkpoints leave out the frozen weights of a run with adapters, which are those of `model.path`: not
+        under FSDP2 and DeepSpeed, whose folders hold all weights."""
+        return bool(self.lora) and not isinstance(self.trainer.strategy, ModelParallelStrategy | DeepSpeedStrategy)
+
+    def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a state_dict is in a checkpoint."""
+        weights = self.named_parameters(remove_duplicate=False) if self.adapters_alone else ()
+        frozen = {name for name, weight in weights if not weight.requires_grad}
+        return {name: x for name, x in state.items() if name not in frozen}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.adapters_alone:
+            checkpoint["state_dict"] = self._kept(checkpoint["state_dict"])
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError where a checkpoint in one file is of another model."""
-        both = checkpoint.get("state_dict", {}), self.state_dict()
+        self.strict_loading = not self.adapters_alone
+        both = checkpoint.get("state_dict", {}), self._kept(self.state_dict())
         theirs, ours = ({name: list(x.shape) for name, x in weights.items()} for weights in both)
         differ = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
         if theirs and differ:
@@ -387,5 +408,6 @@ class CausalLM(L.LightningModule):
     def _waited(self) -> float:
         return getattr(self.trainer.datamodule, "waited", math.nan)
 
-    def parameter_count(self) -> int:
-        return sum(map(numel, self.parameters()))
+    def parameter_count(self, trained: bool = False) -> int:
+        """Of all parameters, or of those that are `trained`."""
+        return sum(numel(p) for p in self.parameters() if p.requires_grad or not trained)
