@@ -13,8 +13,8 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-compile
-RUN_NEEDS := lightning transformers hydra-core matplotlib rich datasets
-TEST_NEEDS := wandb deepspeed tensorboard pytest pytest-xdist hypothesis ruff trl peft accelerate torchao lm-eval
+RUN_NEEDS := lightning transformers hydra-core plotly rich datasets
+TEST_NEEDS := wandb deepspeed tensorboard pytest pytest-xdist hypothesis ruff trl peft accelerate torchao lm-eval matplotlib
 
 # pip leaves bytecode out (it would compile far more than is ever imported); the first import writes it.
 unexport PYTHONDONTWRITEBYTECODE

@@ -127,6 +127,6 @@ setup(
     ],
     package_dir={"sagetrain.conf": "conf", "sagetrain.recipes": "recipes"},
     packages=[*MODULES, *YAML],
-    package_data={"sagetrain.compare": ["*.html"], **{package: ["*.yaml"] for package in YAML}},
+    package_data={"sagetrain.compare": ["page.*"], **{package: ["*.yaml"] for package in YAML}},
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

@@ -178,7 +178,7 @@ def test_wheel_is_one_for_every_python_and_holds_the_package_only(wheel: tuple[P
     path, _ = wheel
     assert re.fullmatch(r"sagetrain-[\d.]+-cp311-abi3-linux_\w+\.whl", path.name)
     names = {name for name in zipfile.ZipFile(path).namelist() if ".dist-info/" not in name}
-    sources = [p for p in (CHECKOUT / "sagetrain").glob("**/*") if p.is_file() and p.suffix in (".py", ".html")]
+    sources = [p for p in (CHECKOUT / "sagetrain").glob("**/*") if p.is_file() and p.suffix in (".py", ".html", ".js")]
     yaml = [p for folder in ("conf", "recipes") for p in (CHECKOUT / folder).glob("**/*.yaml")]
     expected = {str(p.relative_to(CHECKOUT)) for p in sources} | {f"sagetrain/{p.relative_to(CHECKOUT)}" for p in yaml}
     assert names == expected | {"sagetrain/_C.abi3.so"}

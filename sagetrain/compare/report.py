@@ -1,26 +1,30 @@
 """Writes what a comparison found: report.html (one self-contained page), metrics.csv (all rows), comparison.json.
 
-Choice: Jinja2 (it comes with torch) fills the page, matplotlib draws it; the page loads nothing, its content policy
-forbids it. Each file is replaced in one move, so that a report being read, or an interrupted one, is never half of a
-file.
+Choice: Jinja2 (it comes with torch) fills the page, plotly.js draws it. The page loads nothing and runs no script but
+the two whose hashes its content policy names, whatever runs and arms are called. Each file is replaced in one move, so
+that a report being read, or an interrupted one, is never half of a file.
+Cost: 5 MB a page, nearly all of it plotly.js as its Python package brings it.
 """
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
+from plotly.offline import get_plotlyjs
 
-from sagetrain.compare.figures import colours, panels
+from sagetrain.compare import figures
 from sagetrain.compare.runs import Run, find_runs
 from sagetrain.compare.stats import TABLE_COLUMNS, Comparison
 from sagetrain.training.folder import write
 
-PAGE = Path(__file__).with_name("page.html")  # the Jinja2 template
+PAGE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.html", "page.js"))  # the first a Jinja2 template
 # Of run.json: shown elsewhere, or of no use here.
 APART = ("name", "arm", "seed", "status", "command", "error", "traceback", "wandb_id")
 
@@ -52,6 +56,10 @@ def render(comparison: Comparison) -> str:
     runs, inside = comparison.runs, {arm.inside for arm in comparison.others}
     unsure = inside != {True} or comparison.mismatches or comparison.cut_short
     tone = "bad" if False in inside else "open" if unsure else "good"
+    found = list(figures.panels(comparison))
+    told = [(title, caption, *figures.values(figure)) for title, caption, figure in found]
+    tokens = [figures.tokens_at(run, [comparison.common_step]) for run in runs]  # at the last step that all reached
+    end = [comparison.common_step, *(tokens[0] or ())] if comparison.cut_short else None
     return environment.from_string(PAGE.read_text(encoding="utf-8")).render(
         comparison=comparison,
         title=", ".join(sorted({run.recipe for run in runs})),
@@ -59,13 +67,24 @@ def render(comparison: Comparison) -> str:
         tone=tone,
         columns=TABLE_COLUMNS,
         rows=list(zip(comparison.arms, comparison.cells(), strict=True)),
-        colours=colours(comparison),
-        label=comparison.label,
-        panels=list(panels(comparison)),
+        looks=figures.looks(comparison),
+        several=figures.several_seeds(comparison),
+        smoothing=figures.SMOOTHING,
+        smoothed=figures.SMOOTHED,
+        has_tokens=all(tokens),
+        panels=[dict(zip(("title", "caption", "header", "rows"), panel, strict=True)) for panel in told],
+        curves={"panels": [figure for *_, figure in found], "end": end},
+        scripts=[_script(text) for text in (get_plotlyjs(), SCRIPT.read_text(encoding="utf-8"))],
         conditions=_conditions(comparison),
         runs=runs,
         finals={run.path: arm.finals[run.seed] for arm in comparison.arms for run in arm.runs},
     )
+
+
+def _script(text: str) -> dict[str, str]:
+    """A script and what the content policy calls it."""
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"text": text, "hash": f"'sha256-{digest}'"}
 
 
 def _conditions(comparison: Comparison) -> dict[str, list[str]]:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
 import json
 import math
 import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 import yaml
+from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from sagetrain.compare import Comparison, Run, find_runs, report
 from sagetrain.compare.__main__ import main
+from sagetrain.compare.figures import SMOOTHING, looks
 from sagetrain.compare.stats import T975, is_inside, mean_interval, window_mean
 
 STEPS = 20  # so that a tenth is 2 rows and the rule "at least 5 rows" decides
@@ -29,7 +35,7 @@ def write_run(parent: Path, arm: str, seed: int, losses: list, *, columns: dict 
 
     `changes` go into run.json, but for `config` (into config.yaml) and `tokens` (per step, into metrics.csv).
     """
-    path = parent / f"{arm}-seed{seed}"
+    path = parent / f"{arm}-seed{seed}".replace("/", "_")
     path.mkdir(parents=True)
     tokens = changes.pop("tokens", 64)
     config = {"recipe": "tiny", "seed": seed, "out": str(path), "attention": {"name": arm}, "data": {"seq_len": 64}}
@@ -240,28 +246,77 @@ def test_equal_arms_are_seldom_told_apart_and_unequal_ones_are(seeds: int):
 def test_report_is_self_contained_and_complete(parent: Path, tmp_path: Path):
     comparison = report([parent], tmp_path / "out")
     html = (tmp_path / "out" / "report.html").read_text("utf-8")
-    page = Page(html)
-    assert "://" not in html and "@import" not in html and "<script" not in html
-    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
-    assert all(value.startswith("#") for _, name, value in page.attributes if name in ("href", "src", "xlink:href"))
-    assert not re.search(r"url\((?!#)", html)
+    own = html.replace(get_plotlyjs(), "")
+    page = Page(own)
+    assert "://" not in own and "@import" not in own and "url(" not in own
+    assert not {"link", "iframe", "img", "object"} & set(page.tags)
+    assert not [name for _, name, _ in page.attributes if name in ("href", "src") or name.startswith("on")]
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    assert {value[1:] for _, name, value in page.attributes if name == "xlink:href"} <= set(ids)
     for run in comparison.runs:
         assert run.name in page.text and run.info["command"] in page.text
-    for text in (
-        "Training loss",
-        "Difference in loss",
-        "Speed",
-        "unigram entropy 3.12",
-        "BF16 seed band",
-        "torch 2.13.0",
-    ):
+    for text in ("Training loss", "Difference in loss", "Speed", "± the BF16 seed band", "torch 2.13.0"):
         assert text in page.text
     assert comparison.sentences()[0] in page.text
     assert "Validation loss" not in page.text and "Probe" not in page.text and "Gradient norm" not in page.text
-    assert page.tags.count("svg") == 3
+
+
+def test_only_the_scripts_of_the_report_may_run(parent: Path, tmp_path: Path):
+    report([parent], tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text("utf-8")
+    (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)">', html)
+    policy = dict(rule.strip().split(" ", 1) for rule in unescape(policy).split(";"))
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    assert policy["default-src"] == "'none'" and len(scripts) == 2
+    assert policy["script-src"] == " ".join(f"'sha256-{digest}'" for digest in digests)
+
+
+def curves(folder: Path) -> dict[str, go.Figure]:
+    """The figures of a report by title, as plotly reads them: it refuses what plotly.js would not draw."""
+    html = (folder / "report.html").read_text("utf-8")
+    (text,) = re.findall(r'<script type="application/json" id="curves">(.*?)</script>', html, re.DOTALL)
+    titles = re.findall(r'<figure class="card"><h3>(.*?)</h3>', html)
+    return dict(zip(titles, map(go.Figure, json.loads(text)["panels"]), strict=True))
+
+
+def test_figures_hold_the_numbers(parent: Path, tmp_path: Path):
+    comparison = report([parent], tmp_path)
+    figures = curves(tmp_path)
+    assert list(figures) == ["Training loss", "Difference in loss", "Speed"]
+    loss, difference, speed = figures.values()
+    assert [trace.name for trace in loss.data if trace.meta["arm"] == "bf16"] == [
+        "BF16, seed 0", "BF16, seed 1", "BF16, mean"]  # fmt: skip
+    mean = loss.data[2].meta
+    assert mean["x"] == [list(range(1, STEPS + 1)), [64 * step for step in range(1, STEPS + 1)]]
+    assert mean["y"][0] == pytest.approx([np.mean([falling(2.0)[i], falling(2.1)[i]]) for i in range(STEPS)], abs=1e-4)
+    assert len(mean["y"]) == len(SMOOTHING)
+    smooth = window_mean(np.arange(1, STEPS + 1), np.array(mean["y"][0]), 0.1 * STEPS)
+    assert mean["y"][2] == pytest.approx(smooth.tolist(), abs=1e-4)
+    (entropy,) = loss.layout.shapes
+    assert entropy.y0 == 3.125 and entropy.label.text == "unigram entropy 3.12"
+    low, high, *arms = difference.data
+    assert high.fill == "tonexty" and low.meta["y"][0][-1] == pytest.approx(-comparison.band)
+    assert high.meta["y"][0][-1] == pytest.approx(comparison.band) and high.name == "± BF16 seed band"
+    assert arms[-1].meta["y"][0][-1] == pytest.approx(comparison.others[0].gap) and difference.layout.shapes[0].y0 == 0
+    widths = {trace.meta["arm"]: trace.line.width for trace in speed.data if trace.meta["told"]}
+    assert widths["bf16"] > widths["sage_int8"] and speed.layout.yaxis.rangemode == "tozero"
+
+
+def test_every_arm_looks_different(tmp_path: Path):
+    for name in ("bf16", *map("arm{:02}".format, range(29))):
+        write_run(tmp_path, name, 0, falling(2.0))
+    comparison = Comparison(find_runs([tmp_path]))
+    assert len(set(looks(comparison).values())) == 30
+
+
+def test_values_of_a_panel_stand_in_a_table(parent: Path, tmp_path: Path):
+    report([parent], tmp_path)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    table = page[page.index("<summary>Values") : page.index("</details>")]
+    assert re.findall("<th>(.*?)</th>", table) == ["step", "BF16", "INT8"]
+    assert re.findall("<td>(.*?)</td>", table)[-3:] == ["20", "2.07", "2.09"]
+    assert table.count("<tr>") == 11
 
 
 @pytest.mark.parametrize("column", ["probe/loss_lowbit", "probe/loss_int8"])
@@ -280,6 +335,11 @@ def test_panels_of_sparse_columns(tmp_path: Path, column: str):
     for title in ("Validation loss", "Probe: loss gap", "Probe: gradient agreement", "Probe: dS row-sum residual"):
         assert title in text
     assert "Probe: sigma of q, INT8" in text and "layer 10" in text and "Probe: sigma of k" not in text
+    figures = curves(tmp_path / "out")
+    assert figures["Gradient norm"].layout.yaxis.type == "log" and figures["Training loss"].layout.yaxis.type is None
+    (gap,) = figures["Probe: loss gap"].data
+    assert gap.meta["x"][0] == [1, 6, 11, 16] and gap.meta["y"] == [[0.5] * 4] and gap.mode == "lines+markers"
+    assert [trace.name for trace in figures["Probe: sigma of q, INT8"].data] == ["layer 0", "layer 10"]
 
 
 def test_metrics_csv_and_json_hold_everything(parent: Path, tmp_path: Path):
@@ -320,6 +380,10 @@ def test_picture_of_a_run_that_blows_up_or_never_had_a_loss(tmp_path: Path):
     comparison = report([tmp_path], tmp_path / "out")
     assert comparison.common_step == 2 and [arm.inside for arm in comparison.others] == [False, None]
     Page((tmp_path / "out" / "report.html").read_text("utf-8"))
+    loss = curves(tmp_path / "out")["Training loss"]
+    holes = {trace.meta["arm"]: [y is None for y in trace.meta["y"][0]] for trace in loss.data}
+    assert holes["other"] == [True, True] and holes["sage_int8"][-2:] == [False, True]
+    assert loss.layout.yaxis.range[1] < 10
 
 
 def test_seeds_that_do_not_pair(tmp_path: Path):
@@ -391,9 +455,10 @@ def test_text_from_runs_is_escaped_and_mismatches_stand_out(tmp_path: Path):
     write_run(tmp_path, "<b>$x$[red]", 0, falling(2.0), recipe="a&b[/red]")
     comparison = report([tmp_path], tmp_path / "out")
     assert "<b>$x$[red]" in printed(comparison) and "a&b[/red], tiny, step 20" in printed(comparison)
-    html = (tmp_path / "out" / "report.html").read_text("utf-8")
+    html = (tmp_path / "out" / "report.html").read_text("utf-8").replace(get_plotlyjs(), "")
     page = Page(html)
-    assert "<script" not in html and "<b>" not in html
+    assert "<script>alert" not in html and "<b>" not in html and html.count("<script") == 3
+    assert {trace.name for trace in curves(tmp_path / "out")["Speed"].data} >= {"&lt;b&gt;$x$[red], seed 0"}
     assert "Not the same experiment" in page.text and "recipe differs: tiny" in page.text
 
 
