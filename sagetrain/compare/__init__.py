@@ -11,6 +11,7 @@ from sagetrain.extras import needs
 with needs("train", command=sys.argv[:1] == ["-m"]):
     from sagetrain.compare.report import report
     from sagetrain.compare.runs import Run, find_runs
-    from sagetrain.compare.stats import Arm, Comparison
+    from sagetrain.compare.stats import Arm, Comparison, Score
+    from sagetrain.compare.tables import markdown, terminal
 
-__all__ = ["Arm", "Comparison", "Run", "find_runs", "report"]
+__all__ = ["Arm", "Comparison", "Run", "Score", "find_runs", "markdown", "report", "terminal"]

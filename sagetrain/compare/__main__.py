@@ -1,4 +1,4 @@
-"""`python -m sagetrain.compare RUN RUN... [--out DIR] [--baseline ARM]`: prints the table and writes the report."""
+"""`python -m sagetrain.compare RUN RUN... [--out FOLDER] [--baseline ARM]`: prints the table and writes the report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sagetrain.compare import report
+from sagetrain.compare import markdown, report, terminal
 from sagetrain.errors import refused
 from sagetrain.terminal import console, print_anything
 
@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FOLDER", help=f"folder of the report (default: {where})")
     default = "bf16, else the first that is no scheme of ours"
     parser.add_argument("--baseline", metavar="ARM", help=f"arm to hold the others against (default: {default})")
+    text = "print the tables in Markdown, for a pull request"
+    parser.add_argument("--markdown", action="store_true", help=text)
     options = parser.parse_args(arguments)
     first = Path(options.runs[0]).expanduser()
     parent = first if len(options.runs) == 1 and not (first / "run.json").exists() else "comparison"
@@ -30,10 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
         comparison = report(options.runs, out, options.baseline)
     except Exception as error:
         return refused(error)
-    console().print(comparison.table())
-    for text in [*comparison.mismatches, *comparison.notes]:
-        console().print("note:", text)
-    console().print(f"report: {out / 'report.html'}", soft_wrap=True)
+    if options.markdown:
+        print(markdown(comparison), end="")
+    else:
+        console().print(terminal(comparison))
+        for text in [*comparison.mismatches, *comparison.notes]:
+            console().print("note:", text)
+    console(stderr=options.markdown).print(f"report: {out / 'report.html'}", soft_wrap=True)
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from plotly.colors import sample_colorscale
 
-from sagetrain.compare.runs import Run, Series
+from sagetrain.compare.runs import EVAL, Run, Series
 from sagetrain.compare.stats import Arm, Comparison, on_common_steps, window_mean
 
 BF16, COLOURS = "#0072b2", ("#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -67,6 +67,9 @@ def panels(comparison: Comparison) -> Iterator[tuple[str, str, Figure]]:
     for needs, title, caption, unit, draw in rows:
         if needs in measured:
             yield title, caption, _figure(unit, comparison, draw)
+    for name in dict.fromkeys(score.name for score in comparison.scores):
+        if any(len(run.series(EVAL + name)[0]) > 1 for run in comparison.runs):
+            yield f"Score: {name}", "", _figure("score", comparison, _curves_of(EVAL + name, sparse=True))
     for arm, which in itertools.product(comparison.arms, "qk"):
         names = {name for run in arm.runs for name in run.columns if name.startswith(f"probe/sigma_{which}_layer")}
         if names:

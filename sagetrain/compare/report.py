@@ -19,9 +19,9 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from sagetrain.compare import figures
+from sagetrain.compare import figures, tables
 from sagetrain.compare.runs import Run, find_runs
-from sagetrain.compare.stats import TABLE_COLUMNS, Comparison
+from sagetrain.compare.stats import Comparison
 from sagetrain.training.folder import write
 
 PAGE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.html", "page.js"))  # the first a Jinja2 template
@@ -65,8 +65,10 @@ def render(comparison: Comparison) -> str:
         title=", ".join(sorted({run.recipe for run in runs})),
         names=", ".join(comparison.label(arm.name) for arm in comparison.arms),
         tone=tone,
-        columns=TABLE_COLUMNS,
-        rows=list(zip(comparison.arms, comparison.cells(), strict=True)),
+        columns=tables.ARMS,
+        rows=list(zip(comparison.arms, tables.arm_cells(comparison), strict=True)),
+        score_columns=tables.SCORES,
+        scores=list(zip(comparison.scores, tables.score_cells(comparison), strict=True)),
         looks=figures.looks(comparison),
         several=figures.several_seeds(comparison),
         smoothing=figures.SMOOTHING,

@@ -25,15 +25,9 @@ from sagetrain.training.folder import RENAMED
 
 Series = tuple[np.ndarray, np.ndarray]  # steps (int64, strictly increasing), values (float64)
 STATUSES = ("running", "finished", "failed")
-NUMERIC = (
-    "tokens",
-    "loss",
-    "grad_norm",
-    "tokens_per_s",
-    "step_ms",
-    "data_wait",
-    "val_loss",
-)  # and all that begin with "probe/"
+EVAL = "eval/"  # TASK/METRIC
+NUMERIC = ("tokens", "loss", "grad_norm", "tokens_per_s", "step_ms", "data_wait", "val_loss")
+NUMERIC_GROUPS = ("probe/", EVAL)
 REQUIRED = {"recipe": str, "arm": str, "seed": int, "status": str, "steps": int}
 EMPTY: Series = (np.empty(0, np.int64), np.empty(0))
 
@@ -115,7 +109,7 @@ class Run:
         self.rows = {step: cells for step, (_, cells) in sorted(rows.items())}
         self.columns: dict[str, Series] = {}
         for index, column in enumerate(self.header):
-            if column in NUMERIC or column.startswith("probe/"):
+            if column in NUMERIC or column.startswith(NUMERIC_GROUPS):
                 filled = [(step, *rows[step]) for step in self.rows if rows[step][1][index].strip()]
                 values = [_number(cells[index], file, number, column) for _, number, cells in filled]
                 if filled:

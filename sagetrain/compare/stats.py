@@ -7,7 +7,8 @@ seeds of the final loss: an arm whose gap is inside trains as well. A gap outsid
 interval (Student's t over the paired seeds) leaves out zero; else it may be chance, and there is no verdict.
 Choice: band and interval, as training can be chaotic: then a change of rounding moves a run as far as another seed
 does, and by the band alone four of ten equal arms of two seeds fail. A trailing mean of the same width draws the
-difference curve, so that its right end is the number in the table.
+difference curve, so that its right end is the number in the table. Scores (accuracy, F1) are held against the baseline
+in the same way, each run by its last one.
 Limits: a band of two seeds is a rough estimate of chance, of one seed none at all; both are said beside the verdict.
 Two seeds seldom tell a gap outside the band from chance: their interval is 3.6 times as wide as that of three. Whoever
 adds seeds until there is a verdict takes chance for a finding more often than the 5% say. The band widens with seeds
@@ -24,18 +25,15 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
 from sagetrain.compare.arms import FREE, name_arms
-from sagetrain.compare.runs import EMPTY, Run, Series
+from sagetrain.compare.runs import EMPTY, EVAL, Run, Series
 from sagetrain.ops.schemes import SCHEMES
 from sagetrain.paths import settings
 
 TAIL, LEAST_ROWS = 10, 5  # the final loss is over the last 1/TAIL of the steps, but at least LEAST_ROWS rows
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t by degrees of freedom
 MOST_SETTINGS = 12  # differing settings that are listed one by one
-TABLE_COLUMNS = ("arm", "seeds", "final loss", "gap", "band", "inside?", "tokens/s", "ratio")
 IDENTITY = {
     "recipe": "recipe",
     "parameters": "model size",
@@ -87,6 +85,19 @@ def is_inside(gap: float, band: float, interval: tuple[float, float] | None) -> 
     return True if abs(gap) <= band else None if chance else False
 
 
+def spread(values: dict[int, float]) -> float | None:
+    """max - min over seeds; None for a single seed, and where a value is not finite."""
+    found = list(values.values())
+    return float(np.ptp(found)) if len(found) > 1 and np.isfinite(found).all() else None
+
+
+def paired(values: dict[int, float], base: dict[int, float]) -> tuple[list[int], float | None, Any]:
+    """The seeds of both, the mean over them of value - base, and its 95% interval."""
+    seeds = sorted(values.keys() & base.keys())
+    gaps = [values[seed] - base[seed] for seed in seeds]
+    return seeds, float(np.mean(gaps)) if gaps else None, mean_interval(gaps)
+
+
 @dataclass(frozen=True, eq=False)
 class Arm:
     """One way of training: final loss per seed and what follows from it (nats; None = these runs cannot tell)."""
@@ -105,6 +116,28 @@ class Arm:
     inside: bool | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Score:
+    """One metric of an evaluation, of one arm (None = these runs cannot tell)."""
+
+    name: str  # TASK/METRIC
+    arm: str
+    values: dict[int, float]  # by seed
+    band: float | None  # that of the baseline
+    gap: float | None = None
+    interval: tuple[float, float] | None = None
+    inside: bool | None = None
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.values.values())))
+
+    @property
+    def spread(self) -> float | None:
+        """Largest minus smallest over the seeds."""
+        return spread(self.values)
+
+
 class Comparison:
     """What a set of runs says about its arms, up to the last step that all of them reached.
 
@@ -121,9 +154,9 @@ class Comparison:
         self.common_step = min(run.last_step for run in runs)
         arms = [self._arm(name) for name in names]
         base = arms[0]
-        known = len(base.runs) > 1 and math.isfinite(base.loss)
-        self.band = float(np.ptp(list(base.finals.values()))) if known else None
+        self.band = spread(base.finals)
         self.arms = [base, *(self._against(arm, base) for arm in arms[1:])]
+        self.scores = list(self._scores())
         self.mismatches = list(self._mismatches())
         self.notes = [*numbered, *self._notes()]
 
@@ -206,30 +239,6 @@ class Comparison:
             )
         return None
 
-    def cells(self) -> list[list[str]]:
-        """The summary table as text, columns as in TABLE_COLUMNS; ASCII, but for names."""
-        rows = []
-        for arm in self.arms:
-            seeds = ", ".join(str(run.seed) for run in arm.runs)
-            gap = "baseline" if arm.name == self.baseline else _show(arm.gap, "+.4f")
-            band = "unknown" if self.band is None else f"{self.band:.4f}"
-            inside = {True: "yes", False: "no", None: "unknown"}[arm.inside] if arm in self.others else "-"
-            speed = [_show(arm.tokens_per_s, ",.0f"), _show(arm.speed_ratio, ".2f", "x")]
-            rows.append([self.label(arm.name), seeds, f"{arm.loss:.4f}", gap, band, inside, *speed])
-        return rows
-
-    def table(self) -> Table:
-        """The summary for a terminal. Names are shown as they are: no markup is read in them."""
-        recipes = ", ".join(sorted({run.recipe for run in self.runs}))
-        title, verdict = Text(f"{recipes}, step {self.common_step:,}"), Text("\n".join(self.sentences()))
-        table = Table(title=title, caption=verdict, caption_justify="left", padding=0)  # the arms' names need the room
-        table.add_column(TABLE_COLUMNS[0], overflow="fold")
-        for column in TABLE_COLUMNS[1:]:
-            table.add_column(column, justify="right", no_wrap=True)
-        for cells in self.cells():
-            table.add_row(*map(Text, cells))
-        return table
-
     def as_dict(self) -> dict[str, Any]:
         """The numbers of the table as strict JSON values: a number that is not finite becomes null."""
         arms = {}
@@ -238,7 +247,9 @@ class Comparison:
             against = {"paired_seeds": arm.pairs, "gap": _finite(arm.gap), "inside_band": arm.inside}
             against["gap_interval"] = arm.interval and [_finite(end) for end in arm.interval]
             speed = {"tokens_per_s": arm.tokens_per_s, "speed_ratio": arm.speed_ratio, "handicap": arm.handicap}
-            arms[arm.name] = {"label": self.label(arm.name)} | final | against | speed
+            scores = {score.name: _score(score) for score in self.scores if score.arm == arm.name}
+            scores = {"scores": scores} if scores else {}
+            arms[arm.name] = {"label": self.label(arm.name)} | final | against | speed | scores
         runs = {r.name: {"path": str(r.path), "status": r.info["status"], "last_step": r.last_step} for r in self.runs}
         said = {"verdict": self.sentences(), "mismatches": self.mismatches, "notes": self.notes}
         shared = {"baseline": self.baseline, "common_step": self.common_step, "band": self.band}
@@ -270,9 +281,7 @@ class Comparison:
         return Arm(name, runs, finals, float(np.mean(list(finals.values()))), speed, spread, handicap=handicap)
 
     def _against(self, arm: Arm, base: Arm) -> Arm:
-        pairs = sorted(arm.finals.keys() & base.finals.keys())
-        gaps = [arm.finals[seed] - base.finals[seed] for seed in pairs]
-        gap, interval, inside = float(np.mean(gaps)) if gaps else None, mean_interval(gaps), None
+        (pairs, gap, interval), inside = paired(arm.finals, base.finals), None
         if not math.isfinite(arm.loss):
             inside = False if math.isfinite(base.loss) else None
         elif gap is not None and self.band is not None:
@@ -280,6 +289,20 @@ class Comparison:
         comparable = arm.tokens_per_s and base.tokens_per_s and not self.no_ratio(arm, base)
         ratio = arm.tokens_per_s / base.tokens_per_s if comparable else None
         return replace(arm, pairs=pairs, gap=gap, interval=interval, inside=inside, speed_ratio=ratio)
+
+    def _scores(self) -> Iterator[Score]:
+        for column in dict.fromkeys(name for run in self.runs for name in run.columns if name.startswith(EVAL)):
+            found: dict[str, dict[int, float]] = {arm.name: {} for arm in self.arms}
+            for run in self.runs:
+                if len(values := run.series(column, self.common_step)[1]):
+                    found[run.arm][run.seed] = float(values[-1])
+            name, base = column.removeprefix(EVAL), found[self.baseline]
+            band = spread(base)
+            for arm, values in found.items():
+                _, gap, interval = paired(values, base) if arm != self.baseline else ([], None, None)
+                inside = None if gap is None or band is None else is_inside(gap, band, interval)
+                if values:
+                    yield Score(name, arm, values, band, gap, interval, inside)
 
     def _sentence(self, arm: Arm) -> str:
         name, base, short = self.label(arm.name), self.label(self.baseline), self.short(self.baseline)
@@ -340,6 +363,9 @@ class Comparison:
             yield from (f"{run.name}: {note}" for note in run.notes)
         if any(run.last_step > self.common_step for run in self.runs):
             yield f"Everything is compared up to step {self.common_step:,}, the last that all runs reached."
+        for name in dict.fromkeys(score.name for score in self.scores):
+            steps = {run.name: run.series(EVAL + name, self.common_step)[0][-1:] for run in self.runs}
+            yield from self._difference(f"step of {name}", {run: at[0] for run, at in steps.items() if len(at)})
         for key, what in CONDITIONS.items():
             yield from self._difference(what, {run.name: run.info.get(key) for run in self.runs})
         if self.band is not None and len(self.arms[0].runs) == 2:
@@ -354,8 +380,10 @@ class Comparison:
             yield f"{what} differs: " + "; ".join(f"{value} ({', '.join(names)})" for value, names in groups.items())
 
 
-def _show(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else format(value, form) + unit
+def _score(score: Score) -> dict[str, Any]:
+    values = {seed: _finite(value) for seed, value in score.values.items()}
+    against = {"gap": _finite(score.gap), "gap_interval": score.interval and [_finite(end) for end in score.interval]}
+    return {"mean": _finite(score.mean), "values": values, "band": score.band} | against | {"inside_band": score.inside}
 
 
 def _finite(value: float | None) -> float | None:

@@ -97,10 +97,10 @@ def _compare(cfg: DictConfig, out: Path, watch: Watch) -> list[Path]:
     with locked(out):
         runs = [_train(plan, watch, group=f"{cfg.recipe}-{out.name}") for plan in plans]
         if global_rank() == 0:
-            from sagetrain.compare import report
+            from sagetrain.compare import report, terminal
 
             comparison = report(runs, out)
-            console().print(comparison.table())
+            console().print(terminal(comparison))
             console().print(f"report: {out / 'report.html'}", soft_wrap=True)
     return runs
 

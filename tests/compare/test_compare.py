@@ -22,10 +22,11 @@ import yaml
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
-from sagetrain.compare import Comparison, Run, find_runs, report
+from sagetrain.compare import Comparison, Run, find_runs, markdown, report, terminal
 from sagetrain.compare.__main__ import main
 from sagetrain.compare.figures import SMOOTHING, looks
 from sagetrain.compare.stats import T975, is_inside, mean_interval, window_mean
+from sagetrain.compare.tables import arm_cells
 
 STEPS = 20  # so that a tenth is 2 rows and the rule "at least 5 rows" decides
 
@@ -73,7 +74,7 @@ def parent(tmp_path: Path) -> Path:
 def printed(comparison: Comparison) -> str:
     """The table as a terminal shows it."""
     console = Console(width=100, file=io.StringIO())
-    console.print(comparison.table())
+    console.print(terminal(comparison))
     return console.file.getvalue()
 
 
@@ -201,7 +202,7 @@ def test_outside_the_band_but_maybe_by_chance(tmp_path: Path):
         "+0.1536), outside the BF16 seed-to-seed band of 0.0151, but these seeds cannot tell it from chance: their "
         "interval holds zero; run more (compare.seeds=4). It runs at 2.00 times the speed of BF16 (SDPA flash)."
     )
-    assert comparison.others[0].inside is None and comparison.cells()[1][5] == "unknown"
+    assert comparison.others[0].inside is None and arm_cells(comparison)[1][5] == "unknown"
     int8 = json.loads((tmp_path / "out" / "comparison.json").read_text("utf-8"))["arms"]["sage_int8"]
     assert int8["inside_band"] is None and int8["gap_interval"] == pytest.approx([-0.1082, 0.1536], abs=1e-4)
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
@@ -526,3 +527,61 @@ def test_corrupt_files_are_named(parent: Path, capsys: pytest.CaptureFixture, fi
     )
     error = one_line_error(capsys, parent)
     assert expected in error and str(target) in error
+
+
+def scored(parent: Path, arm: str, seed: int, *scores: float) -> Path:
+    """A run with an accuracy at steps 10 and 20, or at 10 alone."""
+    at = dict(zip((9, 19), scores, strict=False))
+    column = [at.get(index) for index in range(STEPS)]
+    return write_run(parent, arm, seed, falling(2.0), columns={"eval/gsm8k/strict_match": column})
+
+
+def test_scores_by_hand(tmp_path: Path):
+    for seed, (base, int8) in enumerate([(0.30, 0.31), (0.34, 0.33), (0.32, 0.33)]):
+        scored(tmp_path, "bf16", seed, 0.1, base)
+        scored(tmp_path, "sage_int8", seed, 0.1, int8)
+    comparison = report([tmp_path], tmp_path / "out")
+    base, int8 = comparison.scores
+    assert base.mean == pytest.approx(0.32) and base.spread == base.band == pytest.approx(0.04)
+    assert int8.mean == pytest.approx(0.97 / 3) and int8.spread == pytest.approx(0.02)
+    # gaps 0.01, -0.01, 0.01: mean 1/300, deviation 0.011547, interval ± 4.303 * 0.011547 / sqrt(3)
+    assert int8.gap == pytest.approx(1 / 300) and int8.inside is True
+    assert int8.interval == pytest.approx((1 / 300 - 0.028687, 1 / 300 + 0.028687), abs=1e-5)
+    cells = ["gsm8k/strict_match", "INT8", "0.3233", "0.0200", "+0.0033", "0.0400", "yes"]
+    shown = printed(comparison)
+    page = Page((tmp_path / "out" / "report.html").read_text("utf-8").replace(get_plotlyjs(), "")).text
+    for cell in cells:
+        assert cell in shown and cell in page
+    assert "| " + " | ".join(cells).replace("_", r"\_") + " |" in markdown(comparison)
+    numbers = json.loads((tmp_path / "out" / "comparison.json").read_text("utf-8"))["arms"]["sage_int8"]["scores"]
+    assert numbers["gsm8k/strict_match"]["values"] == {"0": 0.31, "1": 0.33, "2": 0.33}
+    assert numbers["gsm8k/strict_match"]["gap"] == int8.gap and numbers["gsm8k/strict_match"]["inside_band"] is True
+    curve = curves(tmp_path / "out")["Score: gsm8k/strict_match"].data[-1].meta
+    assert curve["x"][0] == [10, 20] and curve["y"][0] == pytest.approx([0.1, 0.97 / 3], abs=1e-5)
+
+
+def test_scores_that_not_every_run_has(tmp_path: Path):
+    scored(tmp_path, "bf16", 0, 0.1, 0.3)
+    scored(tmp_path, "sage_int8", 0, 0.2)
+    write_run(tmp_path, "other", 0, falling(2.0))
+    comparison = report([tmp_path], tmp_path / "out")
+    base, int8 = comparison.scores
+    assert (base.arm, int8.arm, int8.gap, int8.inside) == ("bf16", "sage_int8", pytest.approx(-0.1), None)
+    assert "step of gsm8k/strict_match differs: 20 (bf16-seed0); 10 (sage_int8-seed0)" in comparison.notes
+    assert comparison.mismatches == []
+
+
+def test_markdown_for_a_pull_request(parent: Path, capsys: pytest.CaptureFixture):
+    write_run(parent, "x|y`<b>@z", 0, falling(2.0), recipe="tiny\n# large")
+    assert main([str(parent), "--markdown"]) == 0
+    said = capsys.readouterr()
+    title, table, *verdict = said.out.split("\n\n")
+    assert title == "**tiny, tiny # large, step 20**" and "report.html" in said.err
+    assert table.splitlines() == [
+        "| arm | seeds | final loss | gap | band | inside? | tokens/s | ratio |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| BF16 (SDPA flash) | 0, 1 | 2.0500 | baseline | 0.1000 | - | 100 | - |",
+        "| INT8 | 0, 1 | 2.0700 | +0.0200 | 0.1000 | yes | 200 | 2.00x |",
+        "| x\\|y\\`\\<b\\>@\u200bz (SDPA flash) | 0 | 2.0000 | +0.0000 | 0.1000 | yes | 200 | 2.00x |",
+    ]
+    assert "INT8 trains as well as BF16" in verdict[0] and "- recipe differs: tiny" in verdict[-1]
