@@ -1,9 +1,10 @@
 """`python -m sagetrain.evaluate MODEL --tasks gsm8k mmlu hellaswag drop`: scores by lm-evaluation-harness.
 
 MODEL is a run directory or one of its checkpoints, a folder of Hugging Face's format, or a hub id. A run is evaluated
-with its own attention and precision, another model with sage_int8 and in the type of its weights (FP32 ones where the
-device is quick at BF16 under autocast), unless told otherwise. Scores are printed and, of a run or with --out, written
-to eval.json, whose format sagetrain/evaluation/scores.py describes. The same command goes on where it was killed.
+with its own attention, precision and chat template (and its adapters merged), another model with sage_int8 and in the
+type of its weights (FP32 ones where the device is quick at BF16 under autocast), unless told otherwise. Scores are
+printed and, of a run or with --out, written to eval.json, whose format sagetrain/evaluation/scores.py describes. The
+same command goes on where it was killed.
 """
 
 import argparse
@@ -21,6 +22,7 @@ with needs("train", command=__name__ == "__main__"):
     from transformers.utils import logging
 
     from sagetrain.data import build_tokenizer
+    from sagetrain.data.tasks import chats
     from sagetrain.doctor import quick_bf16
     from sagetrain.errors import asked_for, refused
     from sagetrain.evaluation import AUTOCAST, scores
@@ -53,7 +55,7 @@ def evaluate_model(
     limit: int | None = None,
     few_shot: int = 0,
     batch_size: int | str = 8,
-    chat_template: bool = False,
+    chat_template: bool | None = None,
     out: str | Path | None = None,
     device: str | None = None,
 ) -> scores.Scores:
@@ -74,6 +76,8 @@ def evaluate_model(
     built = {task: build(task, of, few_shot) for task, of in files.items()}
     network, step = load(model) if cfg else (_load(model), 0)
     tokenizer = build_tokenizer(cfg.model.tokenizer if cfg else model)
+    if chat_template is None:
+        chat_template = chats(tokenizer, cfg.data.get("chat_template") if cfg else False)
     network.to(where).set_attn_implementation(implementation)
     found = evaluate(
         network,
@@ -126,7 +130,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=_some, metavar="N", help="the first N questions (MMLU: of each subject)")
     parser.add_argument("--few-shot", type=_count, default=0, metavar="N", help="examples before a question (0)")
     parser.add_argument("--batch-size", type=_batch, default=8, metavar="N|auto", help="rows at a time (8)")
-    parser.add_argument("--chat-template", action="store_true", help="questions as turns of a conversation")
+    parser.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="questions as turns of a conversation (a run: as it was trained)",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="where to write eval.json (a run: into it)")
     parser.add_argument("--device", help="cuda, cuda:1, cpu")
     options = parser.parse_args(arguments)

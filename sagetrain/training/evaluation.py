@@ -1,8 +1,8 @@
 """Evaluation within a run: every `eval.every_n_steps` steps and at its end, of the model where it lies.
 
-Method: as sagetrain.evaluate does alone, with the run's attention and precision; layers run uncompiled. Scores go to
-eval.json, to the step's row of metrics.csv and to the loggers. Random state and training mode are put back, so a run
-has the losses of a run without. All ranks share the requests.
+Method: as sagetrain.evaluate does alone, with the run's attention, precision and chat template; layers run uncompiled.
+Scores go to eval.json, to the step's row of metrics.csv and to the loggers. Random state and training mode are put
+back, so a run has the losses of a run without. All ranks share the requests.
 Choice: at the end it comes after the last checkpoint is written, so whatever happens to a long evaluation costs nothing
 but itself; a signal during one between steps breaks it off, and the run catches up when it goes on. Answers are kept
 until there are scores. Sharded weights (FSDP2, ZeRO-3) are refused: generation would gather them for each token.
@@ -20,6 +20,7 @@ from typing import Any
 import lightning.pytorch as L
 from omegaconf import DictConfig, OmegaConf
 
+from sagetrain.data.tasks import chats
 from sagetrain.errors import asked_for
 from sagetrain.evaluation import AUTOCAST, scores
 from sagetrain.evaluation.tasks import Files, build, check_tasks, find
@@ -105,6 +106,7 @@ class Evaluate(L.Callback):
                     title=f"{self.record.facts['name']} step {step}",
                     batch_size=how.batch_size,
                     limit=how.limit,
+                    chat_template=chats(self.tokenizer, self.cfg.data.get("chat_template")),
                     dtype=AUTOCAST.get(str(trainer.precision)),
                     quiet=not self.cfg.trainer.get("enable_progress_bar", True),
                     rank=trainer.global_rank,

@@ -33,7 +33,7 @@ from sagetrain.evaluation.tasks import ASKED, Files, build, find, leaves
 from sagetrain.integrations import bf16
 from sagetrain.training.signals import Stopped
 from sagetrain.training.train import run
-from tests.tiny import MODEL
+from tests.tiny import MODEL, pretrained
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -472,6 +472,24 @@ def test_recipe_evaluates_and_trains_as_without(task: str, train, data: Path, ca
     assert scores.read(folder)["4"]["sage_int8"][task]["scores"] == found["scores"]
     assert found["n"] == (3 if task == "mmlu" else 2)
     assert f"{100 * next(iter(found['scores'].values())):.2f}%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_run_with_adapters_is_asked_as_it_was_trained(chat: bool, data: Path, tmp_path: Path) -> None:
+    base = pretrained(tmp_path / "base")
+    (folder,) = run(compose([
+        "recipe=hellaswag_finetune", f"model.path={base}", "model.lora.r=4", "optim.lr=0.05", "optim.warmup_steps=0",
+        f"data.path={data / 'hellaswag-train.jsonl.xz'}", "data.val_fraction=0", f"data.chat_template={chat}",
+        "data.batch_size=2", "trainer.accumulate_grad_batches=1", "trainer.max_steps=3", "trainer.limit_val_batches=0",
+        "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.enable_progress_bar=false", "probe.every=0",
+        "checkpoint.every_n_steps=0", "eval.tasks=[hellaswag]", f"eval.data={data}", f"out={tmp_path / 'out'}",
+    ]))  # fmt: skip
+    in_run = scores.read(folder)["3"]["sage_int8"]["hellaswag"]
+    assert in_run["chat_template"] is chat
+    (folder / scores.FILE).unlink()
+    assert command.main([str(folder), "--tasks", "hellaswag", "--data", str(data), "--device", "cpu"]) == 0
+    alone = scores.read(folder)["3"]["sage_int8"]["hellaswag"]
+    assert alone["chat_template"] is chat and alone["scores"] == in_run["scores"]
 
 
 DROPOUT = ["attention=sdpa", "model.checkpointing=full", "+model.config.attention_dropout=0.2"]
