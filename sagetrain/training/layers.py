@@ -82,8 +82,9 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def _gradients_aside(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Takes gradients of another type than their weight's (`grad_dtype`) off the layer while it runs: Dynamo breaks the
-    graph at such a weight when it compiles in the midst of an accumulation, and then runs checkpoints uncompiled."""
+    """Takes gradients of another type than their weight's (`grad_dtype`) off the layer while it runs: compiling anew
+    in the midst of an accumulation, Dynamo breaks the graph at such a weight, and never compiles a checkpointed layer.
+    The weights are looked up at each call, as FSDP2 puts others in their place."""
 
     def aside(*args: Any, **inputs: Any) -> Any:
         weights = [w for w in layer.parameters() if w.grad is not None and w.grad.dtype != w.dtype]
