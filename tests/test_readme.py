@@ -44,9 +44,9 @@ module, datamodule = Module(), torch.utils.data.DataLoader(torch.randint(5, (2, 
 """
 
 
-def example(word: str) -> str:
-    """The example of README that has a word in it."""
-    (found,) = (code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if word in code)
+def example(word: str, page: Path = README) -> str:
+    """The example of a page that has a word in it."""
+    (found,) = (code for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if word in code)
     return found
 
 
@@ -64,22 +64,31 @@ def test_plain_torch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_clients_train_with_int8(tmp_path: Path) -> None:
-    """One step of all three, in one process; each is seen to call the kernel. What a CPU wants said is added."""
+    """One step of each, in one process; each is seen to call the kernel. What a CPU wants said is added."""
     hub = example("from_pretrained").replace("Qwen/Qwen2.5-0.5B", "model")
-    sft = example("SFTTrainer").replace("Qwen/Qwen2.5-0.5B", "model")
-    sft = sft.replace("from datasets import load_dataset\n", "")
-    sft = sft.replace(
-        'SFTConfig("out", ', 'SFTConfig("out", max_length=64, max_steps=1, use_cpu=True, report_to=[], bf16=False, '
+    pages = README, CHECKOUT / "docs" / "finetuning.md"
+    sft, adapted = (
+        re.sub("Qwen/Qwen2.5-[0-9.]+B", "model", example("SFTTrainer", page))
+        .replace("from datasets import load_dataset\n", "")
+        .replace(
+            'SFTConfig("out", ', 'SFTConfig("out", max_length=64, max_steps=1, use_cpu=True, report_to=[], bf16=False, '
+        )
+        for page in pages
     )
     lightning = example("sage_ddp").replace("Trainer(", "Trainer(accelerator='cpu', fast_dev_run=1, ")
     counted = "\nfrom torch.profiler import profile\n"
     after = "print(sum('sagetrain' in e.key for e in seen.key_averages()) > 1)\n"  # forward and backward
-    steps = {hub: "model(ids := torch.full((1, 16), 3), labels=ids).loss.backward()", sft: "", lightning: ""}
+    steps = {
+        hub: "model(ids := torch.full((1, 16), 3), labels=ids).loss.backward()",
+        sft: "",
+        adapted: "",
+        lightning: "",
+    }
     code = GIVEN + counted
     for text, then in steps.items():
         body = "".join(f"    {line}\n" for line in f"{text}\n{then}".splitlines())
         code += f"with profile() as seen:\n{body}{after}"
-    assert run(code, tmp_path).split().count("True") == 3
+    assert run(code, tmp_path).split().count("True") == 4
 
 
 def anchors(page: Path) -> set[str]:
