@@ -52,6 +52,7 @@ from sagetrain.__main__ import compose
 from sagetrain.integrations import bf16
 from sagetrain.ops import schemes
 from sagetrain.training.checks import check_settings
+from sagetrain.training.flops import model_flops, peak_flops
 from sagetrain.training.layers import layers
 from sagetrain.training.module import model_config, optimizer_of, prepare
 from sagetrain.training.train import attention_file
@@ -63,7 +64,6 @@ ARMS = {
     "packed": ("sage_int8", "fa4", "fa3", "fa2", "varlen", "flex", "sdpa"),
     "plain": ("sage_int8", "fa4", "sdpa_flash", "sdpa_cudnn", "sdpa"),
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 5090": 210e12}  # dense BF16
 KINDS = {  # of kernels, by their names; the first that matches
     "attention backward": r"sagetrain.*backward_kernel|triton_tem.*flex_attention.*backward|sdpa.*bprop|bwd",
     "attention forward": r"sagetrain.*forward_kernel|triton_tem.*flex_attention|flash.*fwd|fmha.*fwd|sdpa.*fprop",
@@ -144,16 +144,6 @@ def batches(cfg: DictConfig, count: int, device: torch.device) -> list[dict[str,
     stream = sagetrain.data.build(cfg.data, tokenizer, cfg.data.seq_len, cfg.seed, cfg.data.batch_size).stream
     found = [batch for batch, _ in zip(stream.batches(stream.start, 0, 1), range(count), strict=False)]
     return [{key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()} for batch, _ in found]
-
-
-def model_flops(model: torch.nn.Module, batch: dict[str, Any]) -> float:
-    """Of forward and backward, by docs/pretraining.md."""
-    config = model.config.get_text_config()
-    tokens, rows = batch["input_ids"].numel(), batch["input_ids"].shape[0]
-    cu = batch.get("cu_seq_lens_q")
-    squares = float((cu.diff().double() ** 2).sum()) if cu is not None else rows * (tokens / rows) ** 2
-    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    return 6.0 * sum(p.numel() for p in model.parameters()) * tokens + 6.0 * config.num_hidden_layers * width * squares
 
 
 class Arm:
@@ -284,10 +274,7 @@ def measure(cfg: DictConfig, data: str, names: list[str], rounds: int, device: t
             if number == 0:  # the optimizer's first update makes its state, and may compile
                 arm.times.clear()
     many, tokens = cfg.trainer.get("accumulate_grad_batches", 1), rows[0]["input_ids"].numel()
-    flops = statistics.mean(model_flops(model, row) for row in rows)
-    peak = next(
-        (x for name, x in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), 0
-    )
+    flops, peak = statistics.mean(float(model_flops(model, row)) for row in rows), peak_flops(device)
     for arm in arms:
         first, micro, update = (statistics.median(arm.times[name]) for name in ("first", "micro", "optimizer"))
         step = first + (many - 1) * micro + update

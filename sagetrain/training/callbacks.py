@@ -5,9 +5,10 @@ step (validation, probe) is written over that row in one system call. After a re
 dropped, so every step stands there once. The probe compares the run's scheme with BF16 attention on one held batch.
 Choice: the loss of that step alone over all its targets, never smoothed, printed with all its digits, so that two runs
 can be compared bit for bit; times are the mean over the steps since the row before, `data_wait` is the share of them
-for which the loop waited for its next batches. Not Lightning's CSVLogger, which begins metrics.csv anew after a resume
-and writes a row only once; not its progress bars, which count batches of an epoch, read what was logged (a wait for the
-device each time) and show nothing where the output is no terminal.
+for which the loop waited for its next batches. `mfu` is that of this rank's device (empty where its peak is not known),
+`peak_gib` the most memory that was allocated on it. Not Lightning's CSVLogger, which begins metrics.csv anew after a
+resume and writes a row only once; not its progress bars, which count batches of an epoch, read what was logged (a wait
+for the device each time) and show nothing where the output is no terminal.
 Cost: reading a row waits for the step to finish on the device. That happens every `trainer.log_every_n_steps` steps,
 before validation and a probe, and at the end; no other step is waited for. A probe takes two sets of gradients, and
 time and activations of `probe.max_tokens`, which is less than a micro-batch of long rows takes.
@@ -35,10 +36,13 @@ from sagetrain.ops import reference, schemes
 from sagetrain.terminal import console
 from sagetrain.training.checkpoint import way_back
 from sagetrain.training.finite import what_is_bad
+from sagetrain.training.flops import model_flops, peak_flops
 from sagetrain.training.folder import RENAMED, write
+from sagetrain.training.loggers import send
 from sagetrain.training.module import CausalLM
 
-COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "data_wait", "val_loss")
+COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "data_wait", "mfu", "peak_gib")
+COLUMNS += ("val_loss",)
 RESERVE, RESERVED = ".reserve", 64 << 10  # for the last run.json of a run on a full disk
 PROBE = ("probe/loss_bf16", "probe/loss_lowbit", "probe/grad_cosine", "probe/ds_rowsum")
 
@@ -59,6 +63,8 @@ class RunLog(L.Callback):
         self.columns = COLUMNS + extra
         self.row: dict[str, Any] = {}  # of the last logged step
         self._tokens: Tensor | int = 0  # since the run began, on the device until a row is written
+        self._flops: Tensor | float = 0.0  # of this rank since the row before
+        self._peak: float | None = None  # FLOPs a second that its device has
         self._seen = 0
         self._logged = (0, 0)  # step and tokens of the row before
         self._file: io.TextIOWrapper | None = None
@@ -72,14 +78,17 @@ class RunLog(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: CausalLM) -> None:
         self._seen, self._logged = trainer.global_step, (trainer.global_step, int(self._tokens))
+        self._peak, self._flops = peak_flops(module.device), 0.0
         if trainer.is_global_zero:
             self.facts["parameters"] = module.parameter_count()
             self.facts["trained_parameters"] = module.parameter_count(trained=True)
             self._open(trainer.global_step)
             self.write_status("running", trainer.global_step)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: CausalLM, _: Any, batch: dict[str, Any], *__: Any) -> None:
         step = trainer.global_step
+        if self._peak:
+            self._flops = self._flops + model_flops(module.model, batch)
         if step == self._seen:
             return
         self._seen = step
@@ -107,12 +116,15 @@ class RunLog(L.Callback):
         norm, lr, self._logged = module.grad_norm(), module.step["lr"], (step, self._tokens)
         values = (step, self._tokens, loss, norm, lr, tokens / seconds, 1e3 * seconds / steps, waited / seconds)
         self.row = dict(zip(COLUMNS, values, strict=False))
+        if self._peak:
+            self.row["mfu"], self._flops = float(self._flops) / seconds / self._peak, 0.0
+        if module.device.type == "cuda":
+            self.row["peak_gib"] = torch.cuda.max_memory_allocated(module.device) / 2**30
         if trainer.is_global_zero:
             self.facts.setdefault("tokens_per_step", tokens // steps)
             self._last_row = self._file.seek(0, os.SEEK_END)
             self._write()
-        for logger in trainer.loggers:
-            logger.log_metrics(self.row, step)
+        send(trainer.loggers, self.row, step)
         bad = module.first_bad_step()
         if bad is None and math.isfinite(loss):
             return True
@@ -130,8 +142,7 @@ class RunLog(L.Callback):
         if trainer.is_global_zero and self.row:
             self._file.seek(self._last_row)
             self._write()
-        for logger in trainer.loggers:
-            logger.log_metrics(values, trainer.global_step)
+        send(trainer.loggers, values, trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, module: CausalLM) -> None:
         if "val_loss" in trainer.callback_metrics and self.row:

@@ -44,6 +44,7 @@ from sagetrain.integrations import bf16
 from sagetrain.ops import schemes
 from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups, settings
 from sagetrain.terminal import console
+from sagetrain.training import loggers
 from sagetrain.training.attention_record import AttentionRecord
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint
@@ -357,7 +358,7 @@ def _trainer(
         callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *bars, *measures, save],
         plugins=[save.io] if save.io else None,
         enable_progress_bar=False,
-        logger=_logger(cfg, log.facts, group) or False,
+        logger=loggers.start(cfg, log.facts, group) or False,
     )
     alone(trainer)
     return trainer
@@ -367,25 +368,6 @@ def _in_one_file(cfg: DictConfig) -> bool:
     """Whether the strategy's checkpoints are files (those of FSDP2 and DeepSpeed are folders)."""
     target = cfg.strategy.get("_target_")
     return not target or target.endswith("SageDDPStrategy")
-
-
-def _logger(cfg: DictConfig, facts: dict[str, Any], group: str | None) -> Any:
-    """The logger beside metrics.csv, started (so that it fails now or not at all); None when there is none."""
-    target = cfg.logger.get("_target_")
-    if not target:
-        return None
-    if not target.endswith("WandbLogger"):
-        return instantiate(cfg.logger, save_dir=cfg.out, name=None, version="tensorboard")
-    os.environ.setdefault("WANDB_MODE", cfg.logger.mode)
-    os.environ.setdefault("WANDB_SILENT", "true")
-    options = {k: v for k, v in cfg.logger.items() if k not in ("mode", "group")}
-    group, identity = cfg.logger.group or group, facts["wandb_id"]
-    logger = instantiate(options, name=facts["name"], group=group, save_dir=cfg.out, id=identity, resume="allow")
-    try:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    except Exception as error:  # wandb's errors have no common kind
-        raise ValueError(f"Weights & Biases did not start: {error}. Try wandb login, or logger.mode=offline") from error
-    return logger
 
 
 def _facts(cfg: DictConfig) -> dict[str, Any]:

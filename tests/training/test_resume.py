@@ -35,7 +35,7 @@ def train(out: Path, *more: str) -> None:
 def rows(out: Path) -> list[list[str]]:
     """metrics.csv without its timings."""
     lines = [line.split(",") for line in (out / "metrics.csv").read_text().splitlines()]
-    timed = [lines[0].index(name) for name in ("tokens_per_s", "step_ms", "data_wait")]
+    timed = [lines[0].index(name) for name in ("tokens_per_s", "step_ms", "data_wait", "mfu", "peak_gib")]
     return [[x for i, x in enumerate(line) if i not in timed] for line in lines]
 
 

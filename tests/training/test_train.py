@@ -317,30 +317,6 @@ def test_the_optimizer_state_is_looked_at_too(train, monkeypatch, tmp_path: Path
         train("checkpoint.every_n_steps=1")
 
 
-def test_wandb_offline_has_one_group_and_names_by_arm_and_seed(train, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    from lightning.pytorch.loggers import WandbLogger
-
-    seen = []
-    finish = WandbLogger.finalize
-    monkeypatch.setattr(
-        WandbLogger, "finalize", lambda self, status: (seen.append(self.experiment), finish(self, status))
-    )
-    train("logger=wandb", "compare.arms=[bf16,sage_int8]", "compare.seeds=1", "trainer.max_steps=5")
-    assert {r.name for r in seen} == {"bf16-seed0", "sage_int8-seed0"} and {r.group for r in seen} == {"quickstart-out"}
-    for name in ("bf16-seed0", "sage_int8-seed0"):
-        assert list((tmp_path / "out" / name / "wandb").glob("offline-run-*/*.wandb"))
-
-
-def test_tensorboard_gets_the_same_rows(train) -> None:
-    (out,) = train("logger=tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(out / "tensorboard")).Reload()
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx([float(x) for x in losses(out)])
-
-
 def test_several_devices_compare_only_under_an_outer_launcher(train) -> None:
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2 -m sagetrain"):
         train("compare.arms=[bf16,sage_int8]", "trainer.devices=2", "strategy=ddp")
