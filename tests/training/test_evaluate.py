@@ -504,10 +504,13 @@ def test_steps_after_an_evaluation_are_those_without(how: list[str], train, monk
 
     evaluate = harness.evaluate
     monkeypatch.setattr(harness, "evaluate", draws)
-    (evaluated, plain) = (
-        rows(train("gsm8k", *how, f"eval.tasks=[{task}]", "eval.every_n_steps=1", "eval.limit=1", out=f"out{task}"))
+    runs = [
+        train("gsm8k", *how, f"eval.tasks=[{task}]", "eval.every_n_steps=1", "eval.limit=1", out=f"out{task}")
         for task in ("gsm8k", "")
-    )
+    ]
+    evaluated, plain = map(rows, runs)
+    graphs = [json.loads((folder / "run.json").read_text()).get("graphs") for folder in runs]
+    assert graphs[0] == graphs[1]  # nothing is compiled for an evaluation's many lengths
     assert [row["loss"] for row in evaluated] == [row["loss"] for row in plain]
     assert all(row["eval/gsm8k/strict_match"] for row in evaluated)
 
