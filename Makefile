@@ -14,7 +14,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-compile
 RUN_NEEDS := lightning transformers hydra-core plotly rich datasets
-TEST_NEEDS := wandb deepspeed tensorboard pytest pytest-xdist hypothesis ruff trl peft accelerate torchao lm-eval matplotlib
+TEST_NEEDS := wandb wandb-workspaces deepspeed tensorboard pytest pytest-xdist hypothesis ruff trl peft accelerate torchao lm-eval matplotlib
 
 # pip leaves bytecode out (it would compile far more than is ever imported); the first import writes it.
 unexport PYTHONDONTWRITEBYTECODE

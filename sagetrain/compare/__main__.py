@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sagetrain.compare import markdown, report, terminal
+from sagetrain.compare import Comparison, markdown, report, terminal
 from sagetrain.errors import refused
 from sagetrain.terminal import console, print_anything
 
@@ -24,12 +24,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--baseline", metavar="ARM", help=f"arm to hold the others against (default: {default})")
     text = "print the tables in Markdown, for a pull request"
     parser.add_argument("--markdown", action="store_true", help=text)
+    where = "send a dashboard and a report to Weights & Biases, where the runs are (needs wandb-workspaces)"
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help=where)
     options = parser.parse_args(arguments)
     first = Path(options.runs[0]).expanduser()
     parent = first if len(options.runs) == 1 and not (first / "run.json").exists() else "comparison"
     out = Path(options.out or parent).expanduser()
     try:
         comparison = report(options.runs, out, options.baseline)
+        sent = _publish(comparison, options.wandb) if options.wandb else []
     except Exception as error:
         return refused(error)
     if options.markdown:
@@ -38,8 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
         console().print(terminal(comparison))
         for text in [*comparison.mismatches, *comparison.notes]:
             console().print("note:", text)
-    console(stderr=options.markdown).print(f"report: {out / 'report.html'}", soft_wrap=True)
+    for text in [f"report: {out / 'report.html'}", *sent]:
+        console(stderr=options.markdown).print(text, soft_wrap=True)
     return 0
+
+
+def _publish(comparison: Comparison, target: str) -> list[str]:
+    try:
+        from sagetrain.compare.dashboard import publish
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--wandb: no package {error.name}: pip install 'sagetrain[wandb]'") from error
+    found = publish(comparison, target)
+    names = zip(("dashboard", "W&B report"), found, strict=True) if found else ()
+    return [f"{name}: {url}" for name, url in names] or ["offline: send the runs and this comparison by wandb sync"]
 
 
 if __name__ == "__main__":
