@@ -14,6 +14,7 @@ from typing import Any
 import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
+from wandb_workspaces import expr
 
 from sagetrain.compare import tables
 from sagetrain.compare.figures import looks, tokens_at
@@ -102,7 +103,7 @@ def workspace(comparison: Comparison, entity: str, project: str, own: str) -> ws
     """The dashboard. own: the id of the comparison's run."""
     made = [ws.Section(name=title, panels=panels, is_open=True) for title, panels in sections(comparison).items()]
     name = f"SageTrain: {', '.join(comparison.short(arm.name) for arm in comparison.arms)}"
-    chosen = ws.RunsetSettings(filters=[ws.Metric("ID").isin(ids(comparison, own))])
+    chosen = ws.RunsetSettings(filters=expr.And(ws.Metric("ID").isin(ids(comparison, own))))
     settings = ws.WorkspaceSettings(x_axis="tokens")
     return ws.Workspace(entity, project, name=name, sections=made, settings=settings, runset_settings=chosen)
 
