@@ -9,6 +9,7 @@ login, and only the service can prove that it takes both and shows them as meant
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import wandb
@@ -59,7 +60,8 @@ def send(comparison: Comparison, entity: str, project: str) -> Any:
     """One run with the gap of each arm, the band, and the tables. Returns it, finished."""
     recipe = ", ".join(sorted({run.recipe for run in comparison.runs}))
     curves = {f"gap/{comparison.short(arm.name)}": comparison.differences(arm) for arm in comparison.others}
-    with wandb.init(entity=entity, project=project, name=f"comparison: {recipe}", job_type="comparison") as run:
+    here = {"dir": Path.cwd()}  # by itself it takes where the first run of the process was
+    with wandb.init(entity=entity, project=project, name=f"comparison: {recipe}", job_type="comparison", **here) as run:
         run.define_metric("*", step_metric="tokens")
         rows: dict[int, dict[str, float]] = {}
         for name, pairs in curves.items():

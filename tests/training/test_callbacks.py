@@ -121,6 +121,7 @@ def test_rows_beyond_the_checkpoint_and_half_rows_are_dropped(tmp_path: Path) ->
         log.row = {"step": step, "loss": 1 / step}
         log._last_row = log._file.seek(0, 2)
         log._write()
+        trainer.global_step = step
         if step == 3:
             log.amend(trainer, {"val_loss": 7.0})
     log.close()
