@@ -12,9 +12,9 @@ line when both are tokenised together, unless a token reaches over the border; t
 (By itself " A" would be two tokens to tokenizers that put a space before every text.) eos ends it.
 
 With `chat_template` an example is a conversation as the tokenizer's template writes it, and as the harness asks with
-`--apply_chat_template`: the prompt is what the user says, the answer (without its space) what the assistant says. Then
-prompt are all tokens up to where the assistant begins, and the answer ends with what the template ends a turn with; a
-line break behind that, which nobody would generate, is left out.
+`--apply_chat_template`: the prompt is what the user says (MMLU's first line the system), the answer (without its space)
+what the assistant says. Then prompt are all tokens up to where the assistant begins, and the answer ends with what the
+template ends a turn with; a line break behind that, which nobody would generate, is left out.
 
 Both layouts of a record are read: the hub data sets' and plain JSON lines. Nothing that is evaluated is trained on or
 validated on: the harness takes GSM8K's and MMLU's test split and the validation split of HellaSwag and DROP. So
@@ -57,6 +57,7 @@ class Task:
     train: str
     val: str | None  # a split that is neither trained on nor evaluated, if there is one
     text: Callable[[Record, str], Text]
+    system: bool = False  # whether the first paragraph of a prompt is the system's message in a conversation
 
     def read(self, record: Record, where: str) -> Text:
         """Raises ValueError, with where it stands, for a record that lacks something or answers with nothing."""
@@ -129,7 +130,7 @@ def _drop_answer(record: Record, where: str) -> str:
 
 TASKS = {
     "gsm8k": Task("openai/gsm8k", "main", "train", None, _gsm8k),
-    "mmlu": Task("cais/mmlu", "all", "auxiliary_train", "validation", _mmlu),
+    "mmlu": Task("cais/mmlu", "all", "auxiliary_train", "validation", _mmlu, system=True),
     "hellaswag": Task("Rowan/hellaswag", None, "train", None, _hellaswag),
     "drop": Task("ucinlp/drop", None, "train", None, _drop),
 }
@@ -300,7 +301,8 @@ def _rows(task: Task, tokenizer: Any, records: Iterable[tuple[str, Record]], cha
     of what the split is decided by."""
     records = iter(records)
     while texts := [task.read(record, where) for where, record in islice(records, TOGETHER[0])]:
-        pairs = (_conversations if chat else _continuations)(tokenizer, [text[1:] for text in texts])
+        asked = [text[1:] for text in texts]
+        pairs = _conversations(tokenizer, asked, task.system) if chat else _continuations(tokenizer, asked)
         for (key, text, _), (prompt, answer) in zip(texts, pairs, strict=True):
             ids, share = np.concatenate([prompt, answer]), digest(key.encode()) / 2**63
             yield {"ids": ids, "prompt": len(prompt), "digest": digest(text.encode()), "share": share}
@@ -318,12 +320,18 @@ def _continuations(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Iterator
         yield np.concatenate([bos, prompt]), np.concatenate([answer, eos])
 
 
-def _conversations(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The same of conversations of one question and one answer.
+def _conversations(
+    tokenizer: Any, texts: Sequence[tuple[str, str]], system: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same of conversations of one question and one answer, with a message of the system's before where `system`.
 
     Raises ValueError where the template does not let an answer follow the prompt as it is.
     """
-    asked = [[{"role": "user", "content": prompt}] for prompt, _ in texts]
+    parts = [prompt.partition("\n\n") if system else ("", "", prompt) for prompt, _ in texts]
+    asked = [
+        [{"role": role, "content": said} for role, said in (("system", head + gap), ("user", rest)) if said]
+        for head, gap, rest in parts
+    ]
     answers = [{"role": "assistant", "content": reply.strip()} for _, reply in texts]
     said = [[*question, answer] for question, answer in zip(asked, answers, strict=True)]
     prompts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import sagetrain  # noqa: F401 (registers sage_int8)
 from sagetrain.__main__ import compose
-from sagetrain.data import ByteTokenizer
+from sagetrain.data import ByteTokenizer, build_tokenizer
 from sagetrain.data.files import read_records
-from sagetrain.data.tasks import TASKS, _begun
+from sagetrain.data.tasks import TASKS, _begun, _rows
 from sagetrain.errors import is_bad_input
 from sagetrain.evaluation import scores
 from sagetrain.evaluation.tasks import ASKED, Files, build, find, leaves
@@ -182,6 +183,18 @@ def test_asks_what_training_showed(task: str, layout: dict[str, Any], tmp_path: 
         assert sorted("".join(args[int(record[rights[task]])]) for args, record in pairs) == shown
     else:
         assert all(text.startswith(args[0][0]) for text, args in zip(shown, sorted(asked), strict=True))
+
+
+@pytest.mark.parametrize("task", scores.METRICS)
+def test_a_conversation_is_asked_as_training_showed_it(task: str, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(str(pretrained(tmp_path / "model")))
+    file = write(tmp_path / "x.jsonl", HUB[task])
+    in_turns = partial(tokenizer.apply_chat_template, tokenize=False)
+    asked, shown = set(), _rows(TASKS[task], tokenizer, ((str(i), x) for i, x in enumerate(HUB[task])), True)
+    for leaf in leaves(build(task, Files([file], []), 0)):
+        leaf.build_all_requests(apply_chat_template=True, fewshot_as_multiturn=True, chat_template=in_turns)
+        asked |= {instance.args[0] for instance in leaf.instances}
+    assert asked == {tokenizer.decode(row["ids"][: row["prompt"]]) for row in shown}
 
 
 @pytest.mark.skipif("SAGE_DATA" not in os.environ, reason="SAGE_DATA names a folder of the real data sets")
