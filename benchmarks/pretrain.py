@@ -53,7 +53,7 @@ from sagetrain.integrations import bf16
 from sagetrain.ops import schemes
 from sagetrain.training.checks import check_settings
 from sagetrain.training.flops import model_flops, peak_flops
-from sagetrain.training.layers import layers
+from sagetrain.training.layers import compile_layers
 from sagetrain.training.module import model_config, optimizer_of, prepare
 from sagetrain.training.train import attention_file
 
@@ -135,8 +135,7 @@ def compile_apart(model: torch.nn.Module) -> None:
         compiled = cache(lambda attention: torch.compile(forward, backend=backends[attention]))
         return lambda *args, **inputs: compiled(model.config._attn_implementation)(*args, **inputs)
 
-    for layer in layers(model):
-        layer.forward = by_attention(layer.forward)
+    compile_layers(model, by_attention)
 
 
 def batches(cfg: DictConfig, count: int, device: torch.device) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The benchmark of a recipe's step measures the recipe: its arms, its data, one loss for all of them."""
 
+import itertools
 import sys
 from typing import Any
 
@@ -83,6 +84,36 @@ def test_a_peer_that_is_called_directly_is_known() -> None:
     assert "nobody watched" in pretrain.ran("eager")[1]
 
 
+def packed(*lengths: int) -> dict[str, Any]:
+    """A micro-batch of documents of these lengths."""
+    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    longest = {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    return {
+        "input_ids": places,
+        "labels": places,
+        "position_ids": places,
+        "cu_seq_lens_q": cu,
+        "cu_seq_lens_k": cu,
+    } | longest
+
+
+def test_layers_run_whole_beside_gradients_of_another_type() -> None:
+    """As memory=24gb has them: the second micro-batch, which compiles anew, finds FP32 gradients of BF16 weights."""
+    options = ["model.compile=true", "model.checkpointing=full", "compare.arms=null"]
+    torch.compiler.reset()
+    device = torch.device("cpu")
+    model, optimizer = pretrain.build(pretrain.compose(["recipe=quickstart", *MODEL, *options]), device)
+    model.to(torch.bfloat16)
+    for weight in model.parameters():
+        weight.grad_dtype = torch.float32
+    arm = pretrain.Arm(
+        "sage_int8", pretrain.implementation("sage_int8", "packed", device), model, optimizer, "bf16-true"
+    )
+    arm.warm_up([packed(24, 40), packed(4, 20, 40)])
+    assert arm.found["graph_breaks"] == 0
+
+
 @pytest.mark.parametrize("order", [("sdpa", "sage_int8"), ("sage_int8", "sdpa")])
 def test_an_attention_that_breaks_its_layers_breaks_no_other(
     order: tuple[str, str], monkeypatch: pytest.MonkeyPatch
@@ -99,9 +130,7 @@ def test_an_attention_that_breaks_its_layers_breaks_no_other(
     device = torch.device("cpu")
     torch.compiler.reset()
     model, optimizer = pretrain.build(cfg, device)
-    cu, places = torch.tensor([0, 24, 64], dtype=torch.int32), torch.cat([torch.arange(24), torch.arange(40)])[None]
-    documents = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 40, "max_length_k": 40}
-    pair = [{"input_ids": torch.arange(64)[None], "labels": places, "position_ids": places} | documents] * 2
+    pair = [packed(24, 40)] * 2
     arms = [
         pretrain.Arm(name, pretrain.implementation(name, "packed", device), model, optimizer, "32-true")
         for name in order

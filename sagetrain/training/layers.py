@@ -75,10 +75,13 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
     return again
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Has every layer run compiled; lengths of documents may vary without compiling anew."""
+def compile_layers(
+    model: nn.Module, compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+) -> None:
+    """Has every layer run compiled, by `compiler` (torch.compile); lengths of documents may vary without compiling
+    anew."""
     for layer in layers(model):
-        layer.forward = _gradients_aside(layer, torch.compile(layer.forward))
+        layer.forward = _gradients_aside(layer, (compiler or torch.compile)(layer.forward))
 
 
 def _gradients_aside(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
