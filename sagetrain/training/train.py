@@ -48,7 +48,14 @@ from sagetrain.training import loggers
 from sagetrain.training.attention_record import AttentionRecord
 from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint
-from sagetrain.training.checkpoint_files import HostCheckpointIO, check_checkpoint, checkpoints, last_good, step_of
+from sagetrain.training.checkpoint_files import (
+    HostCheckpointIO,
+    check_checkpoint,
+    checkpoints,
+    last_good,
+    pin_with_threads,
+    step_of,
+)
 from sagetrain.training.checks import check_settings
 from sagetrain.training.evaluation import Evaluate
 from sagetrain.training.evaluation import check as check_evaluation
@@ -72,6 +79,7 @@ def run(cfg: DictConfig) -> list[Path]:
     if not is_helper():
         os.environ[LAUNCHER] = str(os.getpid())
     _quiet()
+    pin_with_threads()
     check_settings(cfg)
     cfg = at_home(cfg)
     out = Path(cfg.out).absolute()

@@ -274,6 +274,17 @@ def test_a_run_goes_on_where_no_memory_can_be_pinned(train, monkeypatch) -> None
     assert saved(out) == [STEPS] and info(out)["status"] == "finished" and info(out)["saves"] == 4
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_threads_pin_unless_the_user_says_how_memory_is_allocated(train, monkeypatch, name: str) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv(name, "expandable_segments:True")
+    train("trainer.max_steps=1")
+    assert os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True") == "expandable_segments:True"
+    monkeypatch.delenv(name)
+    train("trainer.max_steps=1", out="other")
+    assert "pinned_num_register_threads" in os.environ["PYTORCH_ALLOC_CONF"]
+
+
 @pytest.mark.parametrize(
     ("steps", "minutes", "keep", "first_rank", "in_one_file", "pins"),
     [
@@ -320,7 +331,7 @@ def test_the_first_save_on_a_gpu_takes_no_longer_than_the_next(train, monkeypatc
     monkeypatch.setattr(CausalLM, "training_step", lambda *args: (steps.append(1), step(*args))[1])
     monkeypatch.setattr(checkpoint, "pin", noted)
     monkeypatch.setattr(Checkpoint, "save", timed)
-    torch.accelerator.empty_host_cache()
+    (getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache)()
     train(
         "trainer.accelerator=gpu", "trainer.precision=bf16-mixed", "attention=sdpa", "optim.lr=1e-5",
         "model.config.hidden_size=2048", "model.config.intermediate_size=8192", "model.config.num_hidden_layers=3",
