@@ -39,6 +39,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attention": (("shape", "mask", "backend"), ()),
     "passes": (("shape", "direction"), ("pass",)),
     "pretrain": (("recipe", "tokens", "data", "checkpointing", "precision", "linear", "optimizer", "attention"), ()),
+    "finetune": (("model", "task", "steps"), ("arm", "seed", "metric")),
     "accuracy": (("case", "d", "tokens", "dtype"), ("result",)),
     "ablation": (("case", "d", "tokens"), ("variant",)),
     "parity": (("size", "tokens", "steps", "every", "text", "batch"), ("part", "measure")),
