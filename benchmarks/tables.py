@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -382,6 +382,52 @@ def loss(folder: str) -> str:
     return markdown(["", "seeds", "steps", "final loss", "gap", "seed to seed", "tokens/s"], lines)
 
 
+def finetune(file: str, of: str, **wanted: str) -> str:
+    """Table of fine-tuned models by task: `of` is `score` (in percent, by metric) or `loss` (of validation).
+
+    Mean and standard deviation over seeds; the gap is INT8's to BF16's of the same seed.
+    """
+    cases: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    for row in sorted(chosen(file, wanted), key=lambda row: int(row["seed"])):
+        case = (row["task"], row["metric"]) if of == "score" else (row["task"],)
+        cases.setdefault(case, {}).setdefault(row["arm"], []).append(row)
+    if of == "loss":  # the same in the rows of every metric
+        cases = {
+            case: {arm: [row for row in rows if row["metric"] == rows[0]["metric"]] for arm, rows in arms.items()}
+            for case, arms in cases.items()
+        }
+    lines = []
+    for (task, *metric), arms in cases.items():
+        bf16, int8 = arms["bf16"], arms[OURS]
+        if [row["seed"] for row in bf16] != [row["seed"] for row in int8]:
+            raise ValueError(f"{task}: the arms have other seeds")
+        if of == "loss":
+            lines.append([task, str(len(int8)), *(spread(rows, "val_loss") for rows in (bf16, int8))])
+            lines[-1].append(spread(int8, "val_loss", bf16))
+        else:
+            before = [f"{100 * float(rows[0]['before']):.1f}" for rows in (bf16, int8)]
+            cells = [f"{task}, {metric[0]}", f"{int(int8[0]['n']):,}", " / ".join(dict.fromkeys(before))]
+            cells += [spread(bf16, "after"), spread(int8, "after"), spread(int8, "after", bf16)]
+            lines.append([*cells, spread(bf16, "other"), spread(int8, "other")])
+    if of == "loss":
+        return markdown(["", "seeds", "BF16", "INT8", "INT8 - BF16"], lines)
+    other = ["BF16, asked with INT8", "INT8, asked with SDPA"]
+    return markdown(["", "questions", "before", "BF16", "INT8", "INT8 - BF16", *other], lines)
+
+
+def spread(rows: list[Row], column: str, base: list[Row] | None = None) -> str:
+    """`31.2 ± 0.4`: mean and standard deviation of a column, or of what it is above `base`; of one value only that.
+
+    Scores are in percent.
+    """
+    scale, places = (1, 4) if column.endswith("loss") else (100, 1)
+    values = [scale * float(row[column]) for row in rows]
+    if base:
+        values = [value - scale * float(row[column]) for value, row in zip(values, base, strict=True)]
+    text = f"{mean(values):{'+' if base else ''}.{places}f}"
+    return f"{text} ± {stdev(values):.{places}f}" if len(values) > 1 else text
+
+
 def typical(folder: str, column: str) -> str:
     """Phrase: the median of a column over all steps of the runs in a folder's metrics.csv."""
     return digits(median(float(row[column]) for row in read(RESULTS / folder / "metrics.csv") if row[column]))
@@ -390,7 +436,7 @@ def typical(folder: str, column: str) -> str:
 KINDS: dict[str, Callable[..., str]] = {
     f.__name__: f
     for f in (
-        speed, ratios, ratio, value, over, passes, step, breakdown, errors, accuracy, overlap, loss, typical,
+        speed, ratios, ratio, value, over, passes, step, breakdown, errors, accuracy, overlap, loss, finetune, typical,
     )
 }  # fmt: skip
 

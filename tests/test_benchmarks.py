@@ -1,17 +1,22 @@
 """The benchmark of a recipe's step measures the recipe: its arms, its data, one loss for all of them."""
 
 import itertools
+import json
+import lzma
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import pretrain
+from benchmarks import finetune, pretrain
+from sagetrain.evaluation import scores
 from tests.tiny import MODEL
 
 
 def test_a_recipes_step_arm_by_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "conditions", lambda device: {"device": device})
     written: list[dict[str, Any]] = []
     monkeypatch.setattr(pretrain, "write", lambda rows, path: written.extend(rows))
     command = ["--device", "cpu", "--recipe", "quickstart", "--lengths", "64", "--rounds", "1", "--arms"]
@@ -144,3 +149,49 @@ def test_an_attention_that_breaks_its_layers_breaks_no_other(
         breaks[arm.name], graphs[arm.name] = arm.found["graph_breaks"], len(graphs_run)
     assert breaks["sage_int8"] == 0 and graphs["sage_int8"] == 2 * 2
     assert breaks["sdpa"] > 0 and graphs["sdpa"] > 2 * 2
+
+
+def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands that only write what the real ones write."""
+    data, said = tmp_path / "data", []
+    data.mkdir()
+    with lzma.open(data / "drop-dev.jsonl.xz", "wt") as file:
+        file.writelines(f'{{"passage": "{i % 50}", "question": "{i}"}}\n' for i in range(500))
+
+    def command(words: list[str], env: dict[str, str], **_: Any) -> None:
+        said.append((env["CUDA_VISIBLE_DEVICES"], words[2:]))
+        if words[2] == "sagetrain":
+            given = dict(word.split("=", 1) for word in words[3:])
+            out, arm, step = Path(given["out"]), given["attention"], 3
+            out.mkdir()
+            (out / "run.json").write_text('{"status": "finished", "steps": 3}')
+            (out / "metrics.csv").write_text("step,loss,val_loss\n1,3,\n2,2,2.5\n3,1,1.5\n")
+        else:
+            given = dict(zip(words[4::2], words[5::2], strict=False))
+            out, arm, step = Path(given["--out"]), given["--attention"], 3 * ("before" not in given["--out"])
+        score = {"scores": {"em": 0.25 if arm == "sdpa" else 0.5, "f1": 0.75}, "n": 7}
+        scores.keep(out, step, arm, {"drop": score})
+
+    monkeypatch.setattr(finetune.subprocess, "run", command)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(finetune, "conditions", lambda device: {"device": device})
+    written: list[dict[str, Any]] = []
+    monkeypatch.setattr(finetune, "write", lambda rows, path: written.extend(rows))
+    words = ["--model", str(tmp_path), "--data", str(data), "--out", str(tmp_path / "out"), "--tasks", "drop"]
+    words += ["--seeds", "2", "data.batch_size=1"]
+    finetune.main(words)
+    assert len(said) == 2 * (2 * 2 + 1) and {gpu for gpu, _ in said} <= {"2", "3"}
+    runs = [words for _, (kind, *words) in said if kind == "sagetrain"]
+    assert all(words.count("data.batch_size=1") == 1 and "data.batch_size=64" not in words for words in runs)
+    assert len(written) == 2 * 2 * 2
+    row = next(row for row in written if row["arm"] == "sage_int8" and row["metric"] == "em")
+    assert (row["before"], row["after"], row["other"], row["val_loss"], row["train_loss"]) == (0.5, 0.5, 0.25, 1.5, 1)
+    finetune.main(words)
+    assert len(said) == 10  # nothing was run again
+    train, asked = (
+        {json.loads(line)["passage"] for line in (tmp_path / "out" / "drop" / f"drop-{part}.jsonl").open()}
+        for part in ("train", "eval")
+    )
+    assert len(train | asked) == 50 and not train & asked and 3 < len(asked) < 20

@@ -248,3 +248,23 @@ def test_loss_without_bf16_is_held_against_the_first_arm(tmp_path: Path, monkeyp
         "loss", "run"
     )
     assert tables.made("typical", "run column=data_wait") == "0.150"
+
+
+def test_fine_tuned_models_by_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head = "device,commit,model,task,steps,arm,seed,metric,n,val_loss,before,after,other\n"
+    lines = [
+        f"H200,abc,m,drop,700,{arm},{seed},{metric},1600,{loss + seed / 100},{before},{after + seed / 100},{other}\n"
+        for arm, loss, before, after, other in (("bf16", 1.5, 0.1, 0.3, 0.25), ("sage_int8", 1.502, 0.11, 0.31, 0.27))
+        for seed in (0, 1, 2)
+        for metric in ("em", "f1")
+    ]
+    (tmp_path / "finetune-x.csv").write_text(head + "".join(lines))
+    said = tables.made("finetune", "finetune-x of=loss")
+    assert "| drop | 3 | 1.5100 ± 0.0100 | 1.5120 ± 0.0100 | +0.0020 ± 0.0000 |" in said and said.count("drop") == 1
+    said = tables.made("finetune", "finetune-x of=score")
+    cells = "| 1,600 | 10.0 / 11.0 | 31.0 ± 1.0 | 32.0 ± 1.0 | +1.0 ± 0.0 | 25.0 ± 0.0 | 27.0 ± 0.0 |"
+    assert f"| drop, em {cells}" in said and f"| drop, f1 {cells}" in said
+    (tmp_path / "finetune-x.csv").write_text(head + "".join(lines[:-2]))
+    with pytest.raises(ValueError, match="drop: the arms have other seeds"):
+        tables.made("finetune", "finetune-x of=score")
