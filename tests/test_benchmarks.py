@@ -46,6 +46,15 @@ def test_model_flops_by_hand() -> None:
     batch = {"input_ids": torch.zeros(1, 8, dtype=torch.int64), "cu_seq_lens_q": torch.tensor([0, 3, 8])}
     assert pretrain.model_flops(model, batch) == 6 * count * 8 + 6 * 64 * 34
     assert pretrain.model_flops(model, {"input_ids": batch["input_ids"]}) == 6 * count * 8 + 6 * 64 * 64
+    model.config.tie_word_embeddings = False
+    untied = pretrain.AutoModelForCausalLM.from_config(model.config)
+    assert pretrain.model_flops(untied, batch) == pretrain.model_flops(model, batch)  # what is looked up is no product
+
+
+def test_a_card_with_a_lower_clock_has_a_lower_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, peak in ("H100 80GB HBM3", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("L4", None):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: f"NVIDIA {name}")
+        assert pretrain.peak_flops(torch.device("cuda")) == peak
 
 
 def test_kernels_are_counted_by_what_they_do() -> None:
