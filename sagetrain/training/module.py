@@ -209,7 +209,8 @@ class CausalLM(L.LightningModule):
                 )
             window = targets(batch["labels"]) if window is None else window
             shares = self.trainer.world_size * self.trainer.accumulate_grad_batches
-            total = self._over_ranks(window if isinstance(window, Tensor) else self._scalar(window))
+            # A copy: the sum over ranks is in place, and a loader may give its tensor again.
+            total = self._over_ranks(window.clone() if isinstance(window, Tensor) else self._scalar(window))
             self._mean_targets = (total.clamp(min=1) / shares).float()
         data = self.trainer.datamodule
         self.held.append((data.position() if isinstance(data, TextData) else None, batch))

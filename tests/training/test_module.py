@@ -224,6 +224,15 @@ def test_batches_of_another_loader(run: Run) -> None:
         run.fit(batches=batches, accumulate_grad_batches=2, max_steps=1)
 
 
+def test_a_count_that_a_loader_gives_again_stays_as_it_was(run: Run, monkeypatch) -> None:
+    run.frozen()
+    monkeypatch.setattr(CausalLM, "_over_ranks", lambda self, x: x.mul_(2))  # two equal ranks
+    (batch,) = micro_batches(run, [True], counted=True)
+    batch["num_items_in_batch"] = torch.tensor(batch["num_items_in_batch"])
+    first, second = of(run.fit(batches=[batch, batch], max_steps=2))
+    assert first == second
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_validation_does_not_depend_on_the_batch_size(run: Run, size: int) -> None:
     stream = worker.data(run.cfg).stream
