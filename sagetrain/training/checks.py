@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "optim.schedule": ("cosine", "linear", "wsd"),
 }
 LEAST = {
+    "seed": 0,
     "model.checkpoint_every": 1,
     "optim.warmup_steps": 0,
     "optim.decay_steps": 0,
@@ -35,6 +36,7 @@ LEAST = {
     "checkpoint.every_n_steps": 0,
     "compare.seeds": 1,
     "trainer.max_steps": -1,
+    "trainer.log_every_n_steps": 1,
 }
 OPTIONAL = ("optim.decay_steps", "eval.limit")
 RANGES = {

@@ -36,6 +36,8 @@ RUN = "recipe=quickstart"
         ("compare.arms=[bf16,bf16]", "compare.arms=[bf16,bf16]: name each arm once"),
         ("compare.seeds=1.5", "compare.seeds=1.5: give a whole number, at least 1"),
         ("trainer.max_steps=1.5", "trainer.max_steps=1.5: give a whole number"),
+        ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps=0: give a whole number, at least 1"),
+        ("seed=a", "seed=a: give a whole number, at least 0"),
     ],
 )
 def test_refusals(setting: str, said: str) -> None:
