@@ -136,6 +136,7 @@ def test_a_gpu_that_is_full_names_the_knobs_that_are_left(tmp_path: Path, monkey
         (["data.batch_size=4"], ("data.batch_size=1 with trainer", "memory=24gb", "=attention_saved"), ("_every=1",)),
         (["memory=24gb"], ("model.checkpoint_every=1", "=full", "data.seq_len"), ("memory=24gb", "attention_saved")),
         (["model.checkpointing=full", "model.fused_loss=false"], ("fused_loss=true",), ("checkpointing=",)),
+        (["strategy=fsdp2"], ("=attention_saved", "more devices"), ("memory=24gb", "strategy=fsdp2")),
     ):
         with pytest.raises(
             RuntimeError, match="^CUDA out of memory: Tried to allocate 2.00 GiB. What to turn"
