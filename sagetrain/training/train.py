@@ -86,7 +86,7 @@ def run(cfg: DictConfig) -> list[Path]:
     if global_rank() == 0:
         again = shlex.quote(f"out={quoted(str(out))}")
         console().print(f"run directory: {out} (after an interruption: the same command with {again})", soft_wrap=True)
-    with Watch() as watch:
+    with Watch() as watch, enough(cfg):
         if cfg.compare.arms:
             return _compare(cfg, out, watch)
         return [_train(_arm(cfg, cfg.attention, cfg.seed, out), watch)]

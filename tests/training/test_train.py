@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from sagetrain.__main__ import compose
 from sagetrain.errors import is_bad_input
-from sagetrain.training import checkpoint
+from sagetrain.training import checkpoint, folder
 from sagetrain.training.module import CausalLM, model_config
 from sagetrain.training.signals import Stopped
 from sagetrain.training.train import needed_tokens, run
@@ -210,6 +210,20 @@ def test_no_room_for_a_checkpoint_is_said_before_the_first_step(train, monkeypat
     assert not (tmp_path / "out" / "metrics.csv").exists()
     monkeypatch.undo()
     assert len(rows(train()[0])) == 4
+
+
+@pytest.mark.parametrize("name", [".lock", "config.yaml"])
+def test_a_disk_that_is_full_at_the_start_is_said_in_one_line(train, monkeypatch, tmp_path: Path, name: str) -> None:
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    if name == ".lock":
+        monkeypatch.setattr(folder.socket, "gethostname", full)
+    else:
+        monkeypatch.setattr("sagetrain.training.train.write", full)
+    with pytest.raises(OSError, match=f"no space left for {tmp_path / 'out'}.*start the same command again") as error:
+        train()
+    assert is_bad_input(error.value)
 
 
 def torch_on_a_full_disk() -> RuntimeError:
