@@ -227,11 +227,11 @@ class Checkpoint(L.Callback):
             self.save(trainer)
         if stop or save:
             self.settle(trainer)
+        if save == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue()
         if stop:
             where = f"; its checkpoint: {self.last}" if not self.never else ", without a checkpoint"
             raise Stopped(stop, f"after step {trainer.global_step}{where}")
-        if save == signal.SIGUSR1 and trainer.is_global_zero:
-            requeue()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """What is left to write of a finished run is written whatever signal comes now: it may be all that stays."""

@@ -389,6 +389,19 @@ def test_a_write_that_fails_while_another_error_ends_the_run_is_said(train, monk
 # --- The one before ---
 
 
+def test_a_job_that_is_told_to_requeue_and_to_stop_in_one_step_does_both(train, monkeypatch, tmp_path: Path) -> None:
+    def both() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    requeued: list[list[int]] = []
+    monkeypatch.setattr(checkpoint, "requeue", lambda: requeued.append(saved(tmp_path / "out")))
+    before_step(monkeypatch, 3, both)
+    with pytest.raises(Stopped, match="SIGTERM after step 3"):
+        train()
+    assert requeued == [[2, 3]]
+
+
 def test_the_one_before_stays_until_the_next_is_complete(train, monkeypatch) -> None:
     seen = []
     publish = Checkpoint._publish
