@@ -14,6 +14,8 @@ of the device between CUDA events. A step is that of the recipe, with all its mi
 
     step_ms = first_ms + (trainer.accumulate_grad_batches - 1) * micro_ms + optimizer_ms
 
+Left out are what a run does besides: it clips the gradient, copies batches to the device, logs and saves.
+
 Arms are those of conf/attention; for plain rows also `sdpa_flash` (FlashAttention-2 as torch has it). An arm that
 cannot run is a row with its reason. Each has compiled layers of its own (`compile_apart`).
 
