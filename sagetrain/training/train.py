@@ -180,7 +180,7 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
             )
         if not of_run:
             check_checkpoint(start, _in_one_file(cfg))
-        _check_optimizer(cfg, start.resolve())
+        _check_origin(cfg, start.resolve())
         if 0 < cfg.trainer.get("max_steps", -1) <= (step := step_of(start.resolve())):
             raise ValueError(
                 f"resume={cfg.resume} is a checkpoint of step {step:,}: nothing is left to train up to "
@@ -190,16 +190,20 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
     return None, False
 
 
-def _check_optimizer(cfg: DictConfig, checkpoint: Path) -> None:
-    """Raises ValueError when the run of a checkpoint, where that still lies in it, kept its moments in another way."""
-    theirs = checkpoint.parent.parent / "config.yaml"
-    kind = OmegaConf.load(theirs).optim.get("kind", "adamw") if theirs.exists() else cfg.optim.kind
-    if kind != cfg.optim.kind:
-        raise ValueError(
-            f"resume={cfg.resume}: its run has optim.kind={kind} and this one {cfg.optim.kind}, whose moments are of "
-            f"another type. Set optim.kind={kind}, or start from its weights alone: python -m sagetrain.export, then "
-            "model.path="
-        )
+def _check_origin(cfg: DictConfig, checkpoint: Path) -> None:
+    """Raises ValueError when the run of a checkpoint, where that still lies in it, kept its moments in another way or
+    cut its text into other rows."""
+    file = checkpoint.parent.parent / "config.yaml"
+    theirs = OmegaConf.load(file) if file.exists() else cfg
+    kept = [("optim.kind", theirs.optim.get("kind", "adamw"), cfg.optim.kind, "whose moments are of another type")]
+    if cfg.data.kind == theirs.data.get("kind") == "pretrain":
+        kept += [("data.seq_len", theirs.data.seq_len, cfg.data.seq_len, "so its place in the data is another here")]
+    for key, before, now, why in kept:
+        if before != now:
+            raise ValueError(
+                f"resume={cfg.resume}: its run has {key}={before} and this one {now}, {why}. Set {key}={before}, or "
+                "start from its weights alone: python -m sagetrain.export, then model.path="
+            )
 
 
 def kernel(cfg: DictConfig) -> str:

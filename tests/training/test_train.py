@@ -180,6 +180,14 @@ def test_resume_from_another_optimizer(train, kinds: tuple[str, str]) -> None:
     assert is_bad_input(caught.value)
 
 
+def test_resume_with_rows_of_another_length(train) -> None:
+    """The 8 rows that were read are not the first 8 of those that the same text would be cut into now."""
+    (first,) = train()
+    with pytest.raises(ValueError, match="its run has data.seq_len=32 and this one 64, so its place") as caught:
+        train("data.seq_len=64", "trainer.max_steps=6", f"resume={first}", out="second")
+    assert is_bad_input(caught.value)
+
+
 def test_what_the_user_asks_for_wins_over_the_checkpoint_of_another_run(train) -> None:
     changes = ["optim.warmup_steps=0", "optim.min_lr_ratio=1.0", "trainer.gradient_clip_val=null"]
     (first,) = train(*changes, "optim.lr=1e-2")
