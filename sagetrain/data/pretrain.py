@@ -88,6 +88,8 @@ def build_pretrain(
     for key, value, least in ("tokens", tokens, seq_len), ("val_documents", val_documents, 0):
         if value is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"data.{key} must be an integer of at least {least}, not {value!r}")
+    if not isinstance(document_boundaries, bool):
+        raise ValueError(f"data.document_boundaries must be true or false, not {document_boundaries!r}")
     files = None if path is None else find(path)
     apart = find_validation(val_path, files) if val_path is not None else files.validation if files else []
     hub = None

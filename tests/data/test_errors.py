@@ -174,6 +174,7 @@ def test_options(tmp_path):
         ({"tokens": 0}, "data.tokens must be an integer of at least 16, not 0"),
         ({"path": None, "source": "some/set"}, "data.tokens: say how many tokens to take of a hub data set"),
         ({"val_documents": -1}, "data.val_documents must be an integer of at least 0, not -1"),
+        ({"document_boundaries": "maybe"}, "data.document_boundaries must be true or false, not .maybe."),
         ({"path": None, "source": None}, "set data.source= .* or data.path="),
         ({"kind": "gsm8k", "val_fraction": 1.0}, r"data.val_fraction must be in \[0, 1\)"),
         ({"kind": "gsm8k", "max_examples": 0}, "data.max_examples must be at least 1"),
