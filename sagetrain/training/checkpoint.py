@@ -34,12 +34,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sagetrain.terminal import console
 from sagetrain.training.checkpoint_files import HostCheckpointIO, checkpoints, flush, pin, pinned_sizes, remove, size
-from sagetrain.training.export import save_weights
+from sagetrain.training.export import save_weights, save_weights_of
 from sagetrain.training.finite import is_finite, what_is_bad
 from sagetrain.training.module import numel
 from sagetrain.training.signals import Stopped, Watch, requeue
@@ -131,6 +132,7 @@ class Checkpoint(L.Callback):
         self.facts |= {"saves": 0, "save_stall_s": 0.0, "save_stall_max_s": 0.0, "save_write_s": 0.0}
         self.periodic = bool(every_n_steps or every_minutes)
         self._saved_step = self._seen = 0
+        self._weights_saved = False
         self._whole = True  # the last micro-batch was the last of its step
         self._saved_time = time.monotonic()
         self._random_state: dict[str, Any] | None = None
@@ -240,7 +242,14 @@ class Checkpoint(L.Callback):
         self.settle(trainer)
         if self.keep == "weights":
             save_weights(trainer, module, self.out / "weights")
+            self._weights_saved = True
         self._leave(trainer)
+
+    def catch_up(self, cfg: DictConfig, checkpoint: Path | None) -> None:
+        """After training (rank 0): where it began with the last step's `checkpoint`, Lightning had nothing to train and
+        called no `on_train_end`, so the weights are still to be written."""
+        if self.keep == "weights" and not self._weights_saved and checkpoint is not None:
+            save_weights_of(checkpoint, cfg, self.out / "weights")
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """Whatever ends the run, the checkpoint that is being written is finished; where that fails it is said."""

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sagetrain.data import build_tokenizer
 from sagetrain.errors import asked_for
 from sagetrain.training import lora
-from sagetrain.training.checkpoint_files import damage, step_of
+from sagetrain.training.checkpoint_files import damage, flush, step_of
 from sagetrain.training.module import model_config
 
 PREFIX = "model."  # of the Hugging Face model inside CausalLM
@@ -124,12 +124,23 @@ def save_weights(trainer: L.Trainer, module: L.LightningModule, folder: Path) ->
     some = whole_weights(module.model, trained=bool(module.lora))
     weights = {name: x for name, x in some if trainer.is_global_zero}
     if trainer.is_global_zero:
-        aside = folder.with_name(f".{folder.name}.partial")
-        for old in (aside, folder):
-            shutil.rmtree(old, ignore_errors=True)
-        _write(module.cfg, weights, aside)
-        os.replace(aside, folder)
+        _replace(module.cfg, weights, folder)
     trainer.strategy.barrier("weights written")
+
+
+def save_weights_of(checkpoint: Path, cfg: DictConfig, folder: Path) -> None:
+    """As `save_weights`, of a run that was ended between its last step's checkpoint and its weights."""
+    _replace(cfg, _weights(checkpoint), folder)
+
+
+def _replace(cfg: DictConfig, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write `folder` anew; on the disk when this returns, since the checkpoints may be deleted then."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    for old in (aside, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    _write(cfg, weights, aside)
+    flush(aside)
+    os.replace(aside, folder)
 
 
 def whole_weights(model: torch.nn.Module, trained: bool = False) -> Iterator[tuple[str, Tensor]]:

@@ -280,6 +280,8 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
             write(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         with enough(cfg):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+            if trainer.is_global_zero:
+                save.catch_up(cfg, checkpoint)
     if global_rank() == 0:
         save.clear()
         kept = {"last": f"checkpoint in {out / 'checkpoints'}", "weights": f"weights in {out / 'weights'}"}

@@ -575,3 +575,16 @@ def test_a_full_disk_leaves_room_for_how_the_run_ended(train, monkeypatch, tmp_p
     assert is_bad_input(error.value) and not (out / ".reserve").exists()
     assert info(out)["status"] == "failed" and "no space left" in info(out)["error"] and info(out)["steps"] == 4
     assert losses(train()) == losses(train(out="unbroken"))
+
+
+@pytest.mark.parametrize("every", [2, 0])
+def test_a_run_stopped_in_its_last_step_still_leaves_its_weights(train, monkeypatch, every: int) -> None:
+    """Nothing is left to train then, and the checkpoint goes when the run is finished."""
+    keep = ("checkpoint.keep=weights", f"checkpoint.every_n_steps={every}")
+    whole = train(*keep, out="whole")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        before_step(patch, STEPS, lambda: signal.raise_signal(signal.SIGTERM))
+        train(*keep)
+    out = train(*keep)
+    assert info(out)["status"] == "finished" and not saved(out)
+    assert (out / "weights/model.safetensors").read_bytes() == (whole / "weights/model.safetensors").read_bytes()
