@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lightning
+from huggingface_hub.errors import StrictDataclassError
 from hydra.errors import HydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
@@ -64,7 +65,7 @@ def asked_for(what: str) -> Iterator[None]:
     """Around a library that reads what the user asked for: its complaint becomes a ValueError that names it."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, StrictDataclassError) as error:
         if is_bad_input(error):
             raise
         raise ValueError(f"{what}: {one_line(error)}") from error

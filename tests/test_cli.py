@@ -73,6 +73,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
         (["recipe=quickstart", "compare.arms=[sdpa,fa2]"], ["attention=fa2 needs a CUDA GPU", "attention=bf16 takes"]),
         (["recipe=quickstart", "compare.arms=[bf16,sage]"], ["unknown arm 'sage'", "flex, sage_int8, sdpa"]),
         (["recipe=quickstart", "model.config.hiden_size=64"], ["model.config.hiden_size", "hidden_size"]),
+        (["recipe=quickstart", "model.config.hidden_size=wide"], ["model.config: ", "'hidden_size' expected int"]),
+        (["recipe=quickstart", "model.config.num_attention_heads=0"], ["model.config: integer modulo by zero"]),
         (["recipe=quickstart", "data.seq_len=5000"], ["5000", "max_position_embeddings=4096"]),
         (["recipe=quickstart", "data.pth=x"], ["data.pth"]),
         (["recipe=quickstart", "data.path=nowhere.txt"], ["nowhere.txt"]),

@@ -38,12 +38,13 @@ LEAST = {
     "trainer.max_steps": -1,
     "trainer.log_every_n_steps": 1,
 }
-OPTIONAL = ("optim.decay_steps", "eval.limit")
+OPTIONAL = ("optim.decay_steps", "eval.limit", "trainer.gradient_clip_val")
 RANGES = {
     "optim.lr": (0, math.inf),
     "optim.weight_decay": (0, math.inf),
     "optim.min_lr_ratio": (0, 1),
     "checkpoint.every_minutes": (0, math.inf),
+    "trainer.gradient_clip_val": (0, math.inf),  # by a norm below 0 torch would turn the gradient round
 }
 
 
@@ -65,6 +66,8 @@ def check_settings(cfg: DictConfig) -> None:
             refuse(key, value, f"give a whole number, at least {least}")
     for key, (low, high) in RANGES.items():
         value = OmegaConf.select(cfg, key)
+        if value is None and key in OPTIONAL:
+            continue
         if not _number(value) or not low <= value <= high or value == math.inf:
             refuse(key, value, f"give a number from {low} to {high}" if high < math.inf else "give a number, 0 or more")
     betas = OmegaConf.select(cfg, "optim.betas")

@@ -36,8 +36,9 @@ RUN = "recipe=quickstart"
         ("compare.arms=[bf16,bf16]", "compare.arms=[bf16,bf16]: name each arm once"),
         ("compare.seeds=1.5", "compare.seeds=1.5: give a whole number, at least 1"),
         ("trainer.max_steps=1.5", "trainer.max_steps=1.5: give a whole number"),
+        ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1: give a number, 0 or more"),
         ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps=0: give a whole number, at least 1"),
-        ("seed=a", "seed=a: give a whole number, at least 0"),
+        ("seed=abc", "seed=abc: give a whole number, at least 0"),
     ],
 )
 def test_refusals(setting: str, said: str) -> None:
@@ -63,6 +64,9 @@ def test_what_recipes_say_passes(recipe: str, choice: list[str]) -> None:
     check_settings(compose([f"recipe={recipe}", *choice]))
 
 
-@pytest.mark.parametrize("setting", ["optim.decay_steps=10", "optim.lr=0", "model.fused_loss=true", "optim.lr=1"])
+@pytest.mark.parametrize(
+    "setting",
+    ["optim.decay_steps=10", "optim.lr=0", "model.fused_loss=true", "optim.lr=1", "trainer.gradient_clip_val=null"],
+)
 def test_what_may_be_said_passes(setting: str) -> None:
     check_settings(compose([RUN, setting]))
