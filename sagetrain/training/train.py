@@ -167,7 +167,10 @@ def _prepare(cfg: DictConfig) -> tuple[Path | None, bool]:
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         if changed:
             listed = ", ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in changed[:3])
-            raise ValueError(f"{out} holds a run with another configuration ({listed}): choose another out=FOLDER")
+            raise ValueError(
+                f"{out} holds a run with another configuration ({listed}): choose another out=FOLDER, with "
+                f"resume={out} to go on from it where only devices, batches or the optimizer's settings differ"
+            )
         if found := checkpoints(out / "checkpoints"):
             return found[0], False
     if cfg.resume not in ("auto", "never"):
