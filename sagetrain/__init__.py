@@ -12,7 +12,8 @@ try:
 except ImportError as error:
     raise ImportError(
         f"sagetrain's compiled extension does not load ({error}). Build it with the torch that is installed "
-        f"(here {torch.__version__}): pip install --no-build-isolation ."
+        f"(here {torch.__version__}), in the checkout: pip install --no-build-isolation -e . (without -e the "
+        "checkout hides what is installed)"
     ) from error
 
 from sagetrain import integrations

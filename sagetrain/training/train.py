@@ -251,6 +251,8 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
         return out
     if checkpoint and not anew:
         checkpoint = last_good(out / "checkpoints", _in_one_file(cfg))
+    if checkpoint and global_rank() == 0:
+        console().print(f"{facts['name']}: going on after step {step_of(checkpoint):,} ({checkpoint})", soft_wrap=True)
     facts["wandb_id"] = past.get("wandb_id", facts["wandb_id"])
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
