@@ -14,11 +14,12 @@ function draw() {
   const shown = ({ meta }) => !meta.arm || (arms.has(meta.arm) && (meta.told || seeds));
 
   panels.forEach((panel, i) => {
-    const last = Math.max(...panel.data.map(({ meta }) => meta.x[axis].at(-1) ?? 0));
-    const data = panel.data.filter(shown).map(({ meta, ...trace }) => {
-      const from = Math.max(0, meta.x[axis].findIndex((x) => x >= (1 - part) * last));
+    const traces = panel.data.filter(shown);
+    const last = Math.max(...traces.map(({ meta }) => meta.x[axis].at(-1) ?? 0));
+    const data = traces.map(({ meta, ...trace }) => {
+      const before = meta.x[axis].filter((x) => x < (1 - part) * last).length;
       const y = meta.y[Math.min(smoothing, meta.y.length - 1)];
-      return { ...trace, x: meta.x[axis].slice(from), y: y.slice(from) };
+      return { ...trace, x: meta.x[axis].slice(before), y: y.slice(before) };
     });
     const { xaxis, yaxis, shapes, ...rest } = panel.layout;
     const lines = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, spikecolor: soft, spikethickness: 1 };
