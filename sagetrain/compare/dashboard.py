@@ -86,9 +86,9 @@ def ids(comparison: Comparison, own: str) -> list[str]:
 
 def sections(comparison: Comparison) -> dict[str, list[Any]]:
     """The panels of dashboard and report by the title of their section."""
-    colours = {f"gap/{comparison.short(name)}": colour for name, (colour, _) in looks(comparison).items() if name}
-    gaps = [f"gap/{comparison.short(arm.name)}" for arm in comparison.others]
-    drawn = {name: colours[name] for name in gaps} | dict.fromkeys(("band/above", "band/below"), "#888888")
+    colours = {arm: colour for arm, (colour, _) in looks(comparison).items()}
+    gaps = {f"gap/{comparison.short(arm.name)}": colours[arm.name] for arm in comparison.others}
+    drawn = gaps | dict.fromkeys(("band/above", "band/below"), "#888888")
     gap = wr.LinePlot(
         title="Difference in loss, and the seed band (grey)", x="tokens", y=[*gaps, "band/above", "band/below"],
         line_colors=drawn, line_marks=dict.fromkeys(("band/above", "band/below"), "dashed"),

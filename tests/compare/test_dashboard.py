@@ -45,6 +45,13 @@ def test_the_dashboard_shows_the_runs_of_the_comparison(parent: Path):
         assert (config["groupAgg"], config["groupArea"]) == ("mean", "minmax")
 
 
+def test_the_dashboard_needs_no_arm_bf16(tmp_path: Path):
+    for arm in ("sdpa", "sage_int8"):
+        scored(tmp_path, arm, 0, 0.1, 0.3)
+    made = workspace(Comparison(find_runs([tmp_path])), "someone", "sagetrain", "own")
+    assert made.sections[0].panels[1].y[0] == "gap/INT8"
+
+
 def test_an_offline_run_holds_gaps_band_and_tables(parent: Path, capsys: pytest.CaptureFixture):
     assert main([str(parent), "--wandb", "someone/sagetrain"]) == 0
     assert "wandb sync" in " ".join(capsys.readouterr().out.split())
