@@ -1,10 +1,10 @@
 """`python -m sagetrain.evaluate MODEL --tasks gsm8k mmlu hellaswag drop`: scores by lm-evaluation-harness.
 
 MODEL is a run directory or one of its checkpoints, a folder of Hugging Face's format, or a hub id. A run is evaluated
-with its own attention, precision and chat template (and its adapters merged), another model with sage_int8 and in the
-type of its weights (FP32 ones where the device is quick at BF16 under autocast), unless told otherwise. Scores are
-printed and, of a run or with --out, written to eval.json, whose format sagetrain/evaluation/scores.py describes. The
-same command goes on where it was killed.
+with its own attention, precision and chat template (and its adapters beside the weights, as they trained), another
+model with sage_int8 and in the type of its weights (FP32 ones where the device is quick at BF16 under autocast), unless
+told otherwise. Scores are printed and, of a run or with --out, written to eval.json, whose format
+sagetrain/evaluation/scores.py describes. The same command goes on where it was killed.
 """
 
 import argparse

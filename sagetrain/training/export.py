@@ -34,6 +34,7 @@ from sagetrain.training.checkpoint_files import damage, flush, step_of
 from sagetrain.training.module import model_config
 
 PREFIX = "model."  # of the Hugging Face model inside CausalLM
+TYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # of the weights, by Lightning's precision; else FP32
 
 
 def export(run: str | Path, folder: str | Path, merge: bool = False) -> Path:
@@ -70,22 +71,25 @@ def _export(source: Path, checkpoint: Path | None, cfg: DictConfig, folder: Path
 
 
 def load(run: str | Path) -> tuple[PreTrainedModel, int]:
-    """The model of a run (its directory, or one of its checkpoints) on the CPU, with its adapters merged, and the step
-    of its weights.
+    """The model of a run (its directory, or one of its checkpoints) on the CPU, with its adapters in it and in the type
+    that it trained in, and the step of its weights.
 
     Raises as `export` does.
     """
     source, checkpoint = _found(run)
     cfg = OmegaConf.load(source / "config.yaml")
     step = step_of(checkpoint.resolve()) if checkpoint else json.loads((source / "run.json").read_text())["steps"]
+    dtype = TYPES.get(cfg.trainer.precision, torch.float32)
     if cfg.model.get("lora"):
-        with tempfile.TemporaryDirectory() as merged:
-            return AutoModelForCausalLM.from_pretrained(export(run, merged, merge=True)), step
+        with tempfile.TemporaryDirectory() as adapters:
+            _export(source, checkpoint, cfg, Path(adapters))
+            with asked_for(f"model.path={cfg.model.path}"):
+                return lora.load(cfg.model.path, model_config(cfg.model), Path(adapters), dtype), step
     if checkpoint is None:
-        return AutoModelForCausalLM.from_pretrained(source / "weights"), step
+        return AutoModelForCausalLM.from_pretrained(source / "weights", dtype=dtype), step
     weights = _weights(checkpoint)
     empty = _model(cfg, weights)  # but for the weights: it lacks what no file holds
-    return type(empty).from_pretrained(None, config=empty.config, state_dict=weights), step
+    return type(empty).from_pretrained(None, config=empty.config, state_dict=weights, dtype=dtype), step
 
 
 def run_of(path: str | Path) -> Path | None:

@@ -100,6 +100,17 @@ def save(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) ->
     model.save_pretrained(folder, state_dict={name: weights[name] for name in shapes})
 
 
+def load(base: str, config: Any, adapters: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """`base` with the adapters beside its weights, all in `dtype`, as they trained: merged into weights of 16 bits (or
+    under autocast) an adapter that adds less than their last bit would be lost."""
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype)
+    model.load_adapter(str(adapters))
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.to(dtype)  # peft has them in fp32
+    return model
+
+
 def merge(base: str, config: Any, adapters: Path, folder: Path) -> None:
     """Write the weights of `base` with the adapters in them, fp32, for `from_pretrained`."""
     from peft import PeftModel
