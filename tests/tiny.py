@@ -37,6 +37,14 @@ TEMPLATES = {
     "qwen2": "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}",
 }
+THINKS = (
+    TEMPLATES["qwen2"]
+    .replace("{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}")
+    .replace(
+        "assistant\n{% endif", "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif"
+    )
+)
+"""Of a model that thinks before an answer unless told not to, as Qwen3's."""
 
 
 def pretrained(folder: Path, kind: str = "llama", **changes: Any) -> Path:

@@ -13,7 +13,8 @@ line when both are tokenised together, unless a token reaches over the border; t
 
 With `chat_template` an example is a conversation as the tokenizer's template writes it, and as the harness asks with
 `--apply_chat_template`: the prompt is what the user says (MMLU's first line the system), the answer (without its space)
-what the assistant says. Then prompt are all tokens up to where the assistant begins, and the answer ends with what the
+what the assistant says. (One of several choices follows the prompt as the harness scores it, with no other space than
+its own.) Then prompt are all tokens up to where the assistant begins, and the answer ends with what the
 template ends a turn with; a line break behind that, which nobody would generate, is left out.
 
 Both layouts of a record are read: the hub data sets' and plain JSON lines. Nothing that is evaluated is trained on or
@@ -57,6 +58,7 @@ class Task:
     train: str
     val: str | None  # a split that is neither trained on nor evaluated, if there is one
     text: Callable[[Record, str], Text]
+    chosen: bool = False  # whether the answer is one of several that are scored, and not generated
     system: bool = False  # whether the first paragraph of a prompt is the system's message in a conversation
 
     def read(self, record: Record, where: str) -> Text:
@@ -90,9 +92,8 @@ def _hellaswag(record: Record, where: str) -> Text:
         before, begun = _begun(get_text(record, "ctx", where))
     endings = _list(record, "endings", where)
     ending = _without_markup(endings[_index(record, "label", len(endings), where)])
-    query = _without_markup(f"{get_text(record, 'activity_label', where)}: {before} {begun}")
-    prompt = query.rstrip()  # spaces at its end are scored with the answer
-    return str(record.get("source_id") or before or begun), prompt, f"{query[len(prompt) :]} {ending}"
+    prompt = _without_markup(f"{get_text(record, 'activity_label', where)}: {before} {begun}")
+    return str(record.get("source_id") or before or begun), prompt, f" {ending}"
 
 
 def _begun(context: str) -> tuple[str, str]:
@@ -130,8 +131,8 @@ def _drop_answer(record: Record, where: str) -> str:
 
 TASKS = {
     "gsm8k": Task("openai/gsm8k", "main", "train", None, _gsm8k),
-    "mmlu": Task("cais/mmlu", "all", "auxiliary_train", "validation", _mmlu, system=True),
-    "hellaswag": Task("Rowan/hellaswag", None, "train", None, _hellaswag),
+    "mmlu": Task("cais/mmlu", "all", "auxiliary_train", "validation", _mmlu, chosen=True, system=True),
+    "hellaswag": Task("Rowan/hellaswag", None, "train", None, _hellaswag, chosen=True),
     "drop": Task("ucinlp/drop", None, "train", None, _drop),
 }
 
@@ -302,15 +303,20 @@ def _rows(task: Task, tokenizer: Any, records: Iterable[tuple[str, Record]], cha
     records = iter(records)
     while texts := [task.read(record, where) for where, record in islice(records, TOGETHER[0])]:
         asked = [text[1:] for text in texts]
-        pairs = _conversations(tokenizer, asked, task.system) if chat else _continuations(tokenizer, asked)
+        pairs = _conversations(tokenizer, asked, task) if chat else _continuations(tokenizer, asked, task)
         for (key, text, _), (prompt, answer) in zip(texts, pairs, strict=True):
             ids, share = np.concatenate([prompt, answer]), digest(key.encode()) / 2**63
             yield {"ids": ids, "prompt": len(prompt), "digest": digest(text.encode()), "share": share}
 
 
-def _continuations(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _continuations(
+    tokenizer: Any, texts: Sequence[tuple[str, str]], task: Task
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens of each prompt (bos before it) and of the answer to it (eos behind), chosen as this module's text says."""
     bos, eos = frame(tokenizer)
+    if task.chosen:  # spaces at the end of a prompt are scored with the answer
+        ends = [len(prompt.rstrip()) for prompt, _ in texts]
+        texts = [(prompt[:end], prompt[end:] + reply) for end, (prompt, reply) in zip(ends, texts, strict=True)]
     prompts = encode(tokenizer, [prompt for prompt, _ in texts])
     lasts = [prompt.rpartition("\n")[2] for prompt, _ in texts]
     ends = encode(tokenizer, [last + answer for last, (_, answer) in zip(lasts, texts, strict=True)])
@@ -321,32 +327,39 @@ def _continuations(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Iterator
 
 
 def _conversations(
-    tokenizer: Any, texts: Sequence[tuple[str, str]], system: bool
+    tokenizer: Any, texts: Sequence[tuple[str, str]], task: Task
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The same of conversations of one question and one answer, with a message of the system's before where `system`.
+    """The same of conversations of one question and one answer. An answer that is chosen follows the prompt as it is
+    scored, whatever spaces the template writes or takes away.
 
     Raises ValueError where the template does not let an answer follow the prompt as it is.
     """
-    parts = [prompt.partition("\n\n") if system else ("", "", prompt) for prompt, _ in texts]
+    parts = [prompt.partition("\n\n") if task.system else ("", "", prompt) for prompt, _ in texts]
     asked = [
         [{"role": role, "content": said} for role, said in (("system", head + gap), ("user", rest)) if said]
         for head, gap, rest in parts
     ]
     answers = [{"role": "assistant", "content": reply.strip()} for _, reply in texts]
     said = [[*question, answer] for question, answer in zip(asked, answers, strict=True)]
-    prompts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    wholes = [whole.rstrip() for whole in tokenizer.apply_chat_template(said, tokenize=False)]
+    how = {"tokenize": False, "enable_thinking": False}  # as the harness asks; other templates do not know it
+    prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **how)
+    wholes = [whole.rstrip() for whole in tokenizer.apply_chat_template(said, **how)]
 
     def ids(some: Sequence[str]) -> list[list[int]]:  # the template has written bos itself
         return tokenizer(list(some), add_special_tokens=False, verbose=False)["input_ids"]
 
-    for prompt, whole, (_, reply), first, both in zip(prompts, wholes, texts, ids(prompts), ids(wholes), strict=True):
-        _, there, end = whole[len(prompt) :].rpartition(reply.strip())
-        if not whole.startswith(prompt) or not there:
+    ends = []
+    for i, (prompt, whole, (_, reply)) in enumerate(zip(prompts, wholes, texts, strict=True)):
+        before, there, end = whole[len(prompt) :].partition(reply.strip())
+        if not whole.startswith(prompt) or not there or before.strip():
             raise ValueError(
                 f"data.chat_template: in the template of '{tokenizer.name_or_path}' the answer does not follow the "
                 "prompt as it is, so what is trained would not be what is asked. Set data.chat_template=false"
             )
+        ends.append(end)
+        if task.chosen:
+            wholes[i] = prompt + reply.removeprefix(" ") + end
+    for prompt, whole, end, first, both in zip(prompts, wholes, ends, ids(prompts), ids(wholes), strict=True):
         joint = both[: len(first)] == first
         answer = both[len(first) :] if joint else ids([whole[len(prompt) :]])[0]
         answer = answer if end else [*answer, tokenizer.eos_token_id]

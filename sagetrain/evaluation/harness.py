@@ -88,7 +88,8 @@ class Model(HFLM):
     """A model in memory for the harness, which tells how far it is."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, told: Told, dtype: torch.dtype | None, **options: Any) -> None:
-        super().__init__(model, tokenizer=tokenizer, mixed_precision_dtype=dtype, softmax_dtype="float32", **options)
+        how = {"mixed_precision_dtype": dtype, "softmax_dtype": "float32", "enable_thinking": False}  # as in training
+        super().__init__(model, tokenizer=tokenizer, **how, **options)
         self.told = told
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:

@@ -131,11 +131,10 @@ def _mmlu(record: Record, where: str) -> Document:
 
 
 def _hellaswag(record: Record, where: str) -> Document:
-    _, prompt, answer = TASKS["hellaswag"].read(record, where)
+    _, prompt, _ = TASKS["hellaswag"].read(record, where)
     choices = [_without_markup(ending) for ending in _list(record, "endings", where)]
     right = _index(record, "label", len(choices), where)
-    spaces = answer[: len(answer) - len(choices[right]) - 1]  # of the question, whose end training leaves to the answer
-    return {"prompt": prompt + spaces, "choices": choices, "target": right}
+    return {"prompt": prompt, "choices": choices, "target": right}
 
 
 def _drop(record: Record, where: str) -> Document:

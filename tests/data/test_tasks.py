@@ -13,7 +13,7 @@ import torch
 from sagetrain.data import ByteTokenizer, build, build_tokenizer
 from sagetrain.data.collate import IGNORE
 from sagetrain.data.tasks import TASKS
-from tests.tiny import TEMPLATES, pretrained
+from tests.tiny import TEMPLATES, THINKS, pretrained
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TOK = ByteTokenizer()
@@ -79,9 +79,9 @@ def test_prompt_and_answer(kind, layout, tmp_path):
     ({"activity_label": "Pets", "ctx_a": "[header] How to wash a cat [title] Fill a tub. [step] Use warm water.",
       "ctx_b": "", "ctx": "unused", "endings": ["Dry it [title] Use a towel. [step] Be quick.", "no"], "label": "0"},
      "Pets: How to wash a cat. Fill a tub. Use warm water.", " Dry it. Use a towel. Be quick."),
-    # markup at the ends leaves its space, which belongs to the answer
+    # markup at the ends leaves its space
     ({"activity_label": "Pets", "ctx": "Wash it. [substeps]", "endings": ["[substeps] Dry it.", "no"], "label": 0},
-     "Pets: Wash it.", "   Dry it."),
+     "Pets: Wash it. ", "  Dry it."),
     # only the first letter of ctx_b is a capital
     ({"activity_label": "Ski", "ctx_a": "Ann skis in Bern.", "ctx_b": "the man in a BIG hat", "ctx": "unused",
       "endings": ["falls.", "no"], "label": "0"}, "Ski: Ann skis in Bern. The man in a big hat", " falls."),
@@ -94,6 +94,19 @@ def test_prompt_and_answer(kind, layout, tmp_path):
 ])  # fmt: skip
 def test_hellaswag_as_the_harness_asks_it(record, prompt, answer):
     assert TASKS["hellaswag"].text(record, "here")[1:] == (prompt, answer)
+
+
+def test_spaces_at_the_end_of_a_prompt_are_scored_with_the_answer(tmp_path):
+    record = {
+        "activity_label": "Pets",
+        "ctx": "Wash it. [substeps]",
+        "endings": ["[substeps] Dry it.", "no"],
+        "label": 0,
+    }
+    batch = first({"kind": "hellaswag", "path": write(tmp_path / "x.jsonl", [record])})
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    assert bytes(ids[labels == IGNORE].tolist()) == b"Pets: Wash it."
+    assert bytes(labels[labels >= 0][:-1].tolist()) == b"   Dry it."
 
 
 @pytest.mark.parametrize("record, answer", [
@@ -236,7 +249,10 @@ def test_when_examples_are_conversations(tmp_path):
     assert text(chat_template=True).startswith("<|start|> user")
     tokenizer.chat_template = TEMPLATES["qwen2"].replace("<|end|>", "")
     assert text(chat_template=True).endswith("#### 2<|eos|>")  # where a template does not end a turn
-    for part, other in (("m.content", "m.content | replace('1', 'I')"), ("assistant\n", "it\n")):
+    tokenizer.chat_template = THINKS
+    assert text(chat_template=True).count("assistant\n<think>\n\n</think>\n\n") == 1
+    changes = ("m.content", "m.content | replace('1', 'I')"), ("assistant\n", "it\n"), ("{{ m.c", "Well: {{ m.c")
+    for part, other in changes:
         tokenizer.chat_template = TEMPLATES["qwen2"].replace(part, other)
         with pytest.raises(ValueError, match="the answer does not follow the prompt as it is"):
             text(chat_template=True)

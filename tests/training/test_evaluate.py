@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from sagetrain.evaluation.tasks import ASKED, Files, build, find, leaves
 from sagetrain.integrations import bf16
 from sagetrain.training.signals import Stopped
 from sagetrain.training.train import run
-from tests.tiny import MODEL, pretrained
+from tests.tiny import MODEL, TEMPLATES, THINKS, pretrained
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -186,15 +185,23 @@ def test_asks_what_training_showed(task: str, layout: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.parametrize("task", scores.METRICS)
-def test_a_conversation_is_asked_as_training_showed_it(task: str, tmp_path: Path) -> None:
-    tokenizer = build_tokenizer(str(pretrained(tmp_path / "model")))
-    file = write(tmp_path / "x.jsonl", HUB[task])
-    in_turns = partial(tokenizer.apply_chat_template, tokenize=False)
-    asked, shown = set(), _rows(TASKS[task], tokenizer, ((str(i), x) for i, x in enumerate(HUB[task])), True)
+@pytest.mark.parametrize("template", [TEMPLATES["llama"], THINKS], ids=["llama", "thinks"])
+def test_a_conversation_is_asked_as_training_showed_it(task: str, template: str, tmp_path: Path) -> None:
+    base = pretrained(tmp_path / "model")
+    tokenizer, file = build_tokenizer(str(base)), write(tmp_path / "x.jsonl", HUB[task])
+    tokenizer.chat_template = template
+    model = AutoModelForCausalLM.from_pretrained(base)
+    in_turns = harness.Model(model, tokenizer, harness.Told("", quiet=True), None).apply_chat_template
+    asked, choices = set(), set()
+    shown = list(_rows(TASKS[task], tokenizer, ((str(i), x) for i, x in enumerate(HUB[task])), True))
     for leaf in leaves(build(task, Files([file], []), 0)):
         leaf.build_all_requests(apply_chat_template=True, fewshot_as_multiturn=True, chat_template=in_turns)
         asked |= {instance.args[0] for instance in leaf.instances}
+        if task in ("mmlu", "hellaswag"):
+            choices |= {f"{''.join(instance.args)}<|end|>" for instance in leaf.instances}
     assert asked == {tokenizer.decode(row["ids"][: row["prompt"]]) for row in shown}
+    if choices:
+        assert {tokenizer.decode(row["ids"]) for row in shown} <= choices
 
 
 @pytest.mark.skipif("SAGE_DATA" not in os.environ, reason="SAGE_DATA names a folder of the real data sets")
@@ -486,22 +493,23 @@ def test_recipe_evaluates_and_trains_as_without(task: str, train, data: Path, ca
     assert f"{100 * next(iter(found['scores'].values())):.2f}%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_run_with_adapters_is_asked_as_it_was_trained(chat: bool, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("chat", "precision"), [(False, "32-true"), (True, "32-true"), (False, "bf16-true")])
+def test_run_with_adapters_is_asked_as_it_was_trained(chat: bool, precision: str, data: Path, tmp_path: Path) -> None:
     base = pretrained(tmp_path / "base")
     (folder,) = run(compose([
         "recipe=hellaswag_finetune", f"model.path={base}", "model.lora.r=4", "optim.lr=0.05", "optim.warmup_steps=0",
         f"data.path={data / 'hellaswag-train.jsonl.xz'}", "data.val_fraction=0", f"data.chat_template={chat}",
         "data.batch_size=2", "trainer.accumulate_grad_batches=1", "trainer.max_steps=3", "trainer.limit_val_batches=0",
-        "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.enable_progress_bar=false", "probe.every=0",
-        "checkpoint.every_n_steps=0", "eval.tasks=[hellaswag]", f"eval.data={data}", f"out={tmp_path / 'out'}",
+        "trainer.accelerator=cpu", f"trainer.precision={precision}", "trainer.enable_progress_bar=false",
+        "probe.every=0", "checkpoint.every_n_steps=0", "eval.tasks=[hellaswag]", f"eval.data={data}",
+        f"out={tmp_path / 'out'}",
     ]))  # fmt: skip
     in_run = scores.read(folder)["3"]["sage_int8"]["hellaswag"]
     assert in_run["chat_template"] is chat
     (folder / scores.FILE).unlink()
     assert command.main([str(folder), "--tasks", "hellaswag", "--data", str(data), "--device", "cpu"]) == 0
     alone = scores.read(folder)["3"]["sage_int8"]["hellaswag"]
-    assert alone["chat_template"] is chat and alone["scores"] == in_run["scores"]
+    assert all(alone[what] == in_run[what] for what in ("chat_template", "attention", "precision", "scores"))
 
 
 DROPOUT = ["attention=sdpa", "model.checkpointing=full", "+model.config.attention_dropout=0.2"]
