@@ -45,6 +45,8 @@ THINKS = (
     )
 )
 """Of a model that thinks before an answer unless told not to, as Qwen3's."""
+ALONE = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATES["qwen2"]
+"""Of a model that knows no system's message, as Gemma's."""
 
 
 def pretrained(folder: Path, kind: str = "llama", **changes: Any) -> Path:

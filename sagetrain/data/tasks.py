@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from sagetrain.data.collate import Example, flattened, packed_examples, padded
 from sagetrain.data.corpus import TOGETHER, clean, encode, frame, get_text, load_hub, say
@@ -341,9 +342,8 @@ def _conversations(
     ]
     answers = [{"role": "assistant", "content": reply.strip()} for _, reply in texts]
     said = [[*question, answer] for question, answer in zip(asked, answers, strict=True)]
-    how = {"tokenize": False, "enable_thinking": False}  # as the harness asks; other templates do not know it
-    prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **how)
-    wholes = [whole.rstrip() for whole in tokenizer.apply_chat_template(said, **how)]
+    prompts = _written(tokenizer, asked, add_generation_prompt=True)
+    wholes = [whole.rstrip() for whole in _written(tokenizer, said)]
 
     def ids(some: Sequence[str]) -> list[list[int]]:  # the template has written bos itself
         return tokenizer(list(some), add_special_tokens=False, verbose=False)["input_ids"]
@@ -364,6 +364,23 @@ def _conversations(
         answer = both[len(first) :] if joint else ids([whole[len(prompt) :]])[0]
         answer = answer if end else [*answer, tokenizer.eos_token_id]
         yield np.asarray(first, np.int32), np.asarray(answer, np.int32)
+
+
+def _written(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], **how: Any) -> list[str]:
+    """Conversations by the template, as the harness has it write them: without thinking, where the template knows that,
+    and without the system's message, where it refuses one. Raises ValueError for a template that cannot be used."""
+    how |= {"tokenize": False, "enable_thinking": False}
+    try:
+        return tokenizer.apply_chat_template(conversations, **how)
+    except TemplateError:
+        conversations = [[turn for turn in turns if turn["role"] != "system"] for turns in conversations]
+    try:
+        return tokenizer.apply_chat_template(conversations, **how)
+    except TemplateError as error:
+        raise ValueError(
+            f"data.chat_template: the template of '{tokenizer.name_or_path}' refuses a question and its answer "
+            f"({error}). Set data.chat_template=false"
+        ) from error
 
 
 def _list(record: Record, field: str, where: str) -> list[str]:

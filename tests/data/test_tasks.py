@@ -256,6 +256,9 @@ def test_when_examples_are_conversations(tmp_path):
         tokenizer.chat_template = TEMPLATES["qwen2"].replace(part, other)
         with pytest.raises(ValueError, match="the answer does not follow the prompt as it is"):
             text(chat_template=True)
+    tokenizer.chat_template = "{{ raise_exception('Odd!') }}"
+    with pytest.raises(ValueError, match="refuses a question and its answer .Odd!.. Set data.chat_template=false"):
+        text(chat_template=True)
     with pytest.raises(ValueError, match="data.chat_template=true: the tokenizer 'byte' has no chat template"):
         text(TOK, chat_template=True)
     for odd in ("yes", 1):

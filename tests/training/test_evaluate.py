@@ -33,7 +33,7 @@ from sagetrain.evaluation.tasks import ASKED, Files, build, find, leaves
 from sagetrain.integrations import bf16
 from sagetrain.training.signals import Stopped
 from sagetrain.training.train import run
-from tests.tiny import MODEL, TEMPLATES, THINKS, pretrained
+from tests.tiny import ALONE, MODEL, TEMPLATES, THINKS, pretrained
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -185,7 +185,7 @@ def test_asks_what_training_showed(task: str, layout: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.parametrize("task", scores.METRICS)
-@pytest.mark.parametrize("template", [TEMPLATES["llama"], THINKS], ids=["llama", "thinks"])
+@pytest.mark.parametrize("template", [TEMPLATES["llama"], THINKS, ALONE], ids=["llama", "thinks", "alone"])
 def test_a_conversation_is_asked_as_training_showed_it(task: str, template: str, tmp_path: Path) -> None:
     base = pretrained(tmp_path / "model")
     tokenizer, file = build_tokenizer(str(base)), write(tmp_path / "x.jsonl", HUB[task])
