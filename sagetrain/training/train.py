@@ -115,11 +115,16 @@ def _compare(cfg: DictConfig, out: Path, watch: Watch) -> list[Path]:
 
 
 def at_home(cfg: DictConfig) -> DictConfig:
-    """A copy with `~` in every path replaced by the home folder (data.path and val_path: data/files.py does it)."""
+    """A copy with `~` in every path replaced by the home folder (data.path and val_path: data/files.py does it), and
+    with the whole path of a folder of weights, which export and evaluation read again, from wherever they are called.
+    """
     cfg = cfg.copy()
     for key in ("out", "resume", "model.path", "model.tokenizer"):
-        if str(OmegaConf.select(cfg, key)).startswith("~"):
-            OmegaConf.update(cfg, key, os.path.expanduser(OmegaConf.select(cfg, key)))
+        path = os.path.expanduser(str(OmegaConf.select(cfg, key)))
+        if key == "model.path" and os.path.isdir(path):
+            path = os.path.abspath(path)
+        if path != str(OmegaConf.select(cfg, key)):
+            OmegaConf.update(cfg, key, path)
     return cfg
 
 

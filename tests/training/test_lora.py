@@ -21,7 +21,7 @@ from sagetrain.errors import is_bad_input
 from sagetrain.export import main
 from sagetrain.paths import PACKAGE_DIR
 from sagetrain.training.checks import check_settings
-from sagetrain.training.export import export
+from sagetrain.training.export import export, load
 from sagetrain.training.lora import options
 from sagetrain.training.module import CausalLM
 from sagetrain.training.train import run
@@ -107,6 +107,19 @@ def test_peft_reads_the_adapters_and_transformers_what_they_were_merged_into(
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 16, str(base))
     assert not list((tmp_path / "whole").glob("adapter*")) and (tmp_path / "whole" / "tokenizer.json").exists()
+
+
+def test_a_run_is_read_from_another_directory_than_it_was_started_in(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base.parent)
+    run_folder = train(base, tmp_path / "run", f"model.path={base.name}", "checkpoint.keep=weights")
+    monkeypatch.chdir(tmp_path)
+    assert (export(run_folder, tmp_path / "whole", merge=True) / "model.safetensors").exists()
+    assert load(run_folder)[1] == 4
+    assert json.loads((run_folder / "weights" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        base
+    )
 
 
 def test_a_checkpoint_holds_the_adapters_alone_and_all_linear_layers_have_one(base: Path, trained: Path) -> None:
