@@ -82,16 +82,21 @@ def find(tasks: Sequence[str], data: Source, few_shot: int, what: str = "--data"
             found[task] = None
             continue
         asked = ASKED[task]
-        files = _files(task, folder, named.get(task), asked.split, what)
-        examples = _files(task, folder, named.get(f"{task}{EXAMPLES}"), asked.examples, what) if few_shot else []
+        files = _files(task, folder, named, asked.split, what)
+        examples = _files(task, folder, named, asked.examples, what, EXAMPLES) if few_shot else []
         found[task] = Files(files, examples)
     return found
 
 
-def _files(task: str, folder: str | None, path: str | None, split: str, what: str) -> list[Path]:
+def _files(
+    task: str, folder: str | None, named: Mapping[str, str], split: str, what: str, kind: str = ""
+) -> list[Path]:
+    name = f"{task}{kind}"
+    path = named.get(name)
     where = Path(path or folder or "").expanduser()
     if path is None and folder is None:
-        raise ValueError(f"{what}: examples of {task} are asked for (few-shot); name their file: {task}{EXAMPLES}=FILE")
+        asked = f"examples of {task} are asked for (few-shot); name their file" if kind else f"name the file of {task}"
+        raise ValueError(f"{what}: {asked}: {name}=FILE")
     if where.is_file():
         if not where.name.endswith(FORMATS):
             raise ValueError(f"{what}: {where} is of no known format; supported: {', '.join(FORMATS)}")
@@ -103,9 +108,10 @@ def _files(task: str, folder: str | None, path: str | None, split: str, what: st
     inside = [file for file in inside if file.relative_to(where).parts[0][0] != "."]
     files = [file for file in inside if all(_says(word, file.relative_to(where)) for word in words)]
     if not files:
+        names = f"name the files: {task}=FILE {name}=FILE" if kind else f"name the file: {name}=FILE"
         raise FileNotFoundError(
             f"{what}: {where} holds no {split.partition('|')[0]} split of {task}, which would be named like "
-            f"{task}-{split.partition('|')[0]}.jsonl; name the file: {task}=FILE"
+            f"{task}-{split.partition('|')[0]}.jsonl; {names}"
         )
     return files
 

@@ -231,6 +231,19 @@ def test_files_are_found_by_task_and_split(data: Path, tmp_path: Path) -> None:
     assert find(["gsm8k", "drop"], {"gsm8k": str(tmp_path / "hub")}, 0) == {"gsm8k": Files([one], []), "drop": None}
 
 
+def test_what_is_missing_is_named(data: Path) -> None:
+    (data / "drop-train.jsonl.xz").unlink()
+    with pytest.raises(
+        FileNotFoundError, match="no train split of drop.*; name the files: drop=FILE drop.few_shot=FILE"
+    ):
+        find(["drop"], str(data), 2)
+    (data / "drop-dev.jsonl.xz").unlink()
+    with pytest.raises(FileNotFoundError, match="no validation split of drop.*; name the file: drop=FILE$"):
+        find(["drop"], str(data), 2)
+    with pytest.raises(ValueError, match="--data: name the file of drop: drop=FILE"):
+        find(["drop"], {"drop": None}, 0)
+
+
 # ------------------------------------------------------------------------------------------------ scores
 
 
