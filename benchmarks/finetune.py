@@ -7,9 +7,9 @@ FOLDER of --data holds the four data sets as one file each (SOURCES). GSM8K is t
 on its test split. The others are split here, a fifth for evaluation, by a hash of what examples share (the passage, the
 context, the question), so their scores are those of this split and not the published benchmark's.
 Method: every run is a command of its own, `python -m sagetrain recipe=TASK_finetune`, evaluated by the recipe with its
-own attention; then its weights are evaluated with the attention of the other arm (BF16 there is SDPA), and so is the
-model before. --jobs of them run at a time on each GPU; `key=value` goes to all runs. The same command goes on where it
-was stopped, and does not repeat what is done.
+own attention; then its weights are evaluated with the attention of the other arm (BF16 there is SDPA). The model before
+is evaluated with each arm's own. --jobs of them run at a time on each GPU; `key=value` goes to all runs. The same
+command goes on where it was stopped, and does not repeat what is done.
 Choice: one row for each run and metric, in results/finetune-<kernel>.csv: n (questions), train_loss (mean of the last
 tenth of the steps), val_loss (the last), before and after (own attention), other (after, with the other arm's). What
 the commands said is in FOLDER of --out, TASK/ARM-seedN.txt; `python -m sagetrain.compare` draws the curves.
@@ -79,8 +79,10 @@ class Work:
         slot = self.slots.get()
         try:
             with (self.out / f"{name}.txt").open("a") as said:
-                env = os.environ | ({"CUDA_VISIBLE_DEVICES": slot})
-                subprocess.run([sys.executable, "-m", *words], stdout=said, stderr=said, env=env, check=True)
+                env = os.environ | {"CUDA_VISIBLE_DEVICES": slot}
+                done = subprocess.run([sys.executable, "-m", *words], stdout=said, stderr=said, env=env)
+            if done.returncode:
+                raise RuntimeError(f"{words[0]} ended with status {done.returncode}: {said.name} has what it said")
         finally:
             self.slots.put(slot)
 
@@ -121,14 +123,15 @@ class Work:
 
     def rows(self, arm: str, seed: int) -> list[dict[str, Any]]:
         run = self.out / f"{arm}-seed{seed}"
+        last = json.loads((run / "run.json").read_text())["steps"]
         with (run / "metrics.csv").open(newline="") as file:
             steps = list(csv.DictReader(file))
         train = [float(step["loss"]) for step in steps]
         validated = [step["val_loss"] for step in steps if step.get("val_loss")]
-        after = read(run)[str(len(steps))]
+        after = read(run)[str(last)]
         before = read(self.out / f"before-{arm}")["0"][arm][self.task]
         own, other = after[arm][self.task], after[ARMS[arm]][self.task]
-        what = {"model": self.options.model.name, "task": self.task, "steps": len(steps), "arm": arm, "seed": seed}
+        what = {"model": self.options.model.name, "task": self.task, "steps": last, "arm": arm, "seed": seed}
         losses = {
             "train_loss": round(mean(train[-max(1, len(train) // TAIL) :]), 5),
             "val_loss": round(float(validated[-1]), 5) if validated else "",

@@ -3,8 +3,10 @@
 import itertools
 import json
 import lzma
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,7 +171,7 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
     with lzma.open(data / "drop-dev.jsonl.xz", "wt") as file:
         file.writelines(f'{{"passage": "{i % 50}", "question": "{i}"}}\n' for i in range(500))
 
-    def command(words: list[str], env: dict[str, str], **_: Any) -> None:
+    def command(words: list[str], env: dict[str, str], **_: Any) -> SimpleNamespace:
         said.append((env["CUDA_VISIBLE_DEVICES"], words[2:]))
         if words[2] == "sagetrain":
             given = dict(word.split("=", 1) for word in words[3:])
@@ -182,6 +184,7 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
             out, arm, step = Path(given["--out"]), given["--attention"], 3 * ("before" not in given["--out"])
         score = {"scores": {"em": 0.25 if arm == "sdpa" else 0.5, "f1": 0.75}, "n": 7}
         scores.keep(out, step, arm, {"drop": score})
+        return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(finetune.subprocess, "run", command)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
@@ -199,6 +202,10 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
     assert (row["before"], row["after"], row["other"], row["val_loss"], row["train_loss"]) == (0.5, 0.5, 0.25, 1.5, 1)
     finetune.main(words)
     assert len(said) == 10  # nothing was run again
+    shutil.rmtree(tmp_path / "out" / "drop" / "before-bf16")
+    monkeypatch.setattr(finetune.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    with pytest.raises(RuntimeError, match=r"sagetrain.evaluate ended with status 2: .*before.txt has what it said"):
+        finetune.main(words)
     train, asked = (
         {json.loads(line)["passage"] for line in (tmp_path / "out" / "drop" / f"drop-{part}.jsonl").open()}
         for part in ("train", "eval")
