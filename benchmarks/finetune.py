@@ -9,7 +9,8 @@ context, the question), so their scores are those of this split and not the publ
 Method: every run is a command of its own, `python -m sagetrain recipe=TASK_finetune`, evaluated by the recipe with its
 own attention; then its weights are evaluated with the attention of the other arm (BF16 there is SDPA). The model before
 is evaluated with each arm's own. --jobs of them run at a time on each GPU; `key=value` goes to all runs. The same
-command goes on where it was stopped, and does not repeat what is done.
+command goes on where it was stopped, and does not repeat what is done. The rows of a task are written when all its
+runs are done.
 Choice: one row for each run and metric, in results/finetune-<kernel>.csv: n (questions), train_loss (mean of the last
 tenth of the steps), val_loss (the last), before and after (own attention), other (after, with the other arm's). What
 the commands said is in FOLDER of --out, TASK/ARM-seedN.txt; `python -m sagetrain.compare` draws the curves.
@@ -26,6 +27,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from queue import Queue
 from statistics import mean
@@ -168,16 +170,20 @@ def main(arguments: list[str] | None = None) -> None:
     slots: Queue[str] = Queue()
     for slot in gpus * options.jobs:
         slots.put(slot)
-    work = [Work(task, options, slots) for task in options.tasks]
-    runs = [(each, arm, seed) for each in work for seed in range(options.seeds) for arm in ARMS]
-    with ThreadPoolExecutor(slots.qsize()) as pool:
-        promises = [pool.submit(each.run, arm, seed) for each, arm, seed in runs]
-        promises += [pool.submit(each.before, arm) for each in work for arm in ARMS]
-        for promise in promises:
-            promise.result()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     held = conditions(device)
-    write([held | row for each, arm, seed in runs for row in each.rows(arm, seed)], kernel_file("finetune", device))
+    runs = list(product(range(options.seeds), ARMS))
+    with ThreadPoolExecutor(slots.qsize()) as pool:
+        begun = []
+        for task in options.tasks:
+            work = Work(task, options, slots)
+            promises = [pool.submit(work.run, arm, seed) for seed, arm in runs]
+            begun.append((work, promises + [pool.submit(work.before, arm) for arm in ARMS]))
+        for work, promises in begun:
+            for promise in promises:
+                promise.result()
+            rows = [held | row for seed, arm in runs for row in work.rows(arm, seed)]
+            write(rows, kernel_file("finetune", device))
 
 
 if __name__ == "__main__":
