@@ -197,9 +197,14 @@ def _from_deepspeed(checkpoint: Path) -> Mapping[str, Tensor]:
 
 
 def _empty(cfg: DictConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a run, without values."""
+    """The model of a run, without values. A new one's begin and end of text are those of its data: the defaults of its
+    kind belong to another vocabulary."""
     with asked_for("model"):
         config = model_config(cfg.model)
+    if not cfg.model.path:
+        tokenizer = build_tokenizer(cfg.model.tokenizer)
+        for name in "bos_token_id", "eos_token_id":
+            setattr(config, name, getattr(tokenizer, name))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sagetrain.__main__ import compose
 from sagetrain.export import main
@@ -66,6 +66,8 @@ def test_from_pretrained_reads_what_was_trained(tmp_path: Path, text: str, tied:
     model = AutoModelForCausalLM.from_pretrained(export(out, tmp_path / "model"))
     assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) == tied
     assert validation_loss(model, text) == pytest.approx(last_loss(out), rel=1e-5)
+    for config in model.config, model.generation_config:  # of the byte tokenizer, not transformers' 1 and 2
+        assert (config.bos_token_id, config.eos_token_id) == (None, 256)
     if keep == "weights":
         AutoModelForCausalLM.from_pretrained(out / "weights")
 
@@ -93,7 +95,7 @@ def test_checkpoints_of_every_strategy_on_two_ranks(tmp_path: Path, text: str, s
     assert read.keys() == written.keys() and all(torch.equal(read[name], written[name]) for name in read)
 
 
-def test_the_tokenizer_comes_along(tmp_path: Path, text: str) -> None:
+def test_the_tokenizer_comes_along_and_its_end_of_text(tmp_path: Path, text: str) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {"<eos>": 0, "<unk>": 1, "and": 2, "is": 3, ".": 4} | {str(i): 5 + i for i in range(250)}
@@ -101,8 +103,11 @@ def test_the_tokenizer_comes_along(tmp_path: Path, text: str) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
     tokenizer.save_pretrained(tmp_path / "words")
-    (out,) = run(compose([*TINY, text, f"model.tokenizer={tmp_path / 'words'}", f"out={tmp_path / 'out'}"]))
+    changes = [f"model.tokenizer={tmp_path / 'words'}", "+model.config.eos_token_id=128001"]  # as model=llama1b
+    (out,) = run(compose([*TINY, text, *changes, f"out={tmp_path / 'out'}"]))
     folder = export(out, tmp_path / "model")
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.bos_token_id, config.eos_token_id) == (None, 0)
     assert (
         AutoTokenizer.from_pretrained(folder)("7 and 7 is 14.")["input_ids"] == tokenizer("7 and 7 is 14.")["input_ids"]
     )
