@@ -11,6 +11,7 @@ Cost: the whole model once in the memory of the CPU; no GPU is needed.
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -51,6 +52,7 @@ def export(run: str | Path, folder: str | Path, merge: bool = False) -> Path:
     cfg = OmegaConf.load(source / "config.yaml")
     if not merge:
         _export(source, checkpoint, cfg, folder)
+        _follow_umask(folder)
         return folder
     if not cfg.model.get("lora"):
         raise ValueError(f"{run} trained no adapters (model.lora), so there is nothing to merge: leave out --merge")
@@ -59,6 +61,7 @@ def export(run: str | Path, folder: str | Path, merge: bool = False) -> Path:
         with asked_for(f"model.path={cfg.model.path}"):
             lora.merge(cfg.model.path, model_config(cfg.model), Path(adapters), folder)
     _write_tokenizer(cfg, folder)
+    _follow_umask(folder)
     return folder
 
 
@@ -143,6 +146,7 @@ def _replace(cfg: DictConfig, weights: dict[str, Tensor], folder: Path) -> None:
     for old in (aside, folder):
         shutil.rmtree(old, ignore_errors=True)
     _write(cfg, weights, aside)
+    _follow_umask(aside)
     flush(aside)
     os.replace(aside, folder)
 
@@ -242,3 +246,11 @@ def _write(cfg: DictConfig, weights: dict[str, Tensor], folder: Path) -> None:
 def _write_tokenizer(cfg: DictConfig, folder: Path) -> None:
     if cfg.model.tokenizer != "byte":
         build_tokenizer(cfg.model.tokenizer).save_pretrained(folder)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Weights as readable as the configuration beside them: safetensors writes files for their owner alone."""
+    mode = next(folder.glob("*config.json")).stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        if file.stat().st_mode != mode:
+            file.chmod(stat.S_IMODE(mode))

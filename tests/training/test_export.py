@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,20 @@ def test_checkpoints_of_every_strategy_on_two_ranks(tmp_path: Path, text: str, s
     (checkpoint,) = (tmp_path / "out" / "checkpoints").glob("step-*")
     read = AutoModelForCausalLM.from_pretrained(export(checkpoint, tmp_path / "model")).state_dict()
     assert read.keys() == written.keys() and all(torch.equal(read[name], written[name]) for name in read)
+
+
+@pytest.mark.parametrize("umask", [0o027, 0o077])
+def test_weights_are_as_readable_as_other_files(tmp_path: Path, text: str, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        (out,) = run(compose([*TINY, text, "checkpoint.keep=weights", f"out={tmp_path / 'out'}"]))
+        for file in out / "weights" / "model.safetensors", out / "weights" / "config.json":
+            assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
+        (out / "weights" / "model.safetensors").chmod(0o600)  # of an older run
+        (folder := tmp_path / "model").mkdir()
+        assert stat.S_IMODE((export(out, folder) / "model.safetensors").stat().st_mode) == 0o666 & ~umask
+    finally:
+        os.umask(before)
 
 
 def test_the_tokenizer_comes_along_and_its_end_of_text(tmp_path: Path, text: str) -> None:

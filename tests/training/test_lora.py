@@ -106,6 +106,8 @@ def test_peft_reads_the_adapters_and_transformers_what_they_were_merged_into(
     } and not (tmp_path / "adapters" / "model.safetensors").exists()
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 16, str(base))
+    for file in tmp_path / "adapters" / "adapter_model.safetensors", tmp_path / "whole" / "model.safetensors":
+        assert file.stat().st_mode == (file.parent / "tokenizer.json").stat().st_mode  # as readable
     assert not list((tmp_path / "whole").glob("adapter*")) and (tmp_path / "whole" / "tokenizer.json").exists()
 
 
