@@ -24,7 +24,7 @@ from sagetrain.ops.schemes import SCHEMES
 from sagetrain.training.folder import RENAMED
 
 Series = tuple[np.ndarray, np.ndarray]  # steps (int64, strictly increasing), values (float64)
-STATUSES = ("running", "finished", "failed")
+STATUSES = ("running", "finished", "stopped", "failed")
 EVAL = "eval/"  # TASK/METRIC
 NUMERIC = ("tokens", "loss", "grad_norm", "tokens_per_s", "step_ms", "data_wait", "val_loss")
 NUMERIC_GROUPS = ("probe/", EVAL)

@@ -346,7 +346,7 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
         if wandb := sys.modules.get("wandb"):
             wandb.finish(exit_code=code)
 
-    watch.on_forced_end = lambda said: write_down("failed", error=said)
+    watch.on_forced_end = lambda said: write_down("stopped", error=said)
     try:
         yield trainers
     except BaseException as error:
@@ -356,7 +356,8 @@ def _recorded(log: RunLog, bar: Bar, watch: Watch) -> Iterator[list[L.Trainer]]:
             # Launchers signal a whole group of processes: a compiler that dies of it makes an error of this step.
             end = Stopped(watch.stop, f"in the middle of a step ({type(error).__name__}: {error})".splitlines()[0])
         with contextlib.suppress(OSError):  # the disk may be the very problem
-            write_down("failed", error=f"{type(end).__name__}: {end}", **more)
+            status = "stopped" if isinstance(end, Stopped) else "failed"
+            write_down(status, error=f"{type(end).__name__}: {end}", **more)
         finish(code=1)
         if end is error:
             raise

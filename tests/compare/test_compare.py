@@ -395,8 +395,9 @@ def test_seeds_that_do_not_pair(tmp_path: Path):
     assert "no seed in common" in comparison.sentences()[0]
 
 
-def test_unfinished_run_is_compared_up_to_the_common_step(parent: Path):
-    write_run(parent, "sage_int8", 2, falling(2.0)[:12], status="failed", max_steps=STEPS, error="OSError: disk full")
+@pytest.mark.parametrize("status", ["failed", "stopped", "running"])
+def test_unfinished_run_is_compared_up_to_the_common_step(parent: Path, status: str):
+    write_run(parent, "sage_int8", 2, falling(2.0)[:12], status=status, max_steps=STEPS, error="OSError: disk full")
     with open(parent / "sage_int8-seed2" / "metrics.csv", "a", encoding="utf-8") as file:
         file.write("13,832,2.")  # killed while it wrote
     comparison = report([parent], parent)
@@ -405,7 +406,7 @@ def test_unfinished_run_is_compared_up_to_the_common_step(parent: Path):
     assert comparison.sentences()[0].startswith("Up to step 12 of 20: ")
     notes = " ".join(comparison.notes)
     assert (
-        "sage_int8-seed2 is unfinished: failed, step 12 of 20 (OSError: disk full)" in notes
+        f"sage_int8-seed2 is unfinished: {status}, step 12 of 20 (OSError: disk full)" in notes
         and "half-written last line" in notes
     )
     html = (parent / "report.html").read_text("utf-8")

@@ -105,7 +105,7 @@ def check_stopped(out: Path, run: subprocess.Popen, signum: signal.Signals) -> N
     code, said = ends(run)
     assert code == 128 + signum, said
     info, steps = json.loads((out / "run.json").read_text()), logged(out)
-    assert info["status"] == "failed" and f"stopped by {signum.name} after step {steps}" in info["error"]
+    assert info["status"] == "stopped" and f"stopped by {signum.name} after step {steps}" in info["error"]
     assert (
         saved(out)[-1] == f"step-{steps:08d}.ckpt" and f"stopped by {signum.name}" in said and "Traceback" not in said
     )

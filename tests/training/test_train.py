@@ -380,4 +380,5 @@ def test_an_error_that_a_signal_brought_is_that_signal(train, tmp_path: Path, mo
     assert caught.value.code == 128 + signal.SIGTERM
     assert isinstance(caught.value.__cause__, RuntimeError)
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert "SIGTERM" in facts["error"] and "compiler_dies" in facts["traceback"]  # a bug of ours would be found again
+    assert facts["status"] == "stopped" and "SIGTERM" in facts["error"]
+    assert "compiler_dies" in facts["traceback"]  # a bug of ours would be found again
