@@ -39,7 +39,7 @@ def build(
     if kind != "pretrain" and kind not in TASKS:
         raise ValueError(f"unknown data.kind {kind!r}; there are pretrain, {', '.join(TASKS)}")
     for name, value, least in ("seq_len", seq_len, 8), ("batch_size", batch_size, 1), ("seed", seed, 0):
-        if not isinstance(value, int) or value < least:
+        if type(value) is not int or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
     function, first = (build_pretrain, ()) if kind == "pretrain" else (build_task, (kind,))
     known = [p.name for p in inspect.signature(function).parameters.values() if p.default is not p.empty]

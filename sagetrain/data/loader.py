@@ -153,7 +153,7 @@ class TextData(LightningDataModule):
                 "stopped, so each epoch would have other batches. Give data.path a file with those documents only"
             )
         count = trainer.accumulate_grad_batches
-        if not isinstance(count, int) or count < 1:
+        if type(count) is not int or count < 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches={count} must be a whole number of at least 1; for a schedule over "
                 "epochs use Lightning's GradientAccumulationScheduler"

@@ -86,7 +86,7 @@ def build_pretrain(
     of the corpus, else nothing.
     """
     for key, value, least in ("tokens", tokens, seq_len), ("val_documents", val_documents, 0):
-        if value is not None and (not isinstance(value, int) or value < least):
+        if value is not None and (type(value) is not int or value < least):
             raise ValueError(f"data.{key} must be an integer of at least {least}, not {value!r}")
     if not isinstance(document_boundaries, bool):
         raise ValueError(f"data.document_boundaries must be true or false, not {document_boundaries!r}")

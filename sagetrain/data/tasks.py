@@ -203,8 +203,8 @@ def build_task(
     """
     if val_fraction is not None and not 0 <= val_fraction < 1:
         raise ValueError(f"data.val_fraction must be in [0, 1), not {val_fraction}")
-    if max_examples is not None and max_examples < 1:
-        raise ValueError(f"data.max_examples must be at least 1, not {max_examples}")
+    if max_examples is not None and (type(max_examples) is not int or max_examples < 1):
+        raise ValueError(f"data.max_examples must be an integer of at least 1, not {max_examples!r}")
     if too_long not in TOO_LONG:
         raise ValueError(f"data.too_long must be one of {', '.join(TOO_LONG)}, not {too_long!r}")
     if packing not in PACKING:

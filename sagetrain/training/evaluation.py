@@ -34,7 +34,7 @@ def check(cfg: DictConfig) -> dict[str, Files | None]:
     """The files of each task that the run evaluates. Raises what is wrong with `eval`, before anything takes time."""
     if isinstance(cfg.eval.tasks, str):
         raise ValueError(f"eval.tasks={cfg.eval.tasks}: give a list, eval.tasks=[{cfg.eval.tasks}]")
-    if not (cfg.eval.batch_size == "auto" or (isinstance(cfg.eval.batch_size, int) and cfg.eval.batch_size > 0)):
+    if not (cfg.eval.batch_size == "auto" or (type(cfg.eval.batch_size) is int and cfg.eval.batch_size > 0)):
         raise ValueError(f"eval.batch_size={cfg.eval.batch_size}: give a number of rows, at least 1, or auto")
     tasks = check_tasks(list(cfg.eval.tasks or []), "eval.tasks")
     if not tasks:

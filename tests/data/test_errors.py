@@ -175,9 +175,11 @@ def test_options(tmp_path):
         ({"path": None, "source": "some/set"}, "data.tokens: say how many tokens to take of a hub data set"),
         ({"document_boundaries": "maybe"}, "data.document_boundaries must be true or false, not 'maybe'"),
         ({"val_documents": -1}, "data.val_documents must be an integer of at least 0, not -1"),
+        ({"val_documents": True}, "data.val_documents must be an integer of at least 0, not True"),
         ({"path": None, "source": None}, "set data.source= .* or data.path="),
         ({"kind": "gsm8k", "val_fraction": 1.0}, r"data.val_fraction must be in \[0, 1\)"),
-        ({"kind": "gsm8k", "max_examples": 0}, "data.max_examples must be at least 1"),
+        ({"kind": "gsm8k", "max_examples": 0}, "data.max_examples must be an integer of at least 1, not 0"),
+        ({"kind": "gsm8k", "max_examples": True}, "data.max_examples must be an integer of at least 1, not True"),
     ):
         with pytest.raises(ValueError, match=message):
             build(good | change, TOK, 16, 0)
@@ -185,6 +187,7 @@ def test_options(tmp_path):
         ((7, 0), "seq_len must be an integer of at least 8, not 7"),
         ((16, -1), "seed must be an integer of at least 0"),
         ((16, 0, 0), "batch_size must be an integer of at least 1"),
+        ((16, 0, True), "batch_size must be an integer of at least 1, not True"),
     ):
         with pytest.raises(ValueError, match=message):
             build(good, TOK, *arguments)

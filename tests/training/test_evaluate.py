@@ -601,6 +601,7 @@ def test_killed_at_its_end_a_run_is_evaluated_when_it_goes_on(train, monkeypatch
     (["eval.few_shot=9"], "few_shot=9: there are 4 examples of gsm8k"),
     (["eval.tasks=gsm8k"], "eval.tasks=gsm8k: give a list, eval.tasks=[gsm8k]"),
     (["eval.batch_size=0"], "eval.batch_size=0: give a number of rows, at least 1, or auto"),
+    (["eval.batch_size=true"], "eval.batch_size=True: give a number of rows, at least 1, or auto"),
     (["eval.limit=0"], "eval.limit=0: give a whole number, at least 1"),
     (["strategy=fsdp2"], "eval.tasks: this strategy shards the weights"),
     (["strategy=deepspeed", "strategy.stage=3"], "eval.tasks: this strategy shards the weights"),

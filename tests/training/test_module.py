@@ -171,6 +171,7 @@ def test_accumulation_that_changes_under_a_batch_is_refused(run: Run) -> None:
     ("options", "message"),
     [
         ({"overfit_batches": 2, "max_steps": 2}, "trainer.overfit_batches=2 is not supported"),
+        ({"accumulate_grad_batches": True, "max_steps": 2}, "batches=True must be a whole number"),
         ({"accumulate_grad_batches": {0: 2}, "max_steps": 2}, "GradientAccumulationScheduler"),
         ({"accumulate_grad_batches": 0, "max_steps": 2}, "whole number of at least 1"),
     ],
