@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from rich.console import Group
@@ -90,4 +91,4 @@ def _band(band: float | None) -> str:
 
 
 def _show(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else format(value, form) + unit
+    return format(value, form) + unit if value is not None and math.isfinite(value) else "-"

@@ -430,6 +430,7 @@ def test_divergence_is_said(tmp_path: Path, value: float):
     assert comparison.others[0].inside is False
     assert "INT8 diverged" in comparison.sentences()[0] and "(seed 1)" in comparison.sentences()[0]
     assert any("sage_int8-seed1: the loss is not finite at step 19" in note for note in comparison.notes)
+    assert arm_cells(comparison)[1][2:4] == ["nan", "-"]  # no "+nan"
     numbers = json.loads(json.dumps(comparison.as_dict(), allow_nan=False))
     assert numbers["arms"]["sage_int8"]["final_loss"] is None
 
