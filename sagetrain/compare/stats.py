@@ -366,10 +366,21 @@ class Comparison:
         for name in dict.fromkeys(score.name for score in self.scores):
             steps = {run.name: run.series(EVAL + name, self.common_step)[0][-1:] for run in self.runs}
             yield from self._difference(f"step of {name}", {run: at[0] for run, at in steps.items() if len(at)})
+        yield from self._without_scores()
         for key, what in CONDITIONS.items():
             yield from self._difference(what, {run.name: run.info.get(key) for run in self.runs})
         if self.band is not None and len(self.arms[0].runs) == 2:
             yield "The band comes from two seeds, which is a rough estimate of chance; more seeds make it firmer."
+
+    def _without_scores(self) -> Iterator[str]:
+        """Which runs were not yet evaluated where all are compared, of tasks that some run was evaluated on."""
+        scored = [column for run in self.runs for column in run.columns if column.startswith(EVAL)]
+        for task, column in {column.split("/")[1]: column for column in scored}.items():
+            first = {run.name: next(iter(run.series(column)[0]), None) for run in self.runs}
+            late = {name: step for name, step in first.items() if step is None or step > self.common_step}
+            said = [name + (f" (its first is of step {step:,})" if step else "") for name, step in late.items()]
+            if said:
+                yield f"No scores of {task} up to step {self.common_step:,}: {', '.join(said)}"
 
     @staticmethod
     def _difference(what: str, values: dict[str, Any]) -> Iterator[str]:

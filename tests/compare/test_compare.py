@@ -531,7 +531,7 @@ def test_corrupt_files_are_named(parent: Path, capsys: pytest.CaptureFixture, fi
     assert expected in error and str(target) in error
 
 
-def scored(parent: Path, arm: str, seed: int, *scores: float) -> Path:
+def scored(parent: Path, arm: str, seed: int, *scores: float | None) -> Path:
     """A run with an accuracy at steps 10 and 20, or at 10 alone."""
     at = dict(zip((9, 19), scores, strict=False))
     column = [at.get(index) for index in range(STEPS)]
@@ -570,7 +570,17 @@ def test_scores_that_not_every_run_has(tmp_path: Path):
     base, int8 = comparison.scores
     assert (base.arm, int8.arm, int8.gap, int8.inside) == ("bf16", "sage_int8", pytest.approx(-0.1), None)
     assert "step of gsm8k/strict_match differs: 20 (bf16-seed0); 10 (sage_int8-seed0)" in comparison.notes
+    assert "No scores of gsm8k up to step 20: other-seed0" in comparison.notes
     assert comparison.mismatches == []
+
+
+def test_scores_of_no_run_up_to_the_step_where_one_stopped(tmp_path: Path):
+    scored(tmp_path, "bf16", 0, None, 0.3)
+    write_run(tmp_path, "sage_int8", 0, falling(2.0)[:12], status="stopped", max_steps=STEPS)
+    comparison = Comparison(find_runs([tmp_path]))
+    assert comparison.scores == []
+    said = "No scores of gsm8k up to step 12: bf16-seed0 (its first is of step 20), sage_int8-seed0"
+    assert said in comparison.notes
 
 
 def test_markdown_for_a_pull_request(parent: Path, capsys: pytest.CaptureFixture):
