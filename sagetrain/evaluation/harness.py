@@ -2,8 +2,8 @@
 
 Method: the harness builds the requests, batches them by length (`HFLM`), and scores the answers; the attention is what
 the model has been given. Every answer is kept on the disk at once (the harness's cache of responses), under a name made
-of all weights, attention, precision and tokenizer, so an evaluation that was killed goes on where it stopped and
-another model never reads its answers. They are deleted when the scores are there.
+of all weights and settings, attention, precision and tokenizer, so an evaluation that was killed goes on where it
+stopped and another model never reads its answers. They are deleted when the scores are there.
 Choice: several ranks share the requests, not the documents, so that tasks smaller than the number of ranks are no case
 of their own; each computes all scores. Choices are scored in FP32: in BF16 close ones would often tie, for the first.
 Rows are padded on the right where choices are scored (the harness gives no mask there, causal attention needs none; the
@@ -285,7 +285,8 @@ def fingerprint(model: nn.Module) -> str:
 def answers_of(model: nn.Module, tokenizer: Any, dtype: torch.dtype | None, rank: int = 0) -> Path:
     """Where the answers of this model are kept until there are scores."""
     device = next(model.parameters()).device.type
-    parts = (fingerprint(model), model.config._attn_implementation, device, dtype, made_by(tokenizer))
+    settings = [each.to_json_string() for each in (model.config, model.generation_config)]  # as RoPE's base
+    parts = (fingerprint(model), settings, model.config._attn_implementation, device, dtype, made_by(tokenizer))
     name = hashlib.blake2b(repr((*parts, lm_eval.__version__)).encode(), digest_size=16).hexdigest()
     return Path(datasets.config.HF_DATASETS_CACHE, "sagetrain-answers", f"{name}.{rank}.db")
 

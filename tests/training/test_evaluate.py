@@ -429,6 +429,10 @@ def test_another_model_has_other_answers() -> None:
     names.append(harness.answers_of(model, tokenizer, None, rank=1))
     model.set_attn_implementation("sdpa")
     names.append(harness.answers_of(model, tokenizer, None))
+    model.config.rms_norm_eps = 1e-3  # what no weight says
+    names.append(harness.answers_of(model, tokenizer, None))
+    model.generation_config.eos_token_id = 10
+    names.append(harness.answers_of(model, tokenizer, None))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] *= 1.001
     names.append(harness.answers_of(model, tokenizer, None))
