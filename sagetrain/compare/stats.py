@@ -41,7 +41,8 @@ IDENTITY = {
 }
 CONDITIONS = {"device": "device", "versions": "versions", "git_commit": "commit"}
 UNKNOWN = "its record does not tell how its attention ran"
-DATA_SETTINGS = ("data.", "model.tokenizer")  # losses on other data do not compare, whatever the arms are called
+TOKENIZER = "model.tokenizer"
+DATA_SETTINGS = ("data.", TOKENIZER)  # losses on other data do not compare, whatever the arms are called
 # Reported by what they did, not by what was set: the attention and the number of steps.
 NOT_LISTED = ("attention.", "trainer.max_steps")
 
@@ -345,9 +346,12 @@ class Comparison:
                 yield from self._difference(f"number of tokens up to step {steps[-1]:,}", seen)
         given = {run.name: settings(run.config, FREE) for run in self.runs if run.config}
         told = {name for name in self._named if not name.startswith(DATA_SETTINGS)}  # by the names of the arms
-        keys = sorted({key for flat in given.values() for key in flat if not key.startswith(NOT_LISTED)} - told)
+        keys = {key for flat in given.values() for key in flat if not key.startswith(NOT_LISTED)} - told
+        keys = sorted(keys, key=lambda key: (key != TOKENIZER, key))  # first, so that it is never left out
         each = ({name: flat.get(key) for name, flat in given.items()} for key in keys)
         found = [text for key, values in zip(keys, each, strict=True) for text in self._difference(key, values)]
+        if found and found[0].startswith(f"{TOKENIZER} "):
+            found[0] += ". Losses are per token, so their gap means nothing unless these cut text alike"
         yield from found[:MOST_SETTINGS]
         if len(found) > MOST_SETTINGS:
             yield f"{len(found) - MOST_SETTINGS} more settings differ; see config.yaml of each run"

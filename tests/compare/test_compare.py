@@ -453,6 +453,15 @@ def test_not_the_same_experiment_is_said_loudly(tmp_path: Path, changes: dict, e
     assert comparison.sentences()[0].startswith("These runs are not the same experiment")
 
 
+def test_losses_of_several_tokenizers_do_not_compare(tmp_path: Path, capsys: pytest.CaptureFixture):
+    other = {"data": {f"option{i}": i for i in range(20)}}  # more settings than are listed
+    write_run(tmp_path, "bf16", 0, falling(2.0), config={"model": {"tokenizer": "byte"}})
+    write_run(tmp_path, "sage_int8", 0, falling(2.0), config={"model": {"tokenizer": "gpt2"}} | other)
+    assert main([str(tmp_path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: model.tokenizer differs: byte (bf16-seed0); gpt2 (sage_int8-seed0). Losses are per token" in said
+
+
 def test_text_from_runs_is_escaped_and_mismatches_stand_out(tmp_path: Path):
     write_run(tmp_path, "bf16", 0, falling(2.0), command="python <script>alert(1)</script> [/red]")
     write_run(tmp_path, "<b>$x$[red]", 0, falling(2.0), recipe="a&b[/red]")
