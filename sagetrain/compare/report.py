@@ -25,6 +25,7 @@ from sagetrain.compare.stats import Comparison
 from sagetrain.training.folder import write
 
 PAGE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.html", "page.js"))  # the first a Jinja2 template
+OURS = "comparison.json"  # where it lies, the other files are ours too, so it is written first
 # Of run.json: shown elsewhere, or of no use here.
 APART = ("name", "arm", "seed", "status", "command", "error", "traceback", "wandb_id")
 
@@ -32,7 +33,8 @@ APART = ("name", "arm", "seed", "status", "command", "error", "traceback", "wand
 def report(runs: Iterable[str | Path], out: str | Path, baseline: str | None = None) -> Comparison:
     """Compares run directories (or parents of them) and writes report.html, metrics.csv and comparison.json into `out`.
 
-    Raises FileNotFoundError or ValueError, before anything is written, for runs that cannot be read or compared.
+    Those of an earlier comparison are replaced. Raises FileNotFoundError or ValueError, before anything is written, for
+    runs that cannot be read or compared, and where files of somebody else would be overwritten.
     """
     comparison, out = Comparison(find_runs(runs), baseline), Path(out).expanduser()
     if (out / "run.json").exists():
@@ -40,10 +42,15 @@ def report(runs: Iterable[str | Path], out: str | Path, baseline: str | None = N
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose another folder with --out")
     files = {
+        OURS: json.dumps(comparison.as_dict(), indent=2, allow_nan=False) + "\n",
         "metrics.csv": _all_rows(comparison.runs),
-        "comparison.json": json.dumps(comparison.as_dict(), indent=2, allow_nan=False) + "\n",
         "report.html": render(comparison),
     }
+    if not (out / OURS).exists() and (theirs := [name for name in files if (out / name).exists()]):
+        raise ValueError(
+            f"{out / theirs[0]} is of no comparison (there is no {OURS} beside it), and a report would overwrite it; "
+            "move it away, or choose another folder: python -m sagetrain.compare RUN... --out FOLDER"
+        )
     out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         write(out / name, text.encode(errors="replace"))  # a command line may hold no text

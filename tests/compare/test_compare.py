@@ -482,6 +482,18 @@ def test_command_line(parent: Path, tmp_path: Path):
     assert {"report.html", "metrics.csv", "comparison.json"} <= {file.name for file in parent.iterdir()}
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "report.html"])
+def test_only_files_of_a_comparison_are_overwritten(parent: Path, tmp_path: Path, name: str, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs = [parent / "bf16-seed0", parent / "sage_int8-seed0"]
+    (file := tmp_path / "comparison" / name).parent.mkdir()
+    file.write_text("mine")
+    assert f"comparison/{name} is of no comparison" in one_line_error(capsys, *runs)
+    assert file.read_text() == "mine" and len(list(file.parent.iterdir())) == 1
+    file.unlink()
+    assert main([str(run) for run in runs]) == main([str(run) for run in runs]) == 0  # an earlier one of ours
+
+
 def test_command_line_paths(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     runs = [str(parent / name) for name in ("bf16-seed0", "sage_int8-seed0")]
