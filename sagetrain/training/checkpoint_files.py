@@ -8,6 +8,7 @@ times what a rank loads.
 Cost: reading the file once more before training goes on, one or two seconds for a gigabyte in the page cache.
 """
 
+import contextlib
 import copy
 import os
 import re
@@ -25,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from sagetrain.terminal import console
 from sagetrain.training.folder import global_rank
+
+PINNING = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"  # for PYTORCH_ALLOC_CONF
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -170,15 +173,20 @@ def _parts(x: Tensor) -> list[Tensor]:
 
 
 def pin_with_threads() -> None:
-    """Has torch pin memory in two steps, where it has not begun and the environment says nothing of how it allocates:
-    eight threads have the pages, and only then the driver registers them. In one step (cudaHostAlloc) the driver keeps
-    its lock while it has the pages, and no kernel starts: 7 s for the state of a model of 1.2 billion weights."""
+    """Has torch pin memory in two steps, unless the environment says how it allocates: eight threads have the pages,
+    and only then the driver registers them. In one step (cudaHostAlloc) the driver keeps its lock while it has the
+    pages, and no kernel starts: 7 s for the state of a model of 1.2 billion weights.
+
+    By torch's setter, though it is not public: the environment is read when CUDA begins, and some imports begin it.
+    """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
+        with contextlib.suppress(AttributeError, RuntimeError):  # a torch without it pins as it does
+            torch._C._accelerator_setAllocatorSettings(PINNING)
 
 
 def pin(sizes: list[int]) -> None:
     """Pin memory in pieces of these `sizes`, which torch then keeps for whoever asks for as much. Without the GIL."""
+    pin_with_threads()
     held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
     del held  # all at once: a piece that is let go serves the next request
 

@@ -53,7 +53,6 @@ from sagetrain.training.checkpoint_files import (
     check_checkpoint,
     checkpoints,
     last_good,
-    pin_with_threads,
     step_of,
 )
 from sagetrain.training.checks import check_settings
@@ -79,7 +78,6 @@ def run(cfg: DictConfig) -> list[Path]:
     if not is_helper():
         os.environ[LAUNCHER] = str(os.getpid())
     _quiet()
-    pin_with_threads()
     check_settings(cfg)
     cfg = at_home(cfg)
     out = Path(cfg.out).absolute()
