@@ -29,14 +29,18 @@ from torch.nn.functional import pad
 LOG2E = math.log2(math.e)
 AMAX_MIN, AMAX_MAX = 2.0**-100, 2.0**55  # keeps scales and their products finite for any finite input
 SMALLEST = 2.0**-126  # rows of dO below it count as zero
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it spread evenly over [0, 1), however many
 SIGNS = 0xE680138AA7F261346F09A3C553359FF9  # bit d: channel d changes sign before the rotation (csrc/attention.h)
+OPERANDS = ("q", "k", "v", "p", "p_dv", "do_dv", "ds_dq", "ds_dk")  # of the INT8 products: p is that of O
 
 
 @dataclass(frozen=True)
 class Preset:
     """Where a preset rounds. `forward_keys`: keys in a forward tile; `queries`, `keys`: rows of a backward tile;
     `shared_key_scales`: of K not one scale per token, but one for 16 of every 64 (`shared_amax`).
-    `token_gradients`: dO of dV has one scale per token, which joins P before that is rounded, not one per channel."""
+    `token_gradients`: dO of dV has one scale per token, which joins P before that is rounded, not one per channel.
+    `exact`, `dithered`: of OPERANDS those that are not rounded, and those that are rounded up or down by a threshold
+    (`thresholds`) instead of to the nearest integer."""
 
     name: str
     forward_keys: int
@@ -45,6 +49,17 @@ class Preset:
     rotate: bool = True
     shared_key_scales: bool = False
     token_gradients: bool = False
+    exact: frozenset[str] = frozenset()
+    dithered: frozenset[str] = frozenset()
+
+    def integers(self, operand: str, x: Tensor, levels: int = 127, content: Tensor | None = None) -> Tensor:
+        """The integers, at most `levels`, that stand for `x [.., rows, columns]`, held in floats.
+
+        content: of `thresholds`; for an operand that may be dithered.
+        """
+        if operand not in self.exact:
+            x = (x + thresholds(content, x.shape[-1])).floor() if operand in self.dithered else x.round()
+        return x.clamp(-levels, levels)
 
 
 PAPER = Preset("paper", forward_keys=64, queries=128, keys=64, rotate=False)
@@ -80,6 +95,18 @@ def int8_scale(x: Tensor, rows: int, columns: int) -> Tensor:
 def scale_of(amax: Tensor) -> Tensor:
     """Scale that maps these largest magnitudes to 127. NaN where one is not finite."""
     return torch.where(amax.isfinite(), amax.clamp(AMAX_MIN, AMAX_MAX), math.nan) / 127
+
+
+def thresholds(content: Tensor, columns: int) -> Tensor:
+    """What numbers `[.., rows, columns]` are raised by, 0 to 1, before they are rounded down.
+
+    On average over many numbers that is right. The nearest integer is not where most of them are much smaller than 1,
+    as those of P and dS are: they all become 0. Neighbours in a row get thresholds that are spread evenly. A row begins
+    with the last bits of its float `content [.., rows, 1]`, in which the whole sequence has a say: so the same two
+    tokens at the same places are not rounded in the same way each time, and the same call is.
+    """
+    first = (content.contiguous().view(torch.int32) & 0xFFF) / 4096
+    return (first + torch.arange(columns, device=content.device) * GOLDEN) % 1
 
 
 def int8(x: Tensor, scale: Tensor) -> Tensor:
@@ -186,12 +213,13 @@ def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, pr
     q_scale, k_scale = (int8_scale(x, 1, width)[..., :1] for x in (q_turned, k_turned))
     if preset.shared_key_scales:
         k_scale = scale_of(shared_amax(k_turned.abs()))
-    q8, k8 = int8(q_turned, q_scale), int8(k_turned, k_scale)
-    v_hat = round_tiles(v - v_mean, preset.forward_keys, 1)
+    q8, k8 = preset.integers("q", q_turned / q_scale), preset.integers("k", k_turned / k_scale)
+    v_scale = int8_scale(v - v_mean, preset.forward_keys, 1)
+    v_hat = preset.integers("v", (v - v_mean) / v_scale) * v_scale
     v_mean = v_mean + (v - v_mean - v_hat).mean(-2, keepdim=True)  # what rounding lost on average comes back for free
     s = (q8 @ k8.mT) * k_scale.mT * (q_scale * (gain * scale * LOG2E))
     p, factor, total, lse2 = _softmax_tiles(s, mask, preset.forward_keys)
-    p_hat = (p * 255).round() / 255
+    p_hat = preset.integers("p", p * 255, 255, q @ k_mean.mT) / 255
     o = (p_hat * factor) @ v_hat / total + v_mean
     return {"o": o, "lse2": lse2, "s": s, "k_mean": k_mean, "v_mean": v_mean,
             "q8": q8, "q_scale": q_scale, "k8": k8, "k_scale": k_scale}  # fmt: skip
@@ -226,14 +254,17 @@ def sage_backward(
 
     p_alive = torch.where(alive, p, 0.0)
     column_max = tile_amax(p_alive, preset.queries, 1).clamp(min=AMAX_MIN)
-    p_hat = (p_alive / column_max * 255).round() / 255 * column_max
-    tile = (1, d_o.shape[-1]) if preset.token_gradients else (preset.queries, 1)
-    d_v = p_hat.mT @ (round_tiles(d_o, *tile) * unit)
+    p_hat = preset.integers("p_dv", p_alive / column_max * 255, 255, saved["lse2"]) / 255 * column_max
+    do_scale = int8_scale(d_o, *((1, d_o.shape[-1]) if preset.token_gradients else (preset.queries, 1)))
+    d_v = p_hat.mT @ (preset.integers("do_dv", d_o / do_scale) * do_scale * unit)
 
     d_p = d_o @ (v - v_mean).to(operand_dtype).to(v.dtype).mT
     d_s = torch.where(mask, p * (d_p - delta), 0.0)
-    d_q = unit * round_tiles(d_s * k_scale.mT, 1, preset.keys) @ k8
-    d_k = (unit * round_tiles(d_s * q_scale, preset.queries, 1)).mT @ q8
+    by_row, by_column = d_s * k_scale.mT, d_s * q_scale
+    row_scale, column_scale = int8_scale(by_row, 1, preset.keys), int8_scale(by_column, preset.queries, 1)
+    by_row = preset.integers("ds_dq", by_row / row_scale, content=saved["lse2"]) * row_scale
+    by_column = preset.integers("ds_dk", by_column / column_scale, content=saved["lse2"]) * column_scale
+    d_q, d_k = unit * by_row @ k8, (unit * by_column).mT @ q8
     if preset.rotate:
         d_q, d_k = unrotate(d_q, v.shape[-1]), unrotate(d_k, v.shape[-1])
     return {"d_q": scale * (d_q + d_lse * saved["k_mean"]), "d_k": scale * d_k, "d_v": d_v, "d_s": unit * d_s}

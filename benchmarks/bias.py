@@ -1,0 +1,223 @@
+"""What of an attention's error in the gradient is bias, which stays however many tokens a step has.
+
+    python -m benchmarks.bias MODEL --text FILE [--tokens 4M] [--attention sage_int8 bf16 paper sage:p=exact]
+    python -m benchmarks.bias RUN --tokenizer NAME --text FILE     # a run of ours, or one of its checkpoints
+
+Method: at fixed weights the gradient g of the mean loss is summed over micro-batches, with exact attention and with
+each of the others; e is the difference of the two. The model is in FP32; every attention gets what it gets in training,
+its inputs and the gradient of its output in BF16, and rounds its results to BF16. The exact one computes in FP32
+between. Noise of n micro-batches grows with the root of n, the sums with n, and what stays of e is bias. After 1, 2, 4,
+... micro-batches a row says, of the whole gradient and of the query, key and value projections' of all layers:
+
+    error     ||sum e|| / ||sum g||
+    bias      its limit for many: the square root of (||sum e||^2 - sum ||e||^2) / (||sum g||^2 - sum ||g||^2), which
+              takes out the noise that is still in the sums; negative where noise alone would have made more
+    noise     of the gradient itself: the distance of sum g / n from its limit, over the limit
+    each      the error of one micro-batch
+
+MODEL is a folder or hub id of transformers, or what sagetrain.export reads. An attention is a scheme, `bf16` (torch's
+SDPA), or a preset of sagetrain/ops/reference.py, of which operands may be `exact` or `dithered` instead of rounded to
+the nearest: `sage_sm90:p=exact`, `sage:p=dithered,ds_dq=dithered`.
+Choice: rows of T tokens, causal over all of the row, cut from the text as pre-training cuts them.
+Cost: a forward and backward in FP32 for each attention; presets hold T x T scores of all heads. Memory: a copy of the
+gradient for each attention, and two more. Rows go to benchmarks/results/bias-<kernel>.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+import sagetrain
+from benchmarks.common import conditions, kernel_file, write
+from sagetrain.data.corpus import build_tokenizer
+from sagetrain.data.pretrain import build_pretrain
+from sagetrain.ops import reference, schemes
+from sagetrain.training import export
+
+Attend = Callable[..., Tensor]  # (q, k, v, is_causal=, scale=) -> o; shapes as `sagetrain.attention`
+PARTS = {"all": "", "q": "q_proj", "k": "k_proj", "v": "v_proj"}  # and what the names of its parameters have
+EXACT = "exact"
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    return scaled_dot_product_attention(q, *(x.repeat_interleave(group, 1) for x in (k, v)), **options)
+
+
+def attention(name: str) -> Attend:
+    """The attention of a name (module docstring). Raises ValueError for any other."""
+    if name == "bf16":
+        return sdpa
+    if name in schemes.SCHEMES:
+        return partial(sagetrain.attention, scheme=name)
+    base, _, changes = name.partition(":")
+    if base not in reference.PRESETS:
+        raise ValueError(f"attention {name!r}: choose from {', '.join(['bf16', *schemes.SCHEMES, *reference.PRESETS])}")
+    preset = reference.PRESETS[base]
+    for change in filter(None, changes.split(",")):
+        operand, _, how = change.partition("=")
+        if operand not in reference.OPERANDS or how not in ("exact", "dithered"):
+            raise ValueError(
+                f"attention {name!r}: {change!r} is not one of {', '.join(reference.OPERANDS)} =exact or =dithered"
+            )
+        preset = replace(preset, **{how: getattr(preset, how) | {operand}})
+    return partial(reference.attention, preset=preset)
+
+
+def register(name: str, attend: Attend, dtype: torch.dtype) -> None:
+    """Makes `attend` an attention of transformers that gets its inputs, and gives its output, in `dtype`."""
+
+    def attention(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        if mask is not None:
+            raise RuntimeError("a mask tensor: this would measure something else")
+        o = attend(*(x.to(dtype) for x in (q, k, v)), is_causal=True, scale=scaling)
+        return o.to(dtype).float().transpose(1, 2), None
+
+    AttentionInterface.register(f"bias_{name}", attention)
+    AttentionMaskInterface.register(f"bias_{name}", lambda *args, **kwargs: None)
+
+
+class Sum:
+    """Sum of vectors, one for each parameter, and of their squared lengths `[parameters]`."""
+
+    def __init__(self, like: list[Tensor]) -> None:
+        self.total = [torch.zeros_like(x) for x in like]
+        self.squares = torch.zeros(len(like), dtype=torch.float64, device=like[0].device)
+
+    def add(self, vectors: list[Tensor]) -> None:
+        torch._foreach_add_(self.total, vectors)
+        self.squares += lengths(vectors).square()
+
+    def of(self, chosen: Tensor) -> tuple[float, float]:
+        """||sum||^2 and the sum of squared lengths, over the parameters chosen."""
+        return float(lengths(self.total).square()[chosen].sum()), float(self.squares[chosen].sum())
+
+
+def lengths(vectors: list[Tensor]) -> Tensor:
+    return torch.stack([x.norm() for x in vectors]).double()
+
+
+def root(x: float) -> float:
+    return math.copysign(math.sqrt(abs(x)), x)
+
+
+def measure(
+    model: nn.Module, batches: Iterable[Tensor], arms: dict[str, Attend], dtype: torch.dtype = torch.bfloat16
+) -> Iterator[dict[str, Any]]:
+    """Rows {tokens, arm, part, error, bias, noise, each} (module docstring) after 1, 2, 4, ... of the batches and the
+    last; batches of ids `[rows, tokens]`, at least two. dtype: of what the arms get and give.
+    """
+    register(EXACT, lambda *x, **o: sdpa(*(y.float() for y in x), **o), dtype)
+    for name, attend in arms.items():
+        register(name, attend, dtype)
+    parameters = dict(model.named_parameters())
+    chosen = {part: torch.tensor([word in name for name in parameters]) for part, word in PARTS.items()}
+    like = list(parameters.values())
+    exact, errors = Sum(like), {name: Sum(like) for name in arms}
+
+    def gradient(name: str, ids: Tensor) -> list[Tensor]:
+        model.set_attn_implementation(f"bias_{name}")
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return [g.detach() for g in torch.autograd.grad(loss, like)]
+
+    def rows(n: int, tokens: int) -> Iterator[dict[str, Any]]:
+        for part in PARTS:
+            if not chosen[part].any():
+                continue
+            g, g_each = exact.of(chosen[part])
+            signal = g - g_each
+            for name, error in errors.items():
+                e, e_each = error.of(chosen[part])
+                yield {
+                    "tokens": tokens,
+                    "arm": name,
+                    "part": part,
+                    "error": math.sqrt(e / g),
+                    "bias": root((e - e_each) / signal) if n > 1 and signal > 0 else "",
+                    "noise": math.sqrt(max(g_each - g / n, 0.0) * n / (n - 1) / signal) if n > 1 and signal > 0 else "",
+                    "each": math.sqrt(e_each / g_each),
+                }
+
+    n = tokens = 0
+    for ids in batches:
+        truth = gradient(EXACT, ids)
+        exact.add(truth)
+        for name, error in errors.items():
+            found = gradient(name, ids)
+            torch._foreach_sub_(found, truth)
+            error.add(found)
+        n, tokens = n + 1, tokens + ids.numel()
+        if n & (n - 1) == 0:
+            yield from rows(n, tokens)
+    if n & (n - 1):
+        yield from rows(n, tokens)
+
+
+def load(model: str) -> nn.Module:
+    """A model in FP32, of a run or of transformers."""
+    if export.run_of(model):
+        return export.load(model)[0].float()
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+def batches(tokenizer: str, text: list[str], seq_len: int, size: int, tokens: int, device: str) -> Iterator[Tensor]:
+    """Ids `[size, seq_len]`, `tokens` of them in all, the same ones always."""
+    stream = build_pretrain(build_tokenizer(tokenizer), seq_len, 0, size, None, path=text)
+    rows = stream.rows(0)
+    count = tokens // (seq_len * size)
+    if count < 2 or count * size > len(rows):
+        raise ValueError(
+            f"{tokens} tokens are {count} micro-batches of {size} x {seq_len}: at least 2, and the text has "
+            f"{len(rows) // size}"
+        )
+    for first in range(0, count * size, size):
+        yield torch.stack([torch.from_numpy(rows[i][0]).long() for i in range(first, first + size)]).to(device)
+
+
+def amount(text: str) -> int:
+    """'4M' -> 4 * 2^20; 'K' is 2^10."""
+    unit = {"K": 2**10, "M": 2**20}.get(text[-1:].upper(), 1)
+    return int(float(text.rstrip("kKmM")) * unit)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a run, one of its checkpoints, a folder or hub id of transformers")
+    parser.add_argument("--text", nargs="+", required=True, help="files, as data.path of pre-training")
+    parser.add_argument("--tokenizer", help="default: the model's; of a run, say it")
+    parser.add_argument("--attention", nargs="+", default=[schemes.DEFAULT, "bf16", "paper"])
+    parser.add_argument("--tokens", type=amount, default=2**20, help="in all, e.g. 256K or 4M")
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of a micro-batch")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--name", help="of the model, in the rows; default: the last part of its path")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    args = parser.parse_args(arguments)
+    arms = {name: attention(name) for name in args.attention}
+    model = load(args.model).to(args.device)
+    source = batches(args.tokenizer or args.model, args.text, args.seq_len, args.batch_size, args.tokens, args.device)
+    start = conditions(args.device) | {"model": args.name or Path(args.model).name, "seq_len": args.seq_len}
+    saved = []
+    for row in measure(model, source, arms):
+        row = {key: f"{value:.3e}" if isinstance(value, float) else value for key, value in row.items()}
+        saved.append(start | row)
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if not args.no_save:
+        write(saved, kernel_file("bias", args.device))
+
+
+if __name__ == "__main__":
+    main()
