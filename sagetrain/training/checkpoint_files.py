@@ -8,7 +8,6 @@ times what a rank loads.
 Cost: reading the file once more before training goes on, one or two seconds for a gigabyte in the page cache.
 """
 
-import contextlib
 import copy
 import os
 import re
@@ -180,8 +179,7 @@ def pin_with_threads() -> None:
     By torch's setter, though it is not public: the environment is read when CUDA begins, and some imports begin it.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        with contextlib.suppress(AttributeError, RuntimeError):  # a torch without it pins as it does
-            torch._C._accelerator_setAllocatorSettings(PINNING)
+        torch._C._accelerator_setAllocatorSettings(PINNING)
 
 
 def pin(sizes: list[int]) -> None:
