@@ -206,6 +206,11 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
     monkeypatch.setattr(finetune.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
     with pytest.raises(RuntimeError, match=r"sagetrain.evaluate ended with status 2: .*before.txt has what it said"):
         finetune.main(words)
+    written.clear()
+    scores.keep(tmp_path / "out" / "drop" / "before-bf16", 0, "bf16", {"drop": {"scores": {"em": 0, "f1": 0}, "n": 7}})
+    with pytest.raises(RuntimeError, match="ended with status 2"):
+        finetune.main([*words[:7], "drop", "gsm8k", *words[8:]])
+    assert {row["task"] for row in written} == {"drop"}  # which was done before gsm8k failed
     train, asked = (
         {json.loads(line)["passage"] for line in (tmp_path / "out" / "drop" / f"drop-{part}.jsonl").open()}
         for part in ("train", "eval")
