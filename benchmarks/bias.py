@@ -1,7 +1,7 @@
 """What of an attention's error in the gradient is bias, which stays however many tokens a step has.
 
     python -m benchmarks.bias MODEL --text FILE [--tokens 4M] [--attention sage_int8 bf16 paper sage:p=exact]
-    python -m benchmarks.bias RUN --tokenizer NAME --text FILE     # a run of ours, or one of its checkpoints
+    python -m benchmarks.bias RUN --text FILE     # a run of ours, or one of its checkpoints
 
 Method: at fixed weights the gradient g of the mean loss is summed over micro-batches, with exact attention and with
 each of the others; e is the difference of the two. The model is in FP32; every attention gets what it gets in training,
@@ -34,11 +34,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import sagetrain
+from benchmarks.attend import register
 from benchmarks.common import conditions, kernel_file, write
 from sagetrain.data.corpus import build_tokenizer
 from sagetrain.data.pretrain import build_pretrain
@@ -75,21 +77,6 @@ def attention(name: str) -> Attend:
     return partial(reference.attention, preset=preset)
 
 
-def register(name: str, attend: Attend, dtype: torch.dtype) -> None:
-    """Makes `attend` an attention of transformers that gets its inputs, and gives its output, in `dtype`."""
-
-    def attention(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
-    ) -> tuple[Tensor, None]:
-        if mask is not None:
-            raise RuntimeError("a mask tensor: this would measure something else")
-        o = attend(*(x.to(dtype) for x in (q, k, v)), is_causal=True, scale=scaling)
-        return o.to(dtype).float().transpose(1, 2), None
-
-    AttentionInterface.register(f"bias_{name}", attention)
-    AttentionMaskInterface.register(f"bias_{name}", lambda *args, **kwargs: None)
-
-
 class Sum:
     """Sum of vectors, one for each parameter, and of their squared lengths `[parameters]`."""
 
@@ -110,8 +97,24 @@ def lengths(vectors: list[Tensor]) -> Tensor:
     return torch.stack([x.norm() for x in vectors]).double()
 
 
-def root(x: float) -> float:
-    return math.copysign(math.sqrt(abs(x)), x)
+def estimates(n: int, g: float, g_each: float, e: float, e_each: float) -> dict[str, float | str]:
+    """The columns of a row: of n gradients g and errors e, the squared length of the sum, the sum of squared lengths.
+
+    Times n (n - 1), the mean's squared length without its noise is g - g_each, and that noise's is g_each - g / n.
+    """
+    found: dict[str, float | str] = {
+        "error": math.sqrt(e / g),
+        "bias": "",
+        "noise": "",
+        "each": math.sqrt(e_each / g_each),
+    }
+    if n > 1 and (signal := g - g_each) > 0:
+        bias = (e - e_each) / signal
+        found |= {
+            "bias": math.copysign(math.sqrt(abs(bias)), bias),
+            "noise": math.sqrt(max(g_each - g / n, 0) / signal),
+        }
+    return found
 
 
 def measure(
@@ -120,10 +123,10 @@ def measure(
     """Rows {tokens, arm, part, error, bias, noise, each} (module docstring) after 1, 2, 4, ... of the batches and the
     last; batches of ids `[rows, tokens]`, at least two. dtype: of what the arms get and give.
     """
-    register(EXACT, lambda *x, **o: sdpa(*(y.float() for y in x), **o), dtype)
-    for name, attend in arms.items():
-        register(name, attend, dtype)
-    parameters = dict(model.named_parameters())
+    for name, attend in {EXACT: lambda *x, **o: sdpa(*(y.float() for y in x), **o), **arms}.items():
+        causal = partial(attend, is_causal=True)
+        register(f"bias_{name}", lambda _, q, k, v, scale, of=causal: of(q, k, v, scale=scale), dtype)
+    parameters = {name: x for name, x in model.named_parameters() if x.requires_grad}
     chosen = {part: torch.tensor([word in name for name in parameters]) for part, word in PARTS.items()}
     like = list(parameters.values())
     exact, errors = Sum(like), {name: Sum(like) for name in arms}
@@ -131,25 +134,15 @@ def measure(
     def gradient(name: str, ids: Tensor) -> list[Tensor]:
         model.set_attn_implementation(f"bias_{name}")
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        return [g.detach() for g in torch.autograd.grad(loss, like)]
+        return [g.detach() for g in torch.autograd.grad(loss, like, materialize_grads=True)]
 
     def rows(n: int, tokens: int) -> Iterator[dict[str, Any]]:
         for part in PARTS:
             if not chosen[part].any():
                 continue
-            g, g_each = exact.of(chosen[part])
-            signal = g - g_each
             for name, error in errors.items():
-                e, e_each = error.of(chosen[part])
-                yield {
-                    "tokens": tokens,
-                    "arm": name,
-                    "part": part,
-                    "error": math.sqrt(e / g),
-                    "bias": root((e - e_each) / signal) if n > 1 and signal > 0 else "",
-                    "noise": math.sqrt(max(g_each - g / n, 0.0) * n / (n - 1) / signal) if n > 1 and signal > 0 else "",
-                    "each": math.sqrt(e_each / g_each),
-                }
+                found = estimates(n, *exact.of(chosen[part]), *error.of(chosen[part]))
+                yield {"tokens": tokens, "arm": name, "part": part} | found
 
     n = tokens = 0
     for ids in batches:
@@ -166,11 +159,11 @@ def measure(
         yield from rows(n, tokens)
 
 
-def load(model: str) -> nn.Module:
-    """A model in FP32, of a run or of transformers."""
-    if export.run_of(model):
-        return export.load(model)[0].float()
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+def load(model: str) -> tuple[nn.Module, str]:
+    """A model in FP32 and its tokenizer's name, of a run or of transformers."""
+    if run := export.run_of(model):
+        return export.load(model)[0].float(), OmegaConf.load(run / "config.yaml").model.tokenizer
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), model
 
 
 def batches(tokenizer: str, text: list[str], seq_len: int, size: int, tokens: int, device: str) -> Iterator[Tensor]:
@@ -197,7 +190,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a run, one of its checkpoints, a folder or hub id of transformers")
     parser.add_argument("--text", nargs="+", required=True, help="files, as data.path of pre-training")
-    parser.add_argument("--tokenizer", help="default: the model's; of a run, say it")
     parser.add_argument("--attention", nargs="+", default=[schemes.DEFAULT, "bf16", "paper"])
     parser.add_argument("--tokens", type=amount, default=2**20, help="in all, e.g. 256K or 4M")
     parser.add_argument("--seq-len", type=int, default=2048)
@@ -207,11 +199,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args(arguments)
     arms = {name: attention(name) for name in args.attention}
-    model = load(args.model).to(args.device)
-    source = batches(args.tokenizer or args.model, args.text, args.seq_len, args.batch_size, args.tokens, args.device)
-    start = conditions(args.device) | {"model": args.name or Path(args.model).name, "seq_len": args.seq_len}
+    model, tokenizer = load(args.model)
+    source = batches(tokenizer, args.text, args.seq_len, args.batch_size, args.tokens, args.device)
+    start = conditions(args.device) | {
+        "model": args.name or Path(args.model).name, "text": " ".join(Path(file).name for file in args.text),
+        "seq_len": args.seq_len, "batch_size": args.batch_size,
+    }  # fmt: skip
     saved = []
-    for row in measure(model, source, arms):
+    for row in measure(model.to(args.device), source, arms):
         row = {key: f"{value:.3e}" if isinstance(value, float) else value for key, value in row.items()}
         saved.append(start | row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -39,9 +39,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sagetrain
+from benchmarks.attend import register
 from benchmarks.common import conditions, kernel_file, write
 from sagetrain.ops import reference, schemes
 from tests.kernelkit import RATIO, plain, preset_of
@@ -99,23 +100,11 @@ def merged(attend: Attend, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Ten
     return torch.cat([early, share[0] * past + share[1] * own], 2)
 
 
-def register(name: str, attend: Attend, dtype: torch.dtype) -> None:
-    """Makes `attend` an attention of transformers; it gets its inputs and gives its output in `dtype`."""
+def register_arm(name: str, attend: Attend, dtype: torch.dtype) -> None:
+    def of_layer(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return merged(attend, q, k, v, scale) if layer == 0 else attend(q, k, v, is_causal=True, scale=scale)[0]
 
-    def attention(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
-    ) -> tuple[Tensor, None]:
-        if mask is not None:
-            raise RuntimeError("a mask tensor: this would measure something else")
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-        if module.layer_idx == 0:
-            o = merged(attend, q, k, v, scaling)
-        else:
-            o, _ = attend(q, k, v, is_causal=True, scale=scaling)
-        return o.to(dtype).float().transpose(1, 2), None
-
-    AttentionInterface.register(f"parity_{name}", attention)
-    AttentionMaskInterface.register(f"parity_{name}", lambda *args, **kwargs: None)
+    register(f"parity_{name}", of_layer, dtype)
 
 
 # ------------------------------------------------------------------------------------------------- the model, the data
@@ -180,8 +169,8 @@ def measure(
     """
     dtypes = dict.fromkeys(arms, torch.float32 if device == "cpu" else torch.bfloat16) | {"bf16": torch.bfloat16}
     for name, attend in arms.items():
-        register(name, attend, dtypes[name])
-    register("exact", exact, torch.float32)
+        register_arm(name, attend, dtypes[name])
+    register_arm("exact", exact, torch.float32)
     model = build(size, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr)
     source, rows = batches(names() if text is None else text, size, device), []

@@ -41,7 +41,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrain": (("recipe", "tokens", "data", "checkpointing", "precision", "linear", "optimizer", "attention"), ()),
     "finetune": (("model", "task", "steps"), ("arm", "seed", "metric")),
     "accuracy": (("case", "d", "tokens", "dtype"), ("result",)),
-    "bias": (("model", "seq_len", "arm"), ("tokens", "part")),
+    "bias": (("model", "text", "seq_len", "batch_size", "arm"), ("tokens", "part")),
     "ablation": (("case", "d", "tokens"), ("variant",)),
     "parity": (("size", "tokens", "steps", "every", "text", "batch"), ("part", "measure")),
     "mma_overlap": (("mix per group, a scheduler",), ("warps_per_scheduler",)),

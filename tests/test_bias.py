@@ -4,6 +4,7 @@ The model has learnt for 60 steps, since at random weights there is no bias to f
 nearly ten times the kernel's, and so shows that the bar can be missed.
 """
 
+import csv
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,17 @@ def test_bias_stays_and_noise_falls_out(learnt) -> None:
     assert [row["tokens"] // (2 * SIZE.tokens) for row in noise] == [1, 2, 4, 8, 16, 32]
 
 
+def test_the_estimates_are_those_of_vectors_of_known_bias_and_noise() -> None:
+    generator, n, size = torch.Generator().manual_seed(0), 50, 20_000
+    g = 1 + 0.5 * torch.randn(n, size, generator=generator)
+    e = 0.02 + 0.1 * torch.randn(n, size, generator=generator)
+    found = bias.estimates(n, *(float(y) for x in (g, e) for y in (x.sum(0).square().sum(), x.square().sum())))
+    assert found["bias"] == pytest.approx(0.02, rel=0.02) and found["error"] > 0.024
+    assert found["noise"] == pytest.approx(0.5 / n**0.5, rel=0.02)
+    two = bias.estimates(2, *(float(y) for x in (g[:2], e[:2]) for y in (x.sum(0).square().sum(), x.square().sum())))
+    assert two["noise"] == pytest.approx(0.5 / 2**0.5, rel=0.02)
+
+
 def test_most_of_it_is_small_probabilities_that_become_zero(learnt) -> None:
     """With one maximum for many keys, as on a GPU, more of them do; a threshold instead of the nearest does not."""
     tile = replace(reference.SAGE_SM90, forward_keys=128)
@@ -102,9 +114,12 @@ def test_a_run_is_measured(tmp_path: Path, monkeypatch, capsys) -> None:
     text = tmp_path / "text.txt"
     text.write_text("All that is gold does not glitter. " * 400)
     run(compose([*RUN, "trainer.max_steps=2", f"out={tmp_path / 'run'}"]))
-    words = [str(tmp_path / "run"), "--tokenizer", "byte", "--text", str(text), "--seq-len", "64", "--batch-size", "2"]
-    bias.main([*words, "--tokens", "1K", "--attention", "bf16", "sage:p=exact", "--no-save"])
-    said = capsys.readouterr().out
-    assert "tokens 1024  arm sage:p=exact  part v" in said
+    words = [str(tmp_path / "run"), "--text", str(text), "--seq-len", "64", "--batch-size", "2"]
+    monkeypatch.setattr(bias, "kernel_file", lambda *_: tmp_path / "bias-cpu.csv")
+    for _ in range(2):  # the second takes the first one's place
+        bias.main([*words, "--tokens", "1K", "--attention", "bf16", "sage:p=exact"])
+    assert "tokens 1024  arm sage:p=exact  part v" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "bias-cpu.csv").open()))
+    assert len(rows) == 4 * 2 * 4 and rows[-1]["text"] == "text.txt"  # after 1, 2, 4, 8 micro-batches
     with pytest.raises(ValueError, match="at least 2, and the text has"):
         bias.main([*words, "--tokens", "4M", "--no-save"])
