@@ -42,6 +42,7 @@ constexpr float GROWTH = 10.f;           // a row's maximum may outgrow its refe
 constexpr float LOG255 = 7.9943534f;     // log2(255): P is computed 255 times as large
 constexpr int HIDDEN = -2147483647 - 1;  // in place of the integer score of a key that the query does not see
 constexpr int LOWEST = -(1 << 21);       // below every integer score
+constexpr uint32_t GOLDEN = 0x9E3779B9;  // 2^32 over the golden ratio: multiples of it spread evenly, however many
 
 // Named barriers, by number. A turn is given by the warp of the same number in the warpgroup before: they share a scheduler.
 constexpr int TURN = 1, FETCHED = TURN + 4 * CONSUMERS;
@@ -108,7 +109,7 @@ __device__ __forceinline__ float multiply_up(float x, float y) {
   asm("mul.rp.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
   return z;
 }
-// Two numbers rounded to bytes, 0 to 255, low one first, below the two bytes of `above`.
+// Two numbers rounded to bytes, 0 to 255 (what is above is 255), low one first, below the two bytes of `above`.
 __device__ __forceinline__ uint32_t round_bytes(float low, float high, uint32_t above) {
   uint32_t x;
   asm("{\n.reg .s32 a, b;\ncvt.rni.s32.f32 a, %1;\ncvt.rni.s32.f32 b, %2;\ncvt.pack.sat.u8.s32.b32 %0, b, a, %3;\n}" : "=r"(x) : "f"(low), "f"(high), "r"(above));
@@ -149,10 +150,12 @@ struct Consumer {
   // The first of a warp's 16 rows, within the work tile.
   __device__ __forceinline__ static int warp_row() { return thread_number() / 32 * 16 - 64; }  // after the 128 threads of the producer
 
-  // P = 255 exp2(n scale - top), rounded to bytes, and the sums of its rows. Gives the turn to the next warpgroup on the way.
+  // P = 255 exp2(n scale - top), rounded to bytes by thresholds, and the sums of the bytes of its rows. Gives the turn to the next warpgroup on
+  // the way. A lane has one threshold, 1/2 + shift; of neighbours one takes that, the other 1/2 - shift: P + shift or P - shift is rounded to the
+  // nearest. Zeros stay zeros.
   template <bool masked>
-  __device__ __forceinline__ void exponentials(uint32_t (&p8)[k_steps][4], float (&sum)[2], const int (&n)[4 * key_tiles], const float (&scale)[2][2],
-                                               const float (&top)[2]) {
+  __device__ __forceinline__ void exponentials(uint32_t (&p8)[k_steps][4], uint32_t (&sum)[2], const int (&n)[4 * key_tiles], const float (&scale)[2][2],
+                                               const float (&top)[2], float shift) {
     constexpr int pairs = 2 * key_tiles, ahead = 8;  // pair i: row i / 2 % 2, columns of 8-column tile i / 4 * 2 + i % 2
     float y[pairs][2];
     const auto argument = [&](int i) {
@@ -163,8 +166,11 @@ struct Consumer {
       }
     };
     const auto pack = [&](int i) {  // pairs i and i + 1
-      p8[i / 8][i % 8 / 2] = round_bytes(y[i][0], y[i][1], round_bytes(y[i + 1][0], y[i + 1][1], 0));
-      sum[i / 2 % 2] += (y[i][0] + y[i][1]) + (y[i + 1][0] + y[i + 1][1]);
+      const int r = i / 2 % 2;
+      const float add = r ? -shift : shift;
+      uint32_t& four = p8[i / 8][i % 8 / 2];
+      four = round_bytes(y[i][0] + add, y[i][1] - add, round_bytes(y[i + 1][0] - add, y[i + 1][1] + add, 0));
+      sum[r] = __dp4a(four, 0x01010101u, sum[r]);
     };
     // Arguments are computed `ahead` pairs before and bytes as many behind, so that no exponential is waited for.
 #pragma unroll
@@ -193,7 +199,10 @@ struct Consumer {
     const float q_scale[2] = {work.q_scale[warp_row() + group], work.q_scale[warp_row() + group + 8]};
 
     float o[channel_tiles][4] = {};
-    float sum[2] = {0.f, 0.f};              // of exp2(s - reference), this lane's share
+    float sum[2] = {0.f, 0.f};              // of exp2(s - reference), rounded as in P V, this lane's share
+    // This lane's threshold in multiples of 2^-32. The four lanes of a row begin a quarter apart with the last bits of scale * q_i . k_mean, in
+    // which the whole sequence has a say, and go on from tile to tile.
+    uint32_t threshold = ((__float_as_uint(work.lse[warp_row() + group]) + __float_as_uint(work.lse[warp_row() + group + 8])) << 20) + (t << 30);
     float reference[2] = {-3e38f, -3e38f};  // below any score: what O and the sum are scaled by; within GROWTH of the largest top so far
 
     // Which of the last two tiles have a key that the warp's first row does not see: its other rows see at most 15 more, the warpgroup's 63.
@@ -223,12 +232,13 @@ struct Consumer {
             if (i * 8 + 2 * t + c % 2 > min(last, diagonal + c / 2 * 8)) n[4 * i + c] = HIDDEN;
       }
 
-      // A score is n * scale; top is the largest of a row, less log2(255) (the smallest possible, where all keys are hidden).
+      // A score is n * scale; top is the largest of a row, less log2(255) (the smallest possible, where all keys are hidden). It is NaN where a
+      // key is not finite, and so are the row's factor, its sum and O: bytes cannot say so.
       float k_scale[2], scale[2][2], top[2];  // [half of the tile], [half of the tile][row], [row]
       load(k_scale[0], at + offsetof(KeyValueRecord<Dp>, k_scale) + 4 * t), load(k_scale[1], at + offsetof(KeyValueRecord<Dp>, k_scale) + 16 + 4 * t);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float x = -INFINITY;
+        float x;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           int n_top = LOWEST;
@@ -238,10 +248,11 @@ struct Consumer {
             n_top = __vimax3_s32(n_top, pair[0], pair[1]);
           }
           scale[half][r] = max_or_nan(q_scale[r] * k_scale[half], 1e-37f);  // not 0, for -inf * 0 is no number
-          x = fmaxf(x, multiply_up(__int2float_rn(n_top), scale[half][r]));
+          const float half_top = multiply_up(__int2float_rn(n_top), scale[half][r]);
+          x = half ? max_or_nan(x, half_top) : half_top;
         }
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-        top[r] = fmaxf(x, __shfl_xor_sync(~0u, x, 2)) - LOG255;
+        x = max_or_nan(x, __shfl_xor_sync(~0u, x, 1));
+        top[r] = max_or_nan(x, __shfl_xor_sync(~0u, x, 2)) - LOG255;
       }
       if (__any_sync(~0u, top[0] > reference[0] + GROWTH || top[1] > reference[1] + GROWTH)) {
 #pragma unroll
@@ -257,14 +268,15 @@ struct Consumer {
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) factor[r] = exp2_fast(top[r] - reference[r]);
-      uint32_t p8[k_steps][4];
-      float total[2] = {};
+      const float shift = __int2float_rn(static_cast<int>(threshold)) * 0x1p-32f;
+      threshold += GOLDEN;
+      uint32_t p8[k_steps][4], total[2] = {};
       sync_named(turn + (__float_as_int(top[0]) & __float_as_int(top[1]) & (a.queries.tokens >> 31)), 64);  // + 0, but not before top
       fence(top[0]);
-      if (masked) exponentials<true>(p8, total, n, scale, top); else exponentials<false>(p8, total, n, scale, top);
+      if (masked) exponentials<true>(p8, total, n, scale, top, shift); else exponentials<false>(p8, total, n, scale, top, shift);
 
 #pragma unroll
-      for (int r = 0; r < 2; ++r) sum[r] = fmaf(total[r], factor[r], sum[r]);
+      for (int r = 0; r < 2; ++r) sum[r] = fmaf(__int2float_rn(static_cast<int>(total[r])), factor[r], sum[r]);
       int d[4 * channel_tiles];
       begin_products();
       constexpr uint32_t v8 = offsetof(KeyValueRecord<Dp>, v8t) / 16;
