@@ -54,6 +54,16 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[4], const __half2 (*x)[
       a[2 * half + r] = low_bytes(__hfma2(x[2 * half][r], inverse[r], magic), __hfma2(x[2 * half + 1][r], inverse[r], magic));
 }
 
+// By thresholds: neighbouring tiles, and the two rows, take a shift and its opposite.
+__device__ __forceinline__ void to_operand(uint32_t (&a)[4], const __half2 (*x)[2], const __half2 (&inverse)[2], __half2 shift) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      a[2 * half + r] = low_bytes(round_halves(x[2 * half][r], inverse[r], r ? __hneg2(shift) : shift),
+                                  round_halves(x[2 * half + 1][r], inverse[r], r ? shift : __hneg2(shift)));
+}
+
 // Writes a row of a 16-bit tensor from an accumulator: word(n) is this lane's two columns of 8-column tile n. The four lanes of
 // the row exchange them, so that lane t has whole tiles 4 i + t and writes 16 bytes at a time. Every lane of the warp calls.
 template <int tiles, typename Word>

@@ -1,4 +1,5 @@
-// Rounding to 8 bits by adding a large number, the scales that go with it, and the powers of two and limits that keep both finite.
+// Rounding to 8 bits by adding a large number, by thresholds or to the nearest, the scales that go with it, and the powers of two and limits that
+// keep both finite.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -15,6 +16,29 @@ constexpr float MAGIC_FLOAT = 12582912.f;  // 3 * 2^22
 constexpr float MAGIC_HALF = 1536.f;
 __device__ __forceinline__ uint32_t low_bytes(__half2 x, __half2 y) {
   return __byte_perm(reinterpret_cast<uint32_t&>(x), reinterpret_cast<uint32_t&>(y), 0x6420);
+}
+
+// Thresholds. P and dS are not rounded to the nearest integer, by which most of them would become 0, but up where their fraction is above a
+// threshold: where these are spread evenly, sums are right on average. x + shift is rounded to the nearest, |shift| < 1/2: zeros stay zeros. Of two
+// neighbours one takes a shift, the other its opposite.
+//
+// A word has two thresholds, of columns 2t and 2t + 1, in the low 10 bits of each half, of which the last is not used. Words are added where two
+// things have a say; what leaves the 10 bits is dropped. So content of the sequence comes in: a pattern of positions alone leaves twice the bias.
+constexpr uint32_t THRESHOLD_BITS = 0x3ff;
+constexpr uint32_t GOLDEN = 0x9E3779B9;  // 2^32 over the golden ratio: multiples of it spread evenly, however many
+constexpr float P_LEVELS = 254.5f, DS_LEVELS = 126.5f;  // of the largest number, in halves: with a shift it is still a byte
+// The thresholds of lane t of four and of a row or tile of this number: the eight of the lanes are an eighth apart.
+__device__ __forceinline__ uint32_t thresholds_of(int number, int t) {
+  const uint32_t first = (static_cast<uint32_t>(number) * GOLDEN >> 22) + 256 * t;
+  return (first & THRESHOLD_BITS) | ((first + 128) & THRESHOLD_BITS) << 16;
+}
+__device__ __forceinline__ __half2 shifts_of(uint32_t thresholds) {
+  const uint32_t above_one = (thresholds & 0x03fe03fe) | 0x3c013c01;  // halves, 1 to 2: odd multiples of 2^-10
+  return __hsub2(reinterpret_cast<const __half2&>(above_one), __float2half2_rn(1.5f));
+}
+// 1536 + x * inverse by a threshold.
+__device__ __forceinline__ __half2 round_halves(__half2 x, __half2 inverse, __half2 shift) {
+  return __hadd2(__hfma2(x, inverse, shift), __float2half2_rn(MAGIC_HALF));
 }
 
 // Keeps 22 bits of a scale, so that MAGIC_FLOAT * scale is exact.

@@ -176,13 +176,13 @@ __device__ __forceinline__ void ready(X (&x)[n]) {
 __device__ __forceinline__ uint32_t bits(__half2 x) { return reinterpret_cast<const uint32_t&>(x); }
 __device__ __forceinline__ __half2 half2_of(uint32_t x) { return reinterpret_cast<const __half2&>(x); }
 
-// What takes the largest numbers to `levels`, never above levels + 0.2 (all halves tried), at most 65504; NaN of NaN. The bits of a half are about
+// What takes the largest numbers to P_LEVELS or DS_LEVELS, never so far above that with a shift they were no byte (all halves tried), at most 65504; NaN of NaN. The bits of a half are about
 // its logarithm, so a difference of bits is within 6% of a quotient; one iteration of Newton's takes that to 0.4%.
 // Infinity would come out as zero, but does not come in: P'' and dS'' stay within 2^15 (layout.cuh), and rows that are not finite are NaN.
-template <int levels>
+template <bool is_signed>
 __device__ __forceinline__ __half2 inverse_scales(__half2 tops) {
-  static_assert(levels == 255 || levels == 127);
-  constexpr uint32_t one_over = levels == 255 ? 0x97809780u : 0x93789378u, largest = 0x77ff77ffu;  // twice `largest` is still a half
+  constexpr float levels = is_signed ? DS_LEVELS : P_LEVELS;
+  constexpr uint32_t one_over = is_signed ? 0x93709370u : 0x977c977cu, largest = 0x77ff77ffu;  // twice `largest` is still a half
   const __half2 guess = half2_of(__vminu2(one_over - bits(tops), largest));
   const __half2 error = __hfma2(__hmul2(tops, guess), __float2half2_rn(-1.f / levels), __float2half2_rn(1.f));
   return __hfma2(guess, error, guess);
@@ -250,6 +250,7 @@ struct KeyWarpgroup {
     wait(shared_address(&shared.keys_full), 0);
     const KeyRecord<Dp>& keys = shared.keys[number].record;
     const float k_scale = keys.scale[warp % 4];
+    const uint32_t thresholds = thresholds_of(shared.block.k0 + warp * 16 + lane / 4, t);
     const uint32_t k8 = uniform(matrix_at(shared_address(keys.k8))), v = uniform(matrix_at(shared_address(keys.v)));
     if constexpr (holds_v)
 #pragma unroll
@@ -295,10 +296,10 @@ struct KeyWarpgroup {
       __syncwarp();
       if (lane == 0) arrive(shared_address(&shared.ds_full[stage]));
     };
-    const auto to_int8 = [&](uint32_t (&x8)[steps32][4], float (&scale)[2], const __half2 (&x)[tiles][2], __half2 inverse_of_both, float factor) {
+    const auto to_int8 = [&](uint32_t (&x8)[steps32][4], float (&scale)[2], const __half2 (&x)[tiles][2], __half2 inverse_of_both, __half2 shift, float factor) {
       const __half2 inverse[2] = {__low2half2(inverse_of_both), __high2half2(inverse_of_both)};
 #pragma unroll
-      for (int k = 0; k < steps32; ++k) to_operand(x8[k], &x[4 * k], inverse);
+      for (int k = 0; k < steps32; ++k) to_operand(x8[k], &x[4 * k], inverse, shift);
       scale[0] = factor * reciprocal(__low2float(inverse_of_both)), scale[1] = factor * reciprocal(__high2float(inverse_of_both));
     };
 
@@ -320,15 +321,15 @@ struct KeyWarpgroup {
         exponentials(record);
         if (query < last_query) hide(p, query);
         wait_for_products<1>();
-        const __half2 p_inverse = inverse_scales<255>(row_tops(p, false));
+        const __half2 p_inverse = inverse_scales<false>(row_tops(p, false)), shift = shifts_of(thresholds + record.thresholds);
         accumulate(dk, 1, y, ds_scale);
         wait(shared_address(&shared.ds_empty[stage]), parity ^ 1);  // here, since it keeps the assembler from waiting for dP further up
         wait_for_products<0>();
         to_ds(record);
-        const __half2 ds_inverse = inverse_scales<127>(row_tops(ds, true));
-        to_int8(p8, p_scale, p, p_inverse, record.dv_scale);
+        const __half2 ds_inverse = inverse_scales<true>(row_tops(ds, true));
+        to_int8(p8, p_scale, p, p_inverse, shift, record.dv_scale);
         multiply<true>(y, p8, at + offsetof(Record, do8t));
-        to_int8(ds8, ds_scale, ds, ds_inverse, record.dk_scale);
+        to_int8(ds8, ds_scale, ds, ds_inverse, shift, record.dk_scale);
         send_ds(stage);
         if (next == 0) parity ^= 1;
         if (step + 1 < steps) wait(shared_address(&shared.full[next]), parity);
@@ -359,10 +360,11 @@ struct KeyWarpgroup {
         products_with_v(dp, v, at);
         if (query < last_query) hide(p, query);
         wait(shared_address(&shared.second_full[stage]), step / STAGES<Dp> % 2);
-        to_int8(p8, p_scale, p, inverse_scales<255>(row_tops(p, false)), record.dv_scale);
+        const __half2 shift = shifts_of(thresholds + record.thresholds);
+        to_int8(p8, p_scale, p, inverse_scales<false>(row_tops(p, false)), shift, record.dv_scale);
         wait_for_products<0>();
         to_ds(record);
-        const __half2 ds_inverse = inverse_scales<127>(row_tops(ds, true));
+        const __half2 ds_inverse = inverse_scales<true>(row_tops(ds, true));
         int y[2][width / 2];
         const auto product = [&](int i) {
           const uint32_t matrix = at + i % (products / 2) * (width * QUERIES);
@@ -370,7 +372,7 @@ struct KeyWarpgroup {
         };
         product(0);
         send_ds(stage);  // its place is empty: this record was copied after everybody had read dS of two steps before
-        to_int8(ds8, ds_scale, ds, ds_inverse, record.dk_scale);
+        to_int8(ds8, ds_scale, ds, ds_inverse, shift, record.dk_scale);
 #pragma unroll
         for (int i = 0; i < products; ++i) {
           if (i + 1 < products) {
@@ -437,6 +439,7 @@ __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared
   constexpr int steps16 = TILE / 16, steps32 = TILE / 32, chunks = Dp / 32;  // k-steps of 16 keys, those of a warp, and of 32; chunks of 32 channels
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp * 16 + lane / 4;
   Walk walk = shared.block.walk;
+  const uint32_t thresholds = thresholds_of(shared.block.k0 / TILE, lane % 4);
   const int steps = shared.block.steps, blocks = shared.block.blocks, stride = shared.block.stride;
   wait(shared_address(&shared.keys_full), 0);
   float k_bound = 0.f;
@@ -449,7 +452,9 @@ __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared
   for (int step = 0; step < steps; ++step, walk.advance(blocks, stride)) {
     const int stage = step % STAGES<Dp>;
     const int64_t record = walk.record;
-    float scale[2] = {a.w.fine[record * QUERIES + row] * k_bound, a.w.fine[record * QUERIES + row + 8] * k_bound};
+    const float fine[2] = {a.w.fine[record * QUERIES + row], a.w.fine[record * QUERIES + row + 8]};
+    float scale[2] = {fine[0] * k_bound, fine[1] * k_bound};
+    const __half2 shift = shifts_of(thresholds + __byte_perm(__float_as_uint(fine[0]), __float_as_uint(fine[1]), 0x5410));
     wait(shared_address(&shared.ds_full[stage]), step / STAGES<Dp> % 2);
     if (threadIdx.x == COPIER) {
       if constexpr (IN_TWO<Dp>) copy_second(a, shared, (step + 1) % STAGES<Dp>);
@@ -467,12 +472,12 @@ __device__ __forceinline__ void add_dq(const BackwardArgs& a, Shared<Dp>& shared
       __syncwarp();
       if (lane == 0) arrive(shared_address(&shared.ds_empty[stage]));
     }
-    const __half2 both = inverse_scales<127>(row_tops(x, true)), inverse[2] = {__low2half2(both), __high2half2(both)};
+    const __half2 both = inverse_scales<true>(row_tops(x, true)), inverse[2] = {__low2half2(both), __high2half2(both)};
     scale[0] *= reciprocal(__low2float(both)), scale[1] *= reciprocal(__high2float(both));
     const bool small = __all_sync(~0u, scale[0] <= 2.f && scale[1] <= 2.f);  // then |y scale| <= 2^22: a sum with MAGIC_FLOAT rounds it
     uint32_t operand[steps32][4];
 #pragma unroll
-    for (int k = 0; k < steps32; ++k) to_operand(operand[k], &x[4 * k], inverse);
+    for (int k = 0; k < steps32; ++k) to_operand(operand[k], &x[4 * k], inverse, shift);
     int y[2][16];
     const auto product = [&](int chunk) {
       begin_products();

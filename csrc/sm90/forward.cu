@@ -42,7 +42,6 @@ constexpr float GROWTH = 10.f;           // a row's maximum may outgrow its refe
 constexpr float LOG255 = 7.9943534f;     // log2(255): P is computed 255 times as large
 constexpr int HIDDEN = -2147483647 - 1;  // in place of the integer score of a key that the query does not see
 constexpr int LOWEST = -(1 << 21);       // below every integer score
-constexpr uint32_t GOLDEN = 0x9E3779B9;  // 2^32 over the golden ratio: multiples of it spread evenly, however many
 
 // Named barriers, by number. A turn is given by the warp of the same number in the warpgroup before: they share a scheduler.
 constexpr int TURN = 1, FETCHED = TURN + 4 * CONSUMERS;

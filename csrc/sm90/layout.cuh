@@ -47,9 +47,11 @@ struct __align__(128) KeyValueRecord {  // TILE keys
 //   dK_i = scale sum_j P''_ij u_ij * dk_scale * q8t_j,     dk_scale = 2^-15 W
 //   dQ_j = out_j sum_i P''_ij u_ij relative_i * k_bound k8_i,  relative_i = k_scale_i / k_bound, k_bound the largest of the tile
 //          out_j = scale * dk_scale / (q_scale_j lift_j)
-// The sums of dQ are integers: multiples of 1 / fine_j, a power of two so large that no sum can leave 32 bits: |P'' u| <= 2^15 P 2^reach_j with
+// The sums of dQ are integers: multiples of 1 / fine_j, a power of two (see below) so large that no sum can leave 32 bits: |P'' u| <= 2^15 P 2^reach_j with
 // 2^reach_j = the row's share of W, after lifting, and the P of a row sum to one. So what is added in no order has the same bits every time.
 // Every block adds MAGIC besides, which is for free; finish.cu knows how many blocks there are.
+// What the sequence has a say in of the thresholds (common/round.cuh) by which P'' and dS'' are rounded: of dV and dK, the last bits of the LSE of the
+// record's first 32 queries, added; of dQ, those of the row's own, which are also the last 10 of fine_j, so that this is a little more than a power of two.
 
 constexpr int QUERIES = 64;  // of a record
 constexpr int KEYS = 64;     // of a record: those of a warpgroup
@@ -72,7 +74,8 @@ struct __align__(128) QueryRecord {  // QUERIES queries
   int16_t do16[QUERIES * Dp];        // [channel / 64][query][64 channels] dO / 2^e: exact, but for a half too small to be normal
   float4 s[QUERIES / 2];             // queries 2i and 2i + 1: {q_scale * scale * log2(e) * Dp, twice; -L, twice}
   uint2 u[QUERIES / 2];              // as halves: {c, c}, {-d, -d}
-  float padding[64];
+  uint32_t thresholds;               // of the record, twice the same
+  float padding[63];
   // what dK and dV are made of
   int8_t q8t[Dp * QUERIES];          // [channel][query], permuted, like the next
   int8_t do8t[Dp * QUERIES];         // [channel][query]

@@ -236,8 +236,9 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     const float lse2 = lse * LOG2E, delta16 = broken ? nan_float() : delta;
     const float scale = live ? q_scale * (a.p.shape.scale * LOG2E * Dp) : 0.f;
     const float c = lost ? nan_float() : log2_bound == NONE ? 0.f : scale_by(q_scale / mantissa_of_row, e - log2_rho - log2_w + lift);
-    const float out = scale_by(a.p.shape.scale / mantissa(q_scale), log2_w - 15 - lift - exponent_of(q_scale) - fine);
-    a.w.fine[padded_again * TILE + row] = exp2_int(fine);
+    const float fine_and_bits = __uint_as_float(__float_as_uint(exp2_int(fine)) | (__float_as_uint(lse) & THRESHOLD_BITS));
+    const float out = scale_by(a.p.shape.scale / (mantissa(q_scale) * mantissa(fine_and_bits)), log2_w - 15 - lift - exponent_of(q_scale) - fine);
+    a.w.fine[padded_again * TILE + row] = fine_and_bits;
     a.w.out[padded_again * TILE + row] = lost ? nan_float() : takes_part ? clamp(out, FLT_MAX) : infinity();
     QueryRecord<Dp>& record = records_again[row / QUERIES];
     const int i = row % QUERIES / 2 * 4 + row % 2;
@@ -245,8 +246,10 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     __half* u = reinterpret_cast<__half*>(record.u) + i;
     s[0] = scale, s[2] = takes_part ? static_cast<float>(log2_rho + 15) + log2f(mantissa_of_row) - lse2 : -infinity();
     u[0] = __float2half_rn(scale_by(c, shift)), u[2] = __float2half_rn(-c * delta16);
-    record.padding[row % QUERIES] = 0.f;
+    if (row % QUERIES) record.padding[row % QUERIES - 1] = 0.f;
     if (row % QUERIES < 32) {
+      const uint32_t content = __reduce_add_sync(~0u, __float_as_uint(lse)) & THRESHOLD_BITS;
+      if (row % QUERIES == 0) record.thresholds = content << 16 | content;
       const float dv_scale = e_record == NONE ? 0.f : scale_by(1.f / 127.f, e_record + 1 - 15), dk_scale = exp2_int(min(log2_w - 15, 127));
       (&record.dv_scale)[row % QUERIES] = row % QUERIES == 0 ? (e_record == UNBOUNDED ? nan_float() : dv_scale)
                                        : row % QUERIES == 1 ? (record_broken ? nan_float() : dk_scale) : 0.f;

@@ -66,8 +66,9 @@ PAPER = Preset("paper", forward_keys=64, queries=128, keys=64, rotate=False)
 SAGE = Preset("sage", forward_keys=32, queries=64, keys=64)
 # `sage` as the sm90 kernels compute it
 SAGE_SM90 = replace(
-    SAGE, name="sage_sm90", shared_key_scales=True, token_gradients=True, dithered=frozenset({"p"})
-)
+    SAGE, name="sage_sm90", shared_key_scales=True, token_gradients=True,
+    dithered=frozenset({"p", "p_dv", "ds_dq", "ds_dk"}),
+)  # fmt: skip
 PRESETS = {preset.name: preset for preset in (PAPER, SAGE, SAGE_SM90)}
 
 
