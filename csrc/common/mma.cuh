@@ -44,17 +44,7 @@ __device__ __forceinline__ __half2 keep(__half2 x, bool low, bool high) {
   return reinterpret_cast<const __half2&>(bits);
 }
 
-// Rounds 32 columns (four 8-column tiles) to 8 bits: an A operand.
-__device__ __forceinline__ void to_operand(uint32_t (&a)[4], const __half2 (*x)[2], const __half2 (&inverse)[2]) {
-  const __half2 magic = __float2half2_rn(MAGIC_HALF);
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      a[2 * half + r] = low_bytes(__hfma2(x[2 * half][r], inverse[r], magic), __hfma2(x[2 * half + 1][r], inverse[r], magic));
-}
-
-// By thresholds: neighbouring tiles, and the two rows, take a shift and its opposite.
+// Rounds 32 columns (four 8-column tiles) to 8 bits: an A operand. Neighbouring tiles, and the two rows, take a shift and its opposite.
 __device__ __forceinline__ void to_operand(uint32_t (&a)[4], const __half2 (*x)[2], const __half2 (&inverse)[2], __half2 shift) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)

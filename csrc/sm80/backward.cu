@@ -86,27 +86,27 @@ __device__ __forceinline__ __half2 column_tops(const __half2 (&ds)[m][8][2]) {
   return top[0];
 }
 
-// Rounds dS to 8 bits by the columns' scales, and writes it to shared memory.
+// Rounds dS to 8 bits by the columns' scales and the thresholds of to_operand, and writes it to shared memory.
 template <int Dp, int m>
-__device__ __forceinline__ void store_ds(unsigned char* shared, const __half2 (&ds)[m][8][2]) {
+__device__ __forceinline__ void store_ds(unsigned char* shared, const __half2 (&ds)[m][8][2], __half2 shift) {
   using Memory = DkvMemory<Dp, true>;
   const int thread = thread_number(), warp = thread / 32, lane = thread % 32, group = lane / 4, t = lane % 4;
   const __half2* tops = reinterpret_cast<const __half2*>(shared + Memory::top) + lane;
   __half2 top = tops[0];
 #pragma unroll
   for (int w = 1; w < Memory::warps; ++w) top = __hmax2_nan(top, tops[w * (QUERIES / 2)]);
-  const __half2 mine = {inverse_scale(__low2float(top), 127.f), inverse_scale(__high2float(top), 127.f)};
+  const __half2 mine = {inverse_scale(__low2float(top), DS_LEVELS), inverse_scale(__high2float(top), DS_LEVELS)};
   const float k_bound = *reinterpret_cast<const float*>(shared + Memory::k_bound);
   if (warp == 0)
-    reinterpret_cast<float2*>(shared + Memory::query_scales)[lane] = {k_bound * scale_of(__low2float(top), 127.f), k_bound * scale_of(__high2float(top), 127.f)};
-  const __half2 magic = __float2half2_rn(MAGIC_HALF);
+    reinterpret_cast<float2*>(shared + Memory::query_scales)[lane] = {k_bound * scale_of(__low2float(top), DS_LEVELS), k_bound * scale_of(__high2float(top), DS_LEVELS)};
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     const __half2 inverse = __shfl_sync(~0u, mine, 4 * n + t);
     unsigned char* to = shared + Memory::ds8;
 #pragma unroll
     for (int i = 0; i < m; ++i) {
-      const __half2 low = __hfma2(ds[i][n][0], inverse, magic), high = __hfma2(ds[i][n][1], inverse, magic);
+      const __half2 low = round_halves(ds[i][n][0], inverse, n % 2 ? __hneg2(shift) : shift);
+      const __half2 high = round_halves(ds[i][n][1], inverse, n % 2 ? shift : __hneg2(shift));
       const uint32_t pairs = __byte_perm(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high), 0x6240);
 #pragma unroll
       for (int c = 0; c < 2; ++c)  // two keys of column 2t, then of 2t + 1
@@ -132,7 +132,7 @@ __device__ __forceinline__ void add_dq(unsigned char* shared, float* sums) {
   constexpr int in_flight = 4;
   const int thread = thread_number(), lane = thread % 32, row_tile = thread / 32 % 4, first_tile = thread / 128 * 8;
   uint32_t ds8[1][TILE / 32][4];
-  const InShared<TILE> rows{shared_address(shared) + Memory::ds8 + row_tile * 16 * TILE};
+  const InShared<TILE> rows{shared_address(shared) + Memory::ds8 + row_tile * 16 * TILE, thread};
 #pragma unroll
   for (int k = 0; k < TILE / 32; ++k) rows.get(ds8[0][k], 0, k);
   const float* scales = reinterpret_cast<const float*>(shared + Memory::query_scales) + row_tile * 16 + lane / 4;
@@ -189,7 +189,6 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
       for (int k = 0; k < Dp / 16; ++k) v_rows.get(v[i][k], i, k);
   }
   float dk[m][channel_tiles][4] = {}, dv[m][channel_tiles][4] = {};
-  const int t = rows.t;
   const float start[m][2] = {};
 
   for (int left = rows.steps, stage = 0; left > 0; --left) {
@@ -200,7 +199,8 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
     if (left > 1) copy_run<sizeof(Record), threads>(stages + stage, records + rows.following(a));
     commit_copies();
 
-    const KeyScale* key_scales = reinterpret_cast<const KeyScale*>(shared + Memory::key_scales) + threadIdx.x / 32 * 16 * m + rows.group;
+    const int thread = thread_number(), group = thread % 32 / 4, t = thread % 4;  // again, rather than in registers all the time
+    const KeyScale* key_scales = reinterpret_cast<const KeyScale*>(shared + Memory::key_scales) + thread / 32 * 16 * m + group;
     if constexpr (fused) {  // rather than in registers all the time
 #pragma unroll
       for (int i = 0; i < m; ++i)
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
       for (int i = 0; i < m; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int key = 16 * i + rows.group + 8 * r;
+          const int key = 16 * i + group + 8 * r;
           const int first = !fused || key < rows.left ? rows.diagonal + key - 2 * t : TILE;  // of its queries, from the lane's first
 #pragma unroll
           for (int n = 0; n < tiles; ++n) p[i][n][r] = keep(p[i][n][r], first <= n * 8, first <= n * 8 + 1);
@@ -251,13 +251,15 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
     }
 
     // dV += P^T dO
+    const auto shift_of = [&](int thread) { return shifts_of(thresholds_of(rows.diagonal + thread / 4, thread % 4) + record.thresholds); };
+    __half2 shift = shift_of(thread);
     __half2 inverse[2];
     float scale[m][2];
     uint32_t operand[m][2][4];
 #pragma unroll
     for (int i = 0; i < m; ++i) {
-      row_scales(p[i], 255.f, false, inverse, scale[i]);
-      to_operand(operand[i][0], &p[i][0], inverse), to_operand(operand[i][1], &p[i][4], inverse);
+      row_scales(p[i], P_LEVELS, false, inverse, scale[i]);
+      to_operand(operand[i][0], &p[i][0], inverse, shift), to_operand(operand[i][1], &p[i][4], inverse, shift);
     }
 #pragma unroll
     for (int first = 0; first < channel_tiles; first += in_flight) {
@@ -298,24 +300,25 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
     if constexpr (fused) reinterpret_cast<__half2*>(shared + Memory::top)[thread_number()] = column_tops(p);
 
     // dK += dS^T Q
-    const float dk_scale = record.dk_scale[0];
+    const float dk_scale = record.dk_scale;
+    shift = shift_of(thread_number());  // again, rather than in a register meanwhile
 #pragma unroll
     for (int i = 0; i < m; ++i) {
-      row_scales(p[i], 127.f, true, inverse, scale[i]);
+      row_scales(p[i], DS_LEVELS, true, inverse, scale[i]);
       scale[i][0] *= dk_scale, scale[i][1] *= dk_scale;
-      to_operand(operand[i][0], &p[i][0], inverse), to_operand(operand[i][1], &p[i][4], inverse);
+      to_operand(operand[i][0], &p[i][0], inverse, shift), to_operand(operand[i][1], &p[i][4], inverse, shift);
     }
     constexpr bool early = m == 2;  // round dS for dQ before the product for dK or after: whichever spills no register
     if constexpr (fused && early) {
       __syncthreads();
-      store_ds<Dp, m>(shared, p);
+      store_ds<Dp, m>(shared, p, shift);
     }
     accumulate<in_flight>(dk, operand, scale, shared_address(record.q8t));
 
     if constexpr (fused) {
       if constexpr (!early) {
         __syncthreads();
-        store_ds<Dp, m>(shared, p);
+        store_ds<Dp, m>(shared, p, shift);
       }
       __syncthreads();
       add_dq<Dp>(shared, a.w.d_q + static_cast<int64_t>(rows.record) * (QUERIES * Dp));

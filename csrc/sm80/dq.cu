@@ -70,6 +70,9 @@ __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) 
   }
 
   float dq[m][Dp / 8][4] = {};
+  uint32_t thresholds[m];  // of this step (common/round.cuh): last bits of the rows' LSE
+#pragma unroll
+  for (int i = 0; i < m; ++i) thresholds[i] = thresholds_of(0, t) + __byte_perm(__float_as_uint(l[i][0]), __float_as_uint(l[i][1]), 0x5410);
 
   // Within the step: the last key that exists, and the last that the warp's first row sees.
   int last = block.last_key(), diagonal = block.diagonal(a.p.shape, warp_row);
@@ -120,8 +123,10 @@ __global__ void __launch_bounds__(32 * DqShape<Dp>::warps, DqShape<Dp>::blocks) 
 #pragma unroll
     for (int i = 0; i < m; ++i) {
       __half2 inverse[2];
-      row_scales(ds[i], 127.f, true, inverse, scale[i]);
-      to_operand(ds8[i][0], &ds[i][0], inverse), to_operand(ds8[i][1], &ds[i][4], inverse);
+      row_scales(ds[i], DS_LEVELS, true, inverse, scale[i]);
+      const __half2 shift = shifts_of(thresholds[i]);
+      thresholds[i] += NEXT_TILE;
+      to_operand(ds8[i][0], &ds[i][0], inverse, shift), to_operand(ds8[i][1], &ds[i][4], inverse, shift);
     }
     accumulate<in_flight>(dq, ds8, scale, shared_address(record.k8t));
   }

@@ -56,11 +56,13 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
 
   uint32_t q_operand[1][k_steps][4];
   float q_scale[2];
+  uint32_t content[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int query = warp_row + group + 8 * r;
     const bool valid = query < block.queries.length;
     const int64_t row = block.index(a.p.shape, query);
+    content[r] = valid ? __float_as_uint(a.p.lse[row]) : 0;  // scale * q . k_mean
     q_scale[r] = valid ? scale22(a.p.q_scale[row] * (a.p.shape.scale * LOG2E * Dp)) : 0.f;
 #pragma unroll
     for (int k = 0; k < k_steps; ++k)
@@ -73,6 +75,7 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
   float sum[2] = {0.f, 0.f};             // of exp2(s - reference), over all lanes of the row already
   float reference[2] = {-3e38f, -3e38f}; // below any score: what O and the sum are scaled by; within GROWTH of the running maximum
   const uint32_t ones = 0x3C003C00;      // two halves
+  uint32_t thresholds = thresholds_of(0, t) + __byte_perm(content[0], content[1], 0x5410);  // of this tile: common/round.cuh
 
   // Within the tile: the last key that exists, and the last that the warp's first row sees.
   int last = block.last_key(), diagonal = block.diagonal(a.p.shape, warp_row);
@@ -131,6 +134,8 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
         for (int n = 0; n < channel_tiles; ++n) o[n][2 * r] *= shrink, o[n][2 * r + 1] *= shrink;
       }
     }
+    const __half2 add = shifts_of(thresholds);
+    thresholds += NEXT_TILE;
     float p_sum[4] = {0.f, 0.f, 0.f, 0.f};
     uint32_t p8[1][key_tiles / 4][4];
 #pragma unroll
@@ -149,18 +154,14 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
                                      reinterpret_cast<uint32_t&>(p[i + 1][0]), reinterpret_cast<uint32_t&>(p[i + 1][1])};
         mma_16bit<__half>(p_sum, operand, ones, ones, p_sum);
       }
-      const __half2 levels = __float2half2_rn(255.f), magic = __float2half2_rn(MAGIC_HALF);
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          p8[0][step][2 * half + r] = low_bytes(__hfma2(p[2 * half][r], levels, magic), __hfma2(p[2 * half + 1][r], levels, magic));
+      const __half2 levels[2] = {__float2half2_rn(P_LEVELS), __float2half2_rn(P_LEVELS)};
+      to_operand(p8[0][step], p, levels, add);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       factor[r] = exp2_fast(factor[r] - reference[r]);
       sum[r] = fmaf(p_sum[2 * r], factor[r], sum[r]);
-      factor[r] *= 1.f / 255.f;
+      factor[r] *= 1.f / P_LEVELS;
     }
 
     // O += P V

@@ -70,7 +70,9 @@ struct __align__(16) QueryRecord {  // QUERIES queries; the formulas are below
   float2 l[QUERIES / 2];
   // for dK
   float2 c[QUERIES / 2], d[QUERIES / 2];
-  float dk_scale[4];                               // the first; three of padding
+  float dk_scale;
+  uint32_t thresholds;                             // of the record (common/round.cuh), twice the same: last bits of the LSE of 32 queries, added
+  float padding[2];
   int8_t q8t[Dp * QUERIES];                        // [channel][query], permuted
   // for dP^T, and the rows of the dQ kernel
   int16_t do16[QUERIES * Dp];                      // [query][channel] dO / 2^e, e = floor(log2(its row's largest magnitude)): exact

@@ -103,8 +103,9 @@ struct InRegisters {
 template <int row_bytes>
 struct InShared {
   uint32_t rows;  // of this warp
+  int thread = threadIdx.x;
   __device__ __forceinline__ void get(uint32_t (&to)[4], int i, int k) const {
-    load_matrices(to, rows + i * 16 * row_bytes + swizzle<row_bytes>(threadIdx.x % 16, 2 * k + threadIdx.x % 32 / 16));
+    load_matrices(to, rows + i * 16 * row_bytes + swizzle<row_bytes>(thread % 16, 2 * k + thread % 32 / 16));
   }
 };
 

@@ -226,7 +226,11 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     reinterpret_cast<float*>(record.l)[i] = takes_part ? lse2 - static_cast<float>(log2_rho + 15) : infinity();
     reinterpret_cast<float*>(record.c)[i] = c;
     reinterpret_cast<float*>(record.d)[i] = c * delta16;
-    if (i < 4) record.dk_scale[i] = i ? 0.f : block_broken ? nan_float() : exp2_int(min(log2_w - 15, 127));
+    if (i < 32) {
+      const uint32_t content = __reduce_add_sync(~0u, __float_as_uint(lse)) & THRESHOLD_BITS;
+      if (i == 0) record.dk_scale = block_broken ? nan_float() : exp2_int(min(log2_w - 15, 127)), record.thresholds = content << 16 | content;
+      if (i < 2) record.padding[i] = 0.f;
+    }
   }
   if (__syncthreads_or(lifted)) {  // rows of very different weight in one block
     shrink_tokens<Dp>(tile8, row_shrink, token_at);
