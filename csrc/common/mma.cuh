@@ -44,14 +44,17 @@ __device__ __forceinline__ __half2 keep(__half2 x, bool low, bool high) {
   return reinterpret_cast<const __half2&>(bits);
 }
 
-// Rounds 32 columns (four 8-column tiles) to 8 bits: an A operand. Neighbouring tiles, and the two rows, take a shift and its opposite.
+// Rounds 32 columns (four 8-column tiles) to 8 bits: an A operand. Neighbouring tiles take a shift and its opposite, and so do the two rows, and the
+// two halves: in dS of dQ on sm90 these are keys beside each other.
 __device__ __forceinline__ void to_operand(uint32_t (&a)[4], const __half2 (*x)[2], const __half2 (&inverse)[2], __half2 shift) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      a[2 * half + r] = low_bytes(round_halves(x[2 * half][r], inverse[r], r ? __hneg2(shift) : shift),
-                                  round_halves(x[2 * half + 1][r], inverse[r], r ? shift : __hneg2(shift)));
+    for (int r = 0; r < 2; ++r) {
+      const bool opposite = half != r;
+      a[2 * half + r] = low_bytes(round_halves(x[2 * half][r], inverse[r], opposite ? __hneg2(shift) : shift),
+                                  round_halves(x[2 * half + 1][r], inverse[r], opposite ? shift : __hneg2(shift)));
+    }
 }
 
 // Writes a row of a 16-bit tensor from an accumulator: word(n) is this lane's two columns of 8-column tile n. The four lanes of
