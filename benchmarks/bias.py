@@ -16,8 +16,8 @@ between. Noise of n micro-batches grows with the root of n, the sums with n, and
     each      the error of one micro-batch
 
 MODEL is a folder or hub id of transformers, or what sagetrain.export reads. An attention is a scheme, `bf16` (torch's
-SDPA), or a preset of sagetrain/ops/reference.py, of which operands may be `exact` or `dithered` instead of rounded to
-the nearest: `sage_sm90:p=exact`, `sage:p=dithered,ds_dq=dithered`.
+SDPA), or a preset of sagetrain/ops/reference.py, of which operands may be `exact`, `dithered` or rounded to the
+`nearest` instead of as the preset has them: `sage_sm90:p=exact`, `sage_sm90:ds_dq=nearest,ds_dk=nearest`.
 Choice: rows of T tokens, causal over all of the row, cut from the text as pre-training cuts them.
 Cost: a forward and backward in FP32 for each attention; presets hold T x T scores of all heads. Memory: a copy of the
 gradient for each attention, and two more. Rows go to benchmarks/results/bias-<kernel>.csv.
@@ -50,6 +50,7 @@ from sagetrain.training import export
 Attend = Callable[..., Tensor]  # (q, k, v, is_causal=, scale=) -> o; shapes as `sagetrain.attention`
 PARTS = {"all": "", "q": "q_proj", "k": "k_proj", "v": "v_proj"}  # and what the names of its parameters have
 EXACT = "exact"
+ROUNDINGS = ("exact", "dithered", "nearest")
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -69,11 +70,13 @@ def attention(name: str) -> Attend:
     preset = reference.PRESETS[base]
     for change in filter(None, changes.split(",")):
         operand, _, how = change.partition("=")
-        if operand not in reference.OPERANDS or how not in ("exact", "dithered"):
+        if operand not in reference.OPERANDS or how not in ROUNDINGS:
             raise ValueError(
-                f"attention {name!r}: {change!r} is not one of {', '.join(reference.OPERANDS)} =exact or =dithered"
+                f"attention {name!r}: {change!r} is not one of {', '.join(reference.OPERANDS)} ="
+                f"{' or ='.join(ROUNDINGS)}"
             )
-        preset = replace(preset, **{how: getattr(preset, how) | {operand}})
+        kinds = {kind: getattr(preset, kind) - {operand} for kind in ("exact", "dithered")}
+        preset = replace(preset, **kinds | ({how: kinds[how] | {operand}} if how in kinds else {}))
     return partial(reference.attention, preset=preset)
 
 

@@ -96,11 +96,16 @@ def test_most_of_it_is_small_probabilities_that_become_zero(learnt) -> None:
     assert dithered["each"] < 1.15 * nearest["each"]
 
 
-@pytest.mark.parametrize("name", ["paper", "sage:p=exact", "sage_sm90:p=dithered,ds_dq=dithered", "sage_int8", "bf16"])
+@pytest.mark.parametrize("name", ["paper", "sage:p=exact", "sage_sm90:p=nearest,ds_dq=dithered", "sage_int8", "bf16"])
 def test_names_of_attentions(name: str) -> None:
     q = torch.randn(1, 2, 40, 64, requires_grad=True)
     bias.attention(name)(q, q, q, is_causal=True, scale=0.1).sum().backward()
     assert q.grad.isfinite().all()
+
+
+def test_an_operand_is_rounded_as_its_name_says() -> None:
+    found = bias.attention("sage_sm90:p=nearest,ds_dq=exact,q=dithered").keywords["preset"]
+    assert found.dithered == reference.SAGE_SM90.dithered - {"p", "ds_dq"} | {"q"} and found.exact == {"ds_dq"}
 
 
 @pytest.mark.parametrize("name", ["sdpa", "sage:p", "sage:x=exact", "paper2", "sage_int8:p=exact"])
