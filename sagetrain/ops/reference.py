@@ -29,7 +29,10 @@ from torch.nn.functional import pad
 LOG2E = math.log2(math.e)
 AMAX_MIN, AMAX_MAX = 2.0**-100, 2.0**55  # keeps scales and their products finite for any finite input
 SMALLEST = 2.0**-126  # rows of dO below it count as zero
-GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it spread evenly over [0, 1), however many
+STEP = 2531  # near 4096 times the golden ratio, whose multiples spread evenly however many; odd, so all 4096 come
+# Below this, a hundredth of the largest, numbers of so many levels are dithered: above, the nearest integer has no bias
+# to speak of and less noise, which O and dK of channels that move together cannot spare. Halves, where it changes.
+DITHERED_BELOW = {127: 1.5, 255: 2.5}
 SIGNS = 0xE680138AA7F261346F09A3C553359FF9  # bit d: channel d changes sign before the rotation (csrc/attention.h)
 OPERANDS = ("q", "k", "v", "p", "p_dv", "do_dv", "ds_dq", "ds_dk")  # of the INT8 products: p is that of O
 
@@ -39,8 +42,8 @@ class Preset:
     """Where a preset rounds. `forward_keys`: keys in a forward tile; `queries`, `keys`: rows of a backward tile;
     `shared_key_scales`: of K not one scale per token, but one for 16 of every 64 (`shared_amax`).
     `token_gradients`: dO of dV has one scale per token, which joins P before that is rounded, not one per channel.
-    `exact`, `dithered`: of OPERANDS those that are not rounded, and those that are rounded up or down by a threshold
-    (`thresholds`) instead of to the nearest integer."""
+    `exact`, `dithered`: of OPERANDS those that are not rounded, and those whose small numbers are rounded up or down by
+    a threshold (`thresholds`) instead of to the nearest integer; with `dithers_large` all their numbers."""
 
     name: str
     forward_keys: int
@@ -51,6 +54,7 @@ class Preset:
     token_gradients: bool = False
     exact: frozenset[str] = frozenset()
     dithered: frozenset[str] = frozenset()
+    dithers_large: bool = False
 
     def integers(self, operand: str, x: Tensor, levels: int = 127, content: Tensor | None = None) -> Tensor:
         """The integers, at most `levels`, that stand for `x [.., rows, columns]`, held in floats.
@@ -58,17 +62,17 @@ class Preset:
         content: of `thresholds`; for an operand that may be dithered.
         """
         if operand not in self.exact:
-            x = (x + thresholds(content, x.shape[-1])).floor() if operand in self.dithered else x.round()
+            if operand in self.dithered:
+                below = math.inf if self.dithers_large else DITHERED_BELOW[levels]
+                x = x + torch.where(x.abs() < below, thresholds(content, x.shape[-1]), 0.0)
+            x = x.round()
         return x.clamp(-levels, levels)
 
 
 PAPER = Preset("paper", forward_keys=64, queries=128, keys=64, rotate=False)
-SAGE = Preset("sage", forward_keys=32, queries=64, keys=64)
+SAGE = Preset("sage", forward_keys=32, queries=64, keys=64, dithered=frozenset({"p", "p_dv", "ds_dq", "ds_dk"}))
 # `sage` as the sm90 kernels compute it
-SAGE_SM90 = replace(
-    SAGE, name="sage_sm90", shared_key_scales=True, token_gradients=True,
-    dithered=frozenset({"p", "p_dv", "ds_dq", "ds_dk"}),
-)  # fmt: skip
+SAGE_SM90 = replace(SAGE, name="sage_sm90", shared_key_scales=True, token_gradients=True, dithers_large=True)
 PRESETS = {preset.name: preset for preset in (PAPER, SAGE, SAGE_SM90)}
 
 
@@ -101,15 +105,16 @@ def scale_of(amax: Tensor) -> Tensor:
 
 
 def thresholds(content: Tensor, columns: int) -> Tensor:
-    """What numbers `[.., rows, columns]` are raised by, 0 to 1, before they are rounded down.
+    """What numbers `[.., rows, columns]` are raised by before they are rounded to the nearest integer, -1/2 to 1/2.
 
-    On average over many numbers that is right. The nearest integer is not where most of them are much smaller than 1,
-    as those of P and dS are: they all become 0. Neighbours in a row get thresholds that are spread evenly. A row begins
-    with the last bits of its float `content [.., rows, 1]`, in which the whole sequence has a say: so the same two
-    tokens at the same places are not rounded in the same way each time, and the same call is.
+    So every number is right on average. Without, most of them are not where they are much smaller than 1, as those of P
+    and dS are: they all become 0. Neighbours in a row get thresholds that are spread evenly. A row begins with the last
+    12 bits of its float `content [.., rows, 1]`, in which the whole sequence has a say: so the same two tokens at the
+    same places are not rounded in the same way each time, and the same call is. Exact: odd multiples of 2^-13.
     """
-    first = (content.contiguous().view(torch.int32) & 0xFFF) / 4096
-    return (first + torch.arange(columns, device=content.device) * GOLDEN) % 1
+    column = torch.arange(columns, dtype=torch.int32, device=content.device)
+    wrapped = (content.contiguous().view(torch.int32) + column * STEP) << 20
+    return wrapped.float() * 2.0**-32 + 2.0**-13
 
 
 def int8(x: Tensor, scale: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The reference against finite differences, closed forms, and the project's accuracy bars."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,31 +16,31 @@ def test_exact_gradients_match_finite_differences():
     assert torch.autograd.gradcheck(lambda *x: reference.exact(*x, is_causal=True), (q, k, v))
 
 
+@pytest.fixture(params=list(reference.PRESETS))
+def unrounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> reference.Preset:
+    """Every preset with no operand rounded to 8 bits."""
+    monkeypatch.setattr(reference, "int8", lambda x, scale: x / scale)  # what `paper` rounds by
+    return replace(reference.PRESETS[request.param], exact=frozenset(reference.OPERANDS))
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("preset", list(reference.PRESETS))
-def test_preset_gradients_are_those_of_attention_when_rounding_vanishes(preset, is_causal, monkeypatch):
+def test_preset_gradients_are_those_of_attention_when_rounding_vanishes(unrounded, is_causal):
     """With 8-bit rounding replaced by none, every preset must be attention itself, in all four results and the LSE."""
-    monkeypatch.setattr(reference, "int8", lambda x, scale: x / scale)
-    monkeypatch.setattr(torch.Tensor, "round", lambda x: x)
-    preset = replace(reference.PRESETS[preset], exact=frozenset(reference.OPERANDS))
     case = Case(b=2, hq=4, hkv=2, tq=70, tk=90, d=40, is_causal=is_causal, dtype=torch.float32)
     truth = exact(case)
-    got = run(lambda *x, **o: reference.attention(*x, preset=preset, **o), case)
+    got = run(partial(reference.attention, preset=unrounded), case)
     for name in NAMES:
         assert error(got[name], truth[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("preset", ["paper", "sage"])
-def test_lse_and_its_gradient_when_rounding_vanishes(preset, monkeypatch):
-    monkeypatch.setattr(reference, "int8", lambda x, scale: x / scale)
-    monkeypatch.setattr(torch.Tensor, "round", lambda x: x)
+def test_lse_and_its_gradient_when_rounding_vanishes(unrounded):
     case = Case(tq=50, tk=70, dtype=torch.float32, kind="biased")
     q, k, v, _ = case.tensors()
     weight = torch.randn(1, 2, 50)
     results = {}
     for name, call in (
         ("exact", reference.exact),
-        ("preset", lambda *x, **o: reference.attention(*x, preset=preset, return_lse=True, **o)),
+        ("preset", partial(reference.attention, preset=unrounded, return_lse=True)),
     ):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         _, lse = call(*inputs, **case.options)
@@ -97,6 +98,35 @@ def test_shared_scales_cost_less_than_a_kernel_may(sigma):
         assert error(shared[name], truth[name]) / error(sage[name], truth[name]) <= RATIO, name
         assert not torch.equal(shared[name], sage[name]), name  # of dV the sign of the difference is luck
     assert error(shared["o"], truth["o"]) > error(sage["o"], truth["o"])
+
+
+def test_thresholds_are_exact_and_spread_evenly():
+    """Odd multiples of 2^-13, each once among 4096 neighbours; few neighbours leave no gap twice their share."""
+    content = torch.randn(3, 50, 1)
+    found = reference.thresholds(content, 2 * 4096).double() * 2**13
+    every = torch.arange(-4095, 4096, 2).double().expand(3, 50, -1)
+    for start in (0, 777, 4096):
+        assert torch.equal(found[..., start : start + 4096].sort().values, every)
+    for count in (16, 32, 64):
+        few = found[..., 999 : 999 + count].sort().values
+        gaps = torch.cat([few.diff(), few[..., :1] + 8192 - few[..., -1:]], -1)
+        assert gaps.max() < 2 * 8192 / count
+    assert len({tuple(row) for row in found[..., :2].flatten(0, 1).tolist()}) > 140  # by the content, not the place
+    assert torch.equal(reference.thresholds(content, 2 * 4096).double() * 2**13, found)
+
+
+@pytest.mark.parametrize(("operand", "levels"), [("p", 255), ("p_dv", 255), ("ds_dq", 127), ("ds_dk", 127)])
+def test_small_numbers_are_right_on_average_and_others_nearest(operand, levels):
+    below = reference.DITHERED_BELOW[levels]
+    small = torch.cat([torch.rand(40, 1) * below, -torch.rand(40, 1) * below])
+    integers = partial(reference.SAGE.integers, operand, levels=levels, content=torch.randn(80, 1))
+    found = integers(small.expand(-1, 4096))
+    assert ((found.mean(-1, keepdim=True) - small).abs() < 1 / 4096).all()
+    assert ((found - small).abs() < 1).all()
+    large = torch.cat([torch.linspace(below, levels, 79), torch.tensor([levels])])[:, None].expand(-1, 4096)
+    for signed in (large, -large, 0 * large):
+        assert torch.equal(integers(signed), signed.round())
+    assert integers(torch.full((80, 5), torch.nan)).isnan().all()
 
 
 def test_ds_rowsum_residual_is_small_and_real():
