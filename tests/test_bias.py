@@ -1,7 +1,7 @@
 """INT8 attention's error in the gradient is noise and little bias: benchmarks/bias.py, on a tiny Llama.
 
 The model has learnt for 60 steps, since at random weights there is no bias to find. `paper`, the published scheme, has
-nearly ten times the kernel's, and so shows that the bar can be missed.
+nearly twenty times the kernel's, and so shows that the bar can be missed.
 """
 
 import csv
@@ -19,7 +19,7 @@ from sagetrain.ops import reference
 from sagetrain.training.train import run
 from tests.tiny import RUN
 
-BAR = 0.25  # of the bias of `paper`
+BAR = 1 / 8  # of the bias of `paper`; without thresholds the kernel misses it
 SIZE = parity.SIZES["tiny"]
 BATCHES = 64
 
@@ -46,7 +46,7 @@ def measured(learnt: tuple[nn.Module, list[Tensor]], arms: dict[str, bias.Attend
     return found
 
 
-def test_the_kernel_has_a_quarter_of_the_published_schemes_bias_at_most(learnt) -> None:
+def test_the_kernel_has_an_eighth_of_the_published_schemes_bias_at_most(learnt) -> None:
     found = measured(learnt, {name: bias.attention(name) for name in ("sage_int8", "paper", "bf16")})
     for part in bias.PARTS:
         kernel, paper, bf16 = (found[name, part][-1]["bias"] for name in ("sage_int8", "paper", "bf16"))

@@ -58,10 +58,10 @@ SAGE_INLINE void pack_rows(elem* dst, const vf (&x)[G]) {
   _mm256_storeu_si256((__m256i*)dst, _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa));
 }
 SAGE_INLINE void pack_signed(elem* dst, const vf (&x)[G]) { pack_rows(dst, x); }
-SAGE_INLINE void pack_lanes(elem* dst, const float* src, vf mul, vf add) {
+template <class F>
+SAGE_INLINE void pack_lanes(elem* dst, F row) {
   for (int i = 0; i < T; i += 2 * W) {
-    const __m256i a = _mm256_cvtps_epi32((__m256)fma(load(src + i), mul, add));
-    const __m256i b = _mm256_cvtps_epi32((__m256)fma(load(src + i + W), mul, add));
+    const __m256i a = _mm256_cvtps_epi32((__m256)row(i)), b = _mm256_cvtps_epi32((__m256)row(i + W));
     const __m256i packed = _mm256_packs_epi32(a, b);  // 64-bit quarters a0 b0 a1 b1
     _mm256_storeu_si256((__m256i*)(dst + i), _mm256_permute4x64_epi64(packed, 0xd8));
   }

@@ -70,10 +70,11 @@ SAGE_INLINE void pack_rows(elem* dst, const vf (&x)[G]) {
 SAGE_INLINE void pack_signed(elem* dst, const vf (&x)[G]) {
   store_groups(dst, bytes_signed(to_int(x[0]), to_int(x[1]), to_int(x[2]), to_int(x[3])));
 }
-SAGE_INLINE void pack_lanes(elem* dst, const float* src, vf mul, vf add) {
+template <class F>
+SAGE_INLINE void pack_lanes(elem* dst, F row) {
   static_assert(T == 4 * W, "one store a row");
   __m512i x[4];
-  for (int i = 0; i < 4; ++i) x[i] = to_int(fma(load(src + i * W), mul, add));
+  for (int i = 0; i < 4; ++i) x[i] = to_int(row(i * W));
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(dst, _mm512_permutexvar_epi32(order, bytes_unsigned(x[0], x[1], x[2], x[3])));
 }

@@ -12,9 +12,10 @@
 // Vector instructions per vector of scores at D = 64 (W = 16 on AVX-512, 8 on AVX2), without loads and stores:
 //     matmuls       AVX-512  16 each for S, dV, dK, dQ (vpdpbusd) + 32 for dP (vdpbf16ps)                 = 96
 //                   AVX2     64 each (vpmaddwd + vpaddd) + 64 for dP (fp32 FMA)                           = 320
-//     elementwise   S to P' 14-18, dS, A, B and their maxima 9, rounding and packing 9, dV dK dQ to fp32 9 = about 43
-// so the matmul unit is the bound: at one 512-bit product a cycle (Zen 4) about 115 cycles for 16 scores, at two
-// 256-bit products a cycle (Zen 3) about 100 for 8, if vpmaddwd and vpaddd never wait for each other.
+//     elementwise   S to P' 14-18, dS, A, B and their maxima 9, thresholds 14-17, rounding and packing 9,
+//                   dV dK dQ to fp32 9 = about 58
+// so the matmul unit is the bound: at one 512-bit product a cycle (Zen 4) about 120 cycles for 16 scores, at two
+// 256-bit products a cycle (Zen 3) about 105 for 8, if vpmaddwd and vpaddd never wait for each other.
 
 #include "backward_pack.inl"
 
@@ -91,16 +92,28 @@ static void scores(const QuerySide<kDim>& q, const KeySide<kDim>& k, TilePair<kD
     for (int m = 0; m < M; ++m) {
       t.p_scale[j + m] = p_scale[m];
       t.b_scale[j + m] = b_scale[m] * q.unit;
-      pack_lanes(t.p8 + (j + m) * T, t.p + m * T, splat(p_inverse[m]), vf{});
-      pack_lanes(t.b8 + (j + m) * T, t.b + m * T, splat(b_inverse[m]), splat((float)U));
+      const uint32_t column = k.column[j + m];
+      pack_lanes(t.p8 + (j + m) * T, [&](int i) SAGE_LAMBDA {
+        const vf p = load(t.p + m * T + i);
+        return dithered(p, splat(p_inverse[m]), p < kSmallP * p_scale[m], loadu(q.row + i), column, 0.0f);
+      });
+      pack_lanes(t.b8 + (j + m) * T, [&](int i) SAGE_LAMBDA {
+        const vf b = load(t.b + m * T + i);
+        return dithered(b, splat(b_inverse[m]), vabs(b) < kSmallDs * b_scale[m], loadu(q.row + i), column, U);
+      });
     }
   });
   for (int i = 0; i < T; i += W) {
     const vf inverse = packing_scale(load(t.a_max + i), 127.0f, t.a_scale + i);
+    const vf small = load(t.a_scale + i) * kSmallDs;
+    const vu row = loadu(q.row + i);
     store(t.a_scale + i, load(t.a_scale + i) * load(q.row_unit + i));
     for (int j = 0; j < kKeys; j += G) {
       vf rows[G];
-      for (int r = 0; r < G; ++r) rows[r] = fma(load(t.a + (j + r) * T + i), inverse, splat((float)U));
+      for (int r = 0; r < G; ++r) {
+        const vf a = load(t.a + (j + r) * T + i);
+        rows[r] = dithered(a, inverse, vabs(a) < small, row, k.column[j + r], U);
+      }
       pack_rows(t.a8 + (j * T + i * G), rows);
     }
   }

@@ -17,6 +17,7 @@ struct QuerySide {            // one query tile of one head, packed
   float d_o_scale[kDim];       // sdO * unit
   int32_t q_sum[kDim];         // -U * sum_i Q8
   float g[T], offset[T], cap[T], minus_delta[T], q_scale[T];  // q_scale: in units of `unit` / row_unit
+  uint32_t row[T];             // row_threshold of the LSE
   float row_unit[T], unit;     // what one of dS' is worth, of a row; the largest of them
 };
 template <int kDim>
@@ -26,6 +27,7 @@ struct KeySide {              // one key tile, packed
   float v[kKeys * kDim];       // V'   [64][D] bf16 or fp32
   int32_t bias[kKeys], k_sum[kDim];  // -U * sum_d K8, -U * sum_j K8
   float scale[kKeys], signed_scale[kKeys];  // signed: with the sign of the softmax scale, as in the forward
+  uint32_t column[kKeys];      // column_threshold
   float d_k[kKeys * kDim], d_v[kKeys * kDim];  // gradients, [64][Dp], dK still rotated
 };
 template <int kDim>
@@ -109,6 +111,7 @@ static void pack_key_side(const BackwardParams& p, const Sequence& q, int64_t he
     }
     k.bias[j] = -U * sum;
     k.scale[j] = p.k_scale[row + j];
+    k.column[j] = column_threshold(j0 + j);
     k.signed_scale[j] = s.scale < 0 ? -k.scale[j] : k.scale[j];
     float v[128];
     read_row(s.dtype, p.v, q.batch * p.v_strides.batch + head * p.v_strides.head +
@@ -189,6 +192,7 @@ static void pack_query_side(const BackwardParams& p, const Sequence& q, int64_t 
     out.q_scale[i] = q_scale * (out.row_unit[i] * to_tile);
     out.g[i] = q_scale * (float)kDim * scale * kLog2e;
     out.offset[i] = (float)rho - p.lse_smooth[row + i] * kLog2e;
+    out.row[i] = row_threshold(p.lse_smooth[row + i]);
     out.cap[i] = (float)rho;  // P <= 1, whatever the rounding of huge logits says
   }
   if (U)

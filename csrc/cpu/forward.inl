@@ -6,9 +6,10 @@
 //
 // Vector instructions per vector of scores at D = 64 (W = 16 on AVX-512, 8 on AVX2), without loads and stores:
 //     matmuls       AVX-512  16 + 16 (vpdpbusd);  AVX2  64 + 64 (vpmaddwd + vpaddd)
-//     elementwise   S to fp32 and its maximum 3, exp2 and row sum 11-14, rounding and packing 3, O to fp32 2 x 3
-// The matmul unit is the bound: at one 512-bit product a cycle (Zen 4) about 45 cycles for 16 scores; at two 256-bit
-// products a cycle (Zen 3) about 38 for 8, if vpmaddwd and vpaddd never wait for each other.
+//     elementwise   S to fp32 and its maximum 3, exp2 and row sum 11-14, thresholds 4-5, rounding and packing 3,
+//                   O to fp32 2 x 3
+// The matmul unit is the bound: at one 512-bit product a cycle (Zen 4) about 47 cycles for 16 scores; at two 256-bit
+// products a cycle (Zen 3) about 39 for 8, if vpmaddwd and vpaddd never wait for each other.
 
 // ---- what the workspace holds ----------------------------------------------------------------------------------
 struct QueryTile {                   // one thread's
@@ -18,6 +19,7 @@ struct QueryTile {                   // one thread's
   float s[kKeyTileForward * LB];     // S^T [32][LB]
   float g[T], largest[T], sum[T], mean_dot[T], scale[T];
   int32_t limit[T];                  // keys that a lane sees, counted from the start of the key tile
+  uint32_t row[T];                   // row_threshold of mean_dot
 };
 struct ForwardScratch {
   int64_t *query_tiles, *key_tiles, *padded_values;  // [N + 1] running counts over the sequences
@@ -141,13 +143,15 @@ static void pack_values(const ForwardParams& p, const Sequence& q, int64_t head,
 }
 
 // ---- phase 2: one query tile against its keys ------------------------------------------------------------------
-// One key tile (`keys` of it packed, a multiple of kValuePad) against one lane block.
+// One key tile, from key `key0` of the sequence on (`keys` of it packed, a multiple of kValuePad), against one lane block.
 template <int kDim, bool kMasked>
-static void attend(QueryTile& t, int64_t lane0, int dim, int keys, const PackedKeys& k) {
+static void attend(QueryTile& t, int64_t lane0, int dim, int64_t key0, int keys, const PackedKeys& k) {
   vf largest[NV], g[NV], sum[NV] = {};
   vi limit[NV];
+  vu row[NV];
   for (int n = 0; n < NV; ++n) {
     largest[n] = splat(-FLT_MAX), g[n] = load(t.g + lane0 + n * W);
+    row[n] = loadu(t.row + lane0 + n * W);
     if (kMasked) limit[n] = loadi(t.limit + lane0 + n * W);
   }
   for_rows(keys, [&](auto tile, int j) SAGE_LAMBDA {
@@ -173,7 +177,7 @@ static void attend(QueryTile& t, int64_t lane0, int dim, int keys, const PackedK
         vf p = exp2((load(t.s + (j + r) * LB + n * W) - largest[n]) * g[n]);
         if (kMasked) p = select(limit[n] > j + r, p, vf{});
         sum[n] += p;
-        rows[r] = p * 255.0f;
+        rows[r] = dithered(p, splat(255.0f), p < kSmallP / 255.0f, row[n], column_threshold(key0 + j + r), 0.0f);
       }
       pack_rows(t.p + (j * LB + n * W * G), rows);
     }
@@ -237,7 +241,10 @@ static void pack_queries(const ForwardParams& p, const Sequence& q, int64_t head
   pack_transposed(t.x, lanes, dp, t.q);
   __builtin_memcpy(p.q_scale + row, t.scale, count * 4);
   const float scale = s.scale < 0 ? -s.scale : s.scale;  // the sign went into the key scales
-  for (int64_t i = 0; i < lanes; ++i) t.g[i] = t.scale[i] * (float)dp * scale * kLog2e;
+  for (int64_t i = 0; i < lanes; ++i) {
+    t.g[i] = t.scale[i] * (float)dp * scale * kLog2e;
+    t.row[i] = row_threshold(t.mean_dot[i]);
+  }
 }
 
 template <int kDim>
@@ -258,7 +265,7 @@ static void attend_tile(const ForwardParams& p, const Sequence& q, int64_t head,
       for (int64_t i = 0; i < lanes; ++i)
         t.limit[i] = (int32_t)smaller<int64_t>(kKeyTileForward, visible(s, q, i0 + i) - j);
     for (int64_t b = 0; b < lanes; b += LB)
-      masked ? attend<kDim, true>(t, b, (int)dim, keys, k) : attend<kDim, false>(t, b, (int)dim, keys, k);
+      (masked ? attend<kDim, true> : attend<kDim, false>)(t, b, (int)dim, j, keys, k);
     k.k += keys * kDim, k.bias += keys, k.scale += keys, k.v += keys * dim, k.v_scale += dim;
   }
 

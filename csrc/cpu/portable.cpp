@@ -39,8 +39,9 @@ SAGE_INLINE vf to_elem(vf x) {  // saturates, as packing to integers does
 }
 SAGE_INLINE void pack_rows(elem* dst, const vf (&x)[G]) { store(dst, to_elem(x[0])); }
 SAGE_INLINE void pack_signed(elem* dst, const vf (&x)[G]) { pack_rows(dst, x); }
-SAGE_INLINE void pack_lanes(elem* dst, const float* src, vf mul, vf add) {
-  for (int i = 0; i < T; i += W) store(dst + i, to_elem(fma(load(src + i), mul, add)));
+template <class F>
+SAGE_INLINE void pack_lanes(elem* dst, F row) {
+  for (int i = 0; i < T; i += W) store(dst + i, to_elem(row(i)));
 }
 // IEEE half precision by the bits: normal numbers are an exponent shift, the rest is scaled.
 void half_to_float8(const uint16_t* src, float* dst) {

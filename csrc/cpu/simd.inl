@@ -11,6 +11,7 @@
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
 
 constexpr int NV = 2;        // vectors per register tile
 constexpr int LB = NV * W;   // lanes per register tile ("lane block")
@@ -35,7 +36,8 @@ SAGE_INLINE vf exp2(vf x);                             // relative error 2e-7; x
 SAGE_INLINE vf round_even(vf x);                       // |x| < 2^22
 SAGE_INLINE void pack_rows(elem* dst, const vf (&x)[G]);    // G rows, W lanes -> [lane][G], rounded; values >= 0
 SAGE_INLINE void pack_signed(elem* dst, const vf (&x)[G]);  // the same for values of either sign
-SAGE_INLINE void pack_lanes(elem* dst, const float* src, vf mul, vf add);  // rint(src * mul + add), T lanes in a row
+template <class F>
+SAGE_INLINE void pack_lanes(elem* dst, F row);              // row(lane) gives W lanes of a row of T, to be rounded
 void half_to_float8(const uint16_t* src, float* dst);
 void float_to_half8(const float* src, uint16_t* dst);
 // bf16 dot products: pairs, [lane][2] x broadcast pair; compiled when kHalfDot, run when half_dot()
@@ -47,12 +49,13 @@ SAGE_INLINE vf splat(float x) { return x - vf{}; }
 SAGE_INLINE vf load(const float* p) { vf x; __builtin_memcpy(&x, p, sizeof x); return x; }
 SAGE_INLINE void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
 SAGE_INLINE vi loadi(const int32_t* p) { vi x; __builtin_memcpy(&x, p, sizeof x); return x; }
+SAGE_INLINE vu loadu(const uint32_t* p) { vu x; __builtin_memcpy(&x, p, sizeof x); return x; }
 SAGE_INLINE vi bits(vf x) { return (vi)x; }
 SAGE_INLINE vf from_bits(vi x) { return (vf)x; }
 SAGE_INLINE vf vabs(vf x) { return from_bits(bits(x) & 0x7fffffff); }
 // Largest magnitude: unsigned comparison of the bits, so that Inf and NaN (of either sign) win and survive.
 SAGE_INLINE vf amax(vf a, vf x) { return from_bits(umax(bits(a), bits(vabs(x)))); }
-SAGE_INLINE vf select(vi mask, vf a, vf b) { return from_bits((bits(a) & mask) | (bits(b) & ~mask)); }
+SAGE_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 SAGE_INLINE vf quotient(float a, vf x) { return splat(a) / x; }
 
 // 2^r = 1 + c1 r + ... + c5 r^5, least relative error with the first coefficient held at 1.
@@ -71,6 +74,23 @@ SAGE_INLINE vf exp2_by_shift(vf x) {
   const vf p = polynomial(r, 0.6931470036506653f, 0.24022242426872253f, 0.05550733581185341f, 0.009671512991189957f,
                           0.001326472731307149f);
   return from_bits(bits(p) + (bits(shifted) << 23));
+}
+
+// ---- rounding by thresholds (docs/numerics.md) -----------------------------------------------------------------
+// A threshold, -1/2 to 1/2 in units of 2^32, is that of the row, the last 12 bits of a float, plus that of the column,
+// by the position of its key; the sum wraps.
+constexpr float kSmallP = 2.5f, kSmallDs = 1.5f;  // in steps of their scales: only what is smaller gets one
+static inline uint32_t row_threshold(float content) {
+  uint32_t u;
+  __builtin_memcpy(&u, &content, 4);
+  return u << 20 | 1u << 19;
+}
+static inline uint32_t column_threshold(int64_t key) { return (uint32_t)key * 2531u << 20; }
+
+// x * scale + shift, and of small ones the threshold added: what is then rounded to the nearest integer.
+SAGE_INLINE vf dithered(vf x, vf scale, vi small, vu row, uint32_t column, float shift) {
+  const vf y = fma(x, scale, splat(shift)), threshold = __builtin_convertvector((vi)(row + column), vf);
+  return select(small, fma(threshold, splat(0x1p-32f), y), y);
 }
 
 // ---- the micro-kernel ------------------------------------------------------------------------------------------

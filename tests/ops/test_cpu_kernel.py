@@ -3,11 +3,15 @@
 The code path is chosen at every call, so SAGETRAIN_CPU_ISA can change inside one process.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 import sagetrain
-from tests.kernelkit import Case, check, run
+from sagetrain.ops import reference
+from tests.kernelkit import Case, Given, check, error, exact, given, plain, run
 
 ISAS = ("avx512_vnni", "avx2", "portable")
 CASES = [
@@ -40,6 +44,56 @@ def test_every_instruction_set_is_as_accurate_as_the_reference(isa, monkeypatch)
             )
     else:
         assert isa != "portable"
+
+
+NEAREST = partial(reference.attention, preset=replace(reference.SAGE, dithered=frozenset()))
+
+
+def of_logits(logits: torch.Tensor, kind: torch.Tensor, v: torch.Tensor) -> Given:
+    """A case of keys that are of a few kinds `[Tk]`, with these logits `[Tq, kinds]` but for random last digits.
+
+    v `[Tk]`: in channel 1, where all of d_o is 1. The queries have another channel in common."""
+    (tq, kinds), tk, d = logits.shape, len(kind), 64
+    q, values, d_o = (torch.zeros(n, d) for n in (tq, tk, tq))
+    last = 0.01 * torch.randn(tq, kinds, generator=torch.Generator().manual_seed(0))
+    q[:, :kinds] = ((logits + last) * 2**13).round() / 2**13  # so few digits that q . mean(k) is exact
+    q[:, -1], values[:, 1], d_o[:, 1] = 7, v, 1
+    case = Case(hq=1, tq=tq, tk=tk, is_causal=False, dtype=torch.float32)
+    return given(case, *(x[None, None] for x in (q, d**0.5 * torch.eye(d)[kind], values, d_o)))
+
+
+def small_in_rows() -> Given:
+    """Two keys share each query; 62 others have 0.44 steps of P and 0.22 of dS, and pull O and dQ the same way."""
+    kind = torch.tensor([0, 1] + 62 * [2] + 64 * [3])  # the last, which no query sees, leave the values no mean
+    logits, v = torch.tensor([0.0, 0.0, -6.36, -30.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    return of_logits(logits.expand(64, -1), kind, v[kind])
+
+
+def small_in_columns() -> Given:
+    """One query has half of its weight on key 1, the others 0.4 steps of P and of dS, and pull its gradients alike."""
+    return of_logits(torch.tensor([[0.0, 0.0]] + 63 * [[0.0, -7.1]]), torch.arange(2), torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_many_small_numbers_are_not_lost(isa, monkeypatch):
+    """Of P and dS, in each product: to the nearest integer they would all be 0."""
+    if not runs_here(isa, monkeypatch):
+        return
+    for case, names, keys in ((small_in_rows(), ("o", "d_q"), slice(None)), (small_in_columns(), ("d_k", "d_v"), 1)):
+        truth, nearest, got = exact(case), run(NEAREST, case), run(sagetrain.attention, case)
+        for name in names:
+            lost, found = (error(x[name][:, :, keys], truth[name][:, :, keys]) for x in (nearest, got))
+            assert found < lost / 2, f"{name}: {found:.2e}, to the nearest {lost:.2e}"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_thresholds_are_those_of_the_reference(isa, monkeypatch):
+    """Where both begin a row with the same float; a single one that is another would show."""
+    if not runs_here(isa, monkeypatch):
+        return
+    case = small_in_rows()
+    truth, got, same = exact(case)["o"], run(sagetrain.attention, case)["o"], run(plain, case)["o"]
+    assert error(got, same) < error(same, truth) / 100
 
 
 def test_the_best_is_chosen_by_itself(monkeypatch):
