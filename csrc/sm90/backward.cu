@@ -176,8 +176,9 @@ __device__ __forceinline__ void ready(X (&x)[n]) {
 __device__ __forceinline__ uint32_t bits(__half2 x) { return reinterpret_cast<const uint32_t&>(x); }
 __device__ __forceinline__ __half2 half2_of(uint32_t x) { return reinterpret_cast<const __half2&>(x); }
 
-// What takes the largest numbers to P_LEVELS or DS_LEVELS, never so far above that with a shift they were no byte (all halves tried), at most 65504; NaN of NaN. The bits of a half are about
-// its logarithm, so a difference of bits is within 6% of a quotient; one iteration of Newton's takes that to 0.4%.
+// What takes the largest numbers to P_LEVELS or DS_LEVELS, never so far above that with a shift they were no byte (all halves tried), at most 65504;
+// NaN of NaN. The bits of a half are about its logarithm, so a difference of bits is within 6% of a quotient; one iteration of Newton's takes that to
+// 0.4%.
 // Infinity would come out as zero, but does not come in: P'' and dS'' stay within 2^15 (layout.cuh), and rows that are not finite are NaN.
 template <bool is_signed>
 __device__ __forceinline__ __half2 inverse_scales(__half2 tops) {
