@@ -51,7 +51,7 @@ struct __align__(128) KeyValueRecord {  // TILE keys
 // 2^reach_j = the row's share of W, after lifting, and the P of a row sum to one. So what is added in no order has the same bits every time.
 // Every block adds MAGIC besides, which is for free; finish.cu knows how many blocks there are.
 // What the sequence has a say in of the thresholds (common/round.cuh) by which P'' and dS'' are rounded: of dV and dK, the last bits of the LSE of the
-// record's first 32 queries, added; of dQ, those of the row's own, which are also the last 10 of fine_j, so that this is a little more than a power of two.
+// record's first 32 queries, added; of dQ, those of the two rows of a lane, which are also the last 10 of their fine_j, so that this is a little more than a power of two.
 
 constexpr int QUERIES = 64;  // of a record
 constexpr int KEYS = 64;     // of a record: those of a warpgroup
