@@ -18,8 +18,9 @@ functions take the shapes of `sagetrain.attention`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -314,8 +315,20 @@ def exact(
     return o, lse
 
 
+def _in_its_own_types(run: Callable) -> Callable:
+    """`run(ctx, tensor, ..)` without autocast, which would make products BF16 that are FP32 here."""
+
+    @wraps(run)
+    def without(ctx: Any, x: Tensor, *others: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return run(ctx, x, *others)
+
+    return without
+
+
 class _Reference(torch.autograd.Function):
     @staticmethod
+    @_in_its_own_types
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, preset: Preset, is_causal: bool, scale: float,
                 cu_q: Tensor | None, cu_k: Tensor | None, record: list | None) -> tuple[Tensor, Tensor]:  # fmt: skip
         group = q.shape[1] // k.shape[1]
@@ -336,6 +349,7 @@ class _Reference(torch.autograd.Function):
         return o, lse
 
     @staticmethod
+    @_in_its_own_types
     def backward(ctx: Any, d_o: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, o = ctx.saved_tensors
         preset, scale, group, record = ctx.options
@@ -363,7 +377,9 @@ def attention(
 
     `record`: a list that receives dS `[Hq, Tq, Tk]` of each sequence during the backward.
     """
-    chosen = PRESETS[preset] if isinstance(preset, str) else preset
+    chosen, device = PRESETS[preset] if isinstance(preset, str) else preset, q.device.type
+    if torch.is_autocast_enabled(device):
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, lse = _Reference.apply(q, k, v, chosen, is_causal, scale, cu_seqlens_q, cu_seqlens_k, record)
     return (o, lse) if return_lse else o

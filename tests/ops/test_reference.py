@@ -129,6 +129,21 @@ def test_small_numbers_are_right_on_average_and_others_nearest(operand, levels):
     assert integers(torch.full((80, 5), torch.nan)).isnan().all()
 
 
+@pytest.mark.parametrize("preset", list(reference.PRESETS))
+def test_autocast_casts_the_inputs_and_leaves_the_maths_alone(preset):
+    """Its products in BF16 would be another rounding, of integers too, and in the backward as well."""
+    q, k, v, d_o = Case(dtype=torch.float32).tensors()
+
+    def results(dtype: torch.dtype, autocast: bool) -> tuple[torch.Tensor, ...]:
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            o = reference.attention(*inputs, preset=preset, is_causal=True)
+            return o, *(x.bfloat16() for x in torch.autograd.grad(o, inputs, d_o.to(o.dtype)))
+
+    for cast, wanted in zip(results(torch.float32, True), results(torch.bfloat16, False), strict=True):
+        assert cast.dtype == torch.bfloat16 and torch.equal(cast, wanted)
+
+
 def test_ds_rowsum_residual_is_small_and_real():
     q, k, v, d_o = Case(hq=4, hkv=2).tensors()
     residual, paper = (reference.ds_rowsum_residual(q, k, v, d_o, preset=name) for name in ("sage", "paper"))
