@@ -79,7 +79,7 @@ SAGE_INLINE vf exp2_by_shift(vf x) {
 // ---- rounding by thresholds (docs/numerics.md) -----------------------------------------------------------------
 // A threshold, -1/2 to 1/2 in units of 2^32, is that of the row, the last 12 bits of a float, plus that of the column,
 // by the position of its key; the sum wraps.
-constexpr float kSmallP = 2.5f, kSmallDs = 1.5f;  // in steps of their scales: only what is smaller gets one
+constexpr float kSmallP = 2.5f, kSmallDs = 1.5f;  // in steps of their scales: only what is smaller gets one (DITHERED_BELOW)
 static inline uint32_t row_threshold(float content) {
   uint32_t u;
   __builtin_memcpy(&u, &content, 4);

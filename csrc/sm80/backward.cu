@@ -36,7 +36,7 @@
 namespace sagetrain::sm80 {
 namespace {
 
-// TILE keys a block. What limits each number is registers (sm_90: 255, D = 128: 253 a thread): dK and dV of 32 x 64 or 16 x 128 take 128.
+// TILE keys a block. What limits each number is registers (sm_90: 254 a thread): dK and dV of 32 x 64 or 16 x 128 take 128.
 template <int Dp>
 struct DkvShape {
   static constexpr int row_tiles = Dp == 64 ? 2 : 1;   // 16-row tiles of a warp

@@ -14,7 +14,7 @@
 namespace sagetrain::sm80 {
 namespace {
 
-// What limits each number is registers (sm_90: 242, D = 128: 201 a thread): q8 and dO take 48 of them, dQ 64; dP and S
+// What limits each number is registers (sm_90: 244, D = 128: 202 a thread): q8 and dO take 48 of them, dQ 64; dP and S
 // in flight 64, D = 128: 32.
 template <int Dp>
 struct DqShape {

@@ -11,7 +11,7 @@
 //   shared memory, KiB      2 x 17.5, D = 128: 2 x 34    stages of a KeyValueRecord
 //
 //   tile size               what limits it (sm_90)
-//   BLOCK_WARPS = 4 x 16    registers, 155 or 201 of a thread: three such blocks of a multiprocessor, D = 128: two (BLOCKS)
+//   BLOCK_WARPS = 4 x 16    registers, 158 or 203 of a thread: three such blocks of a multiprocessor, D = 128: two (BLOCKS)
 //   TILE = 128 keys         registers: S of a warp is 64 a thread; and V's scales are made for as many (common/quantise_keys.cuh)
 //   IN_FLIGHT = 8           registers: 8-column tiles of a product under way at a time (matmul.cuh)
 #include "layout.cuh"

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
@@ -315,12 +316,19 @@ def exact(
     return o, lse
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts to where x is; None without autocast (meta, for one, has none)."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def _in_its_own_types(run: Callable) -> Callable:
     """`run(ctx, tensor, ..)` without autocast, which would make products BF16 that are FP32 here."""
 
     @wraps(run)
     def without(ctx: Any, x: Tensor, *others: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False) if _autocast_dtype(x) else nullcontext():
             return run(ctx, x, *others)
 
     return without
@@ -377,9 +385,9 @@ def attention(
 
     `record`: a list that receives dS `[Hq, Tq, Tk]` of each sequence during the backward.
     """
-    chosen, device = PRESETS[preset] if isinstance(preset, str) else preset, q.device.type
-    if torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    chosen = PRESETS[preset] if isinstance(preset, str) else preset
+    if dtype := _autocast_dtype(q):
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, lse = _Reference.apply(q, k, v, chosen, is_causal, scale, cu_seqlens_q, cu_seqlens_k, record)
     return (o, lse) if return_lse else o

@@ -3,6 +3,7 @@
 The code path is chosen at every call, so SAGETRAIN_CPU_ISA can change inside one process.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -62,28 +63,46 @@ def of_logits(logits: torch.Tensor, kind: torch.Tensor, v: torch.Tensor) -> Give
     return given(case, *(x[None, None] for x in (q, d**0.5 * torch.eye(d)[kind], values, d_o)))
 
 
-def small_in_rows() -> Given:
-    """Two keys share each query; 62 others have 0.44 steps of P and 0.22 of dS, and pull O and dQ the same way."""
-    kind = torch.tensor([0, 1] + 62 * [2] + 64 * [3])  # the last, which no query sees, leave the values no mean
-    logits, v = torch.tensor([0.0, 0.0, -6.36, -30.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+def small_in_rows(steps: float) -> Given:
+    """Two keys share each query; 20 others have so many steps of P, fewer of dS, and pull O and dQ the same way."""
+    kind = torch.tensor([0, 1] + 20 * [2] + 42 * [3])  # the last, which no query sees, leave the values no mean
+    logits, v = torch.tensor([0.0, 0.0, math.log(steps / 255), -30.0]), torch.tensor([1.0, -1.0, 1.0, -20 / 42])
     return of_logits(logits.expand(64, -1), kind, v[kind])
 
 
-def small_in_columns() -> Given:
-    """One query has half of its weight on key 1, the others 0.4 steps of P and of dS, and pull its gradients alike."""
-    return of_logits(torch.tensor([[0.0, 0.0]] + 63 * [[0.0, -7.1]]), torch.arange(2), torch.tensor([0.0, 1.0]))
+def small_in_columns(steps: float) -> Given:
+    """One query has half of its weight on key 1, the others so many steps of P, more of dS, and all pull alike."""
+    logits = torch.tensor([[0.0, 0.0]] + 63 * [[0.0, math.log(steps / 510)]])
+    return of_logits(logits, torch.arange(2), torch.tensor([0.0, 1.0]))
 
 
+# Of each result: a case in which small numbers matter to it, and steps of P where the numbers that its product rounds,
+# P or dS, are just small enough for thresholds (2.4 of P, 1.1 to 1.5 of dS), and just too large.
+EDGES = {
+    "o": (small_in_rows, 2.3, 2.7),
+    "d_q": (small_in_rows, 5.0, 7.0),
+    "d_k": (small_in_columns, 0.75, 0.85),
+    "d_v": (small_in_columns, 2.3, 2.7),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
 @pytest.mark.parametrize("isa", ISAS)
-def test_many_small_numbers_are_not_lost(isa, monkeypatch):
-    """Of P and dS, in each product: to the nearest integer they would all be 0."""
+def test_small_numbers_are_right_on_average_and_others_nearest(isa, name, monkeypatch):
+    """Of P and dS, in each product: to the nearest integer many small ones would all be 0, or all 1."""
     if not runs_here(isa, monkeypatch):
         return
-    for case, names, keys in ((small_in_rows(), ("o", "d_q"), slice(None)), (small_in_columns(), ("d_k", "d_v"), 1)):
-        truth, nearest, got = exact(case), run(NEAREST, case), run(sagetrain.attention, case)
-        for name in names:
-            lost, found = (error(x[name][:, :, keys], truth[name][:, :, keys]) for x in (nearest, got))
-            assert found < lost / 2, f"{name}: {found:.2e}, to the nearest {lost:.2e}"
+    build, below, above = EDGES[name]
+    keys = 1 if build is small_in_columns else slice(None)
+    for steps in (0.4, below, above):
+        case = build(steps)
+        truth, nearest, got = (
+            results[name][:, :, keys] for results in (exact(case), run(NEAREST, case), run(sagetrain.attention, case))
+        )
+        lost, apart = error(nearest, truth), error(got, nearest)
+        assert apart < lost / 1000 if steps == above else apart > lost / 10, f"{steps} steps: {apart:.2e} of {lost:.2e}"
+        if steps == 0.4:
+            assert error(got, truth) < lost / 2
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -91,7 +110,7 @@ def test_the_thresholds_are_those_of_the_reference(isa, monkeypatch):
     """Where both begin a row with the same float; a single one that is another would show."""
     if not runs_here(isa, monkeypatch):
         return
-    case = small_in_rows()
+    case = small_in_rows(0.44)
     truth, got, same = exact(case)["o"], run(sagetrain.attention, case)["o"], run(plain, case)["o"]
     assert error(got, same) < error(same, truth) / 100
 

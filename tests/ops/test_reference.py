@@ -144,6 +144,13 @@ def test_autocast_casts_the_inputs_and_leaves_the_maths_alone(preset):
         assert cast.dtype == torch.bfloat16 and torch.equal(cast, wanted)
 
 
+def test_meta_tensors_have_shapes_and_no_autocast():
+    q = torch.empty(1, 2, 7, 64, device="meta", requires_grad=True)
+    o = reference.attention(q, q, q)
+    o.sum().backward()
+    assert o.shape == q.shape == q.grad.shape
+
+
 def test_ds_rowsum_residual_is_small_and_real():
     q, k, v, d_o = Case(hq=4, hkv=2).tensors()
     residual, paper = (reference.ds_rowsum_residual(q, k, v, d_o, preset=name) for name in ("sage", "paper"))
