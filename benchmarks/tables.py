@@ -337,6 +337,27 @@ def accuracy(file: str, **wanted: str) -> str:
     return markdown(["case", "D", "O: paper / sage / kernel", "dQ", "dK", "dV"], lines)
 
 
+def bias(file: str, **wanted: str) -> str:
+    """Table: bias of the gradient, all of it and by projection, and a micro-batch's error, after the most tokens."""
+    found: dict[str, dict[str, Row]] = {}
+    rows = chosen(file, wanted)
+    most = max(int(row["tokens"]) for row in rows)
+    for row in rows:
+        if int(row["tokens"]) == most:
+            found.setdefault(row["arm"], {})[row["part"]] = row
+    parts = list(next(iter(found.values())))
+    lines = [
+        [
+            NAMES.get(arm, f"`{arm}`"),
+            *(digits(float(of[part]["bias"])) for part in parts),
+            digits(float(of["all"]["each"])),
+        ]
+        for arm, of in found.items()
+    ]
+    head = ["", *(f"bias, {part}" for part in parts), "error of one micro-batch"]
+    return markdown(head, lines, f"After {most:,} tokens, at commit {rows[-1]['commit']}.")
+
+
 def overlap(file: str, **wanted: str) -> str:
     """Table: cycles of a scheduler for a mix of instructions, two mixes a line."""
     cells = [[row["mix per group, a scheduler"], row["cycles_per_group"]] for row in chosen(file, wanted)]
@@ -437,7 +458,8 @@ def typical(folder: str, column: str) -> str:
 KINDS: dict[str, Callable[..., str]] = {
     f.__name__: f
     for f in (
-        speed, ratios, ratio, value, over, passes, step, breakdown, errors, accuracy, overlap, loss, finetune, typical,
+        speed, ratios, ratio, value, over, passes, step, breakdown, errors, accuracy, bias, overlap, loss,
+        finetune, typical,
     )
 }  # fmt: skip
 

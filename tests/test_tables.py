@@ -268,3 +268,18 @@ def test_fine_tuned_models_by_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "finetune-x.csv").write_text(head + "".join(lines[:-2]))
     with pytest.raises(ValueError, match="drop: the arms have other seeds"):
         tables.made("finetune", "finetune-x of=score")
+
+
+def test_biases_after_the_most_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head = "device,commit,model,text,seq_len,batch_size,tokens,arm,part,bias,each\n"
+    rows = [
+        f"EPYC,abc,m,t,512,2,{tokens},{arm},{part},{bias},3.00e-02\n"
+        for tokens, bias in ((2048, 0.5), (4096, 2e-3))
+        for arm in ("sage_int8", "paper")
+        for part in ("all", "q")
+    ]
+    (tmp_path / "bias-x.csv").write_text(head + "".join(rows))
+    said = tables.made("bias", "bias-x model=m")
+    assert "| bias, all | bias, q |" in said and "4,096 tokens, at commit abc" in said
+    assert "| INT8 | 0.00200 | 0.00200 | 0.0300 |" in said and "| `paper` | 0.00200" in said
