@@ -179,7 +179,7 @@ def _curves_of(column: str, sparse: bool = False, log: bool = False, zero: bool 
         found = np.concatenate([run.series(column)[1] for run in comparison.runs])
         found = found[np.isfinite(found) & (found > 0)]
         wide = log and len(found) and found.max() > 3 * found.min()
-        axis = {"type": "log", "dtick": "D2"} if wide else {"rangemode": "tozero"} if zero else {}
+        axis = {"type": "log", "dtick": "D2", "tickformat": "~g"} if wide else {"rangemode": "tozero"} if zero else {}
         return {"data": data, "layout": {"yaxis": axis}}
 
     return draw

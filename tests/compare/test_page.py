@@ -54,6 +54,18 @@ def test_it_draws_in_silence_and_alone(page: Path, tmp_path: Path):
     drive(tmp_path, use)
 
 
+def test_labels_of_a_logarithmic_axis_say_the_value(page: Path, tmp_path: Path):
+    """plotly by itself writes 5 for 0.5 there."""
+
+    async def use(tab: Tab) -> None:
+        await opened(tab, page)
+        plot = "[...document.querySelectorAll('.plot')].find(plot => plot.layout.yaxis.type === 'log')"
+        labels = await tab.ask(f"[...({plot}).querySelectorAll('.ytick text')].map(tick => tick.textContent)")
+        assert len(labels) > 3 and [float(label) for label in labels] == sorted({float(label) for label in labels})
+
+    drive(tmp_path, use)
+
+
 def test_a_mouse_reads_values_and_zooms(page: Path, tmp_path: Path):
     async def use(tab: Tab) -> None:
         await opened(tab, page)
