@@ -8,8 +8,10 @@ tolerance is set by hand. RATIO is the project's bar (docs/numerics.md, "What mu
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -222,6 +224,41 @@ def packed(case: Case, lengths_q: list[int], lengths_k: list[int], lead: int = 0
     """`case` with packed sequences of these lengths; `lead` and `tail` tokens before and after belong to none."""
     cu_q, cu_k = (tuple(itertools.accumulate(lengths, initial=lead)) for lengths in (lengths_q, lengths_k))
     return replace(case, b=1, tq=cu_q[-1] + tail, tk=cu_k[-1] + tail, cu_q=cu_q, cu_k=cu_k)
+
+
+# ------------------------------------------------------------------------------------------- numbers of few steps
+# Cases in which P and dS, of keys that many queries see, are so small that to the nearest integer all would be 0.
+
+NEAREST = partial(reference.attention, preset=replace(reference.SAGE, dithered=frozenset()))
+
+
+def of_logits(logits: Tensor, kind: Tensor, v: Tensor, dtype: torch.dtype, device: str) -> Given:
+    """A case of keys that are of a few kinds `[Tk]`, with these logits `[Tq, kinds]` but for random last digits.
+
+    v `[Tk]`: in channel 1, where all of d_o is 1. The queries have another channel in common."""
+    (tq, kinds), tk, d = logits.shape, len(kind), 64
+    q, values, d_o = (torch.zeros(n, d) for n in (tq, tk, tq))
+    last = 0.01 * torch.randn(tq, kinds, generator=torch.Generator().manual_seed(0))
+    q[:, :kinds] = ((logits + last) * 2**13).round() / 2**13  # in FP32 so few digits that q . mean(k) is exact
+    q[:, -1], values[:, 1], d_o[:, 1] = 7, v, 1
+    case = Case(hq=1, tq=tq, tk=tk, is_causal=False, dtype=dtype, device=device)
+    return given(case, *(x[None, None].to(device, dtype) for x in (q, d**0.5 * torch.eye(d)[kind], values, d_o)))
+
+
+def small_in_rows(steps: float, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Given:
+    """Two keys share each query; 20 others have so many steps of P, fewer of dS, and pull O and dQ the same way."""
+    kind = torch.tensor([0, 1] + 20 * [2] + 42 * [3])  # the last, which no query sees, leave the values no mean
+    logits, v = torch.tensor([0.0, 0.0, math.log(steps / 255), -30.0]), torch.tensor([1.0, -1.0, 1.0, -20 / 42])
+    return of_logits(logits.expand(64, -1), kind, v[kind], dtype, device)
+
+
+def small_in_columns(steps: float, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Given:
+    """One query has half of its weight on key 1, the others so many steps of P, more of dS, and all pull alike."""
+    logits = torch.tensor([[0.0, 0.0]] + 63 * [[0.0, math.log(steps / 510)]])
+    return of_logits(logits, torch.arange(2), torch.tensor([0.0, 1.0]), dtype, device)
+
+
+# ------------------------------------------------------------------------------------------------------ judging
 
 
 def run(attend: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:

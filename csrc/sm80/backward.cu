@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
     }
 
     // dV += P^T dO
-    const auto shift_of = [&](int thread) { return shifts_of(thresholds_of(rows.diagonal + thread / 4, thread % 4) + record.thresholds); };
+    const auto shift_of = [&](int thread) { return shifts_of(thresholds_of(rows.diagonal - rows.left + thread / 4, thread % 4) + record.thresholds); };
     __half2 shift = shift_of(thread);
     __half2 inverse[2];
     float scale[m][2];

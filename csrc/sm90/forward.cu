@@ -103,11 +103,6 @@ __device__ __forceinline__ int tiles_of(int keys) { return (keys + TILE - 1) / T
 
 // ---------------------------------------------------------------------------------------------------- arithmetic
 
-__device__ __forceinline__ float multiply_up(float x, float y) {
-  float z;
-  asm("mul.rp.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
 // Two numbers rounded to bytes, 0 to 255 (what is above is 255), low one first, below the two bytes of `above`.
 __device__ __forceinline__ uint32_t round_bytes(float low, float high, uint32_t above) {
   uint32_t x;
@@ -231,8 +226,9 @@ struct Consumer {
             if (i * 8 + 2 * t + c % 2 > min(last, diagonal + c / 2 * 8)) n[4 * i + c] = HIDDEN;
       }
 
-      // A score is n * scale; top is the largest of a row, less log2(255) (the smallest possible, where all keys are hidden). It is NaN where a
-      // key is not finite, and so are the row's factor, its sum and O: bytes cannot say so.
+      // A score is n * scale; top is the largest of a row, less log2(255) (the smallest possible, where all keys are hidden), rounded down: so the
+      // largest P is a byte of 255, and its row's sum is not 0, however large scores are. It is NaN where a key is not finite, and so are the
+      // row's factor, its sum and O: bytes cannot say so.
       float k_scale[2], scale[2][2], top[2];  // [half of the tile], [half of the tile][row], [row]
       load(k_scale[0], at + offsetof(KeyValueRecord<Dp>, k_scale) + 4 * t), load(k_scale[1], at + offsetof(KeyValueRecord<Dp>, k_scale) + 16 + 4 * t);
 #pragma unroll
@@ -247,11 +243,11 @@ struct Consumer {
             n_top = __vimax3_s32(n_top, pair[0], pair[1]);
           }
           scale[half][r] = max_or_nan(q_scale[r] * k_scale[half], 1e-37f);  // not 0, for -inf * 0 is no number
-          const float half_top = multiply_up(__int2float_rn(n_top), scale[half][r]);
+          const float half_top = __fmul_rd(__int2float_rn(n_top), scale[half][r]);
           x = half ? max_or_nan(x, half_top) : half_top;
         }
         x = max_or_nan(x, __shfl_xor_sync(~0u, x, 1));
-        top[r] = max_or_nan(x, __shfl_xor_sync(~0u, x, 2)) - LOG255;
+        top[r] = __fsub_rd(max_or_nan(x, __shfl_xor_sync(~0u, x, 2)), LOG255);
       }
       if (__any_sync(~0u, top[0] > reference[0] + GROWTH || top[1] > reference[1] + GROWTH)) {
 #pragma unroll

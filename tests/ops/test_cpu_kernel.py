@@ -3,16 +3,21 @@
 The code path is chosen at every call, so SAGETRAIN_CPU_ISA can change inside one process.
 """
 
-import math
-from dataclasses import replace
-from functools import partial
-
 import pytest
 import torch
 
 import sagetrain
-from sagetrain.ops import reference
-from tests.kernelkit import Case, Given, check, error, exact, given, plain, run
+from tests.kernelkit import (
+    NEAREST,
+    Case,
+    check,
+    error,
+    exact,
+    plain,
+    run,
+    small_in_columns,
+    small_in_rows,
+)  # fmt: skip
 
 ISAS = ("avx512_vnni", "avx2", "portable")
 CASES = [
@@ -45,35 +50,6 @@ def test_every_instruction_set_is_as_accurate_as_the_reference(isa, monkeypatch)
             )
     else:
         assert isa != "portable"
-
-
-NEAREST = partial(reference.attention, preset=replace(reference.SAGE, dithered=frozenset()))
-
-
-def of_logits(logits: torch.Tensor, kind: torch.Tensor, v: torch.Tensor) -> Given:
-    """A case of keys that are of a few kinds `[Tk]`, with these logits `[Tq, kinds]` but for random last digits.
-
-    v `[Tk]`: in channel 1, where all of d_o is 1. The queries have another channel in common."""
-    (tq, kinds), tk, d = logits.shape, len(kind), 64
-    q, values, d_o = (torch.zeros(n, d) for n in (tq, tk, tq))
-    last = 0.01 * torch.randn(tq, kinds, generator=torch.Generator().manual_seed(0))
-    q[:, :kinds] = ((logits + last) * 2**13).round() / 2**13  # so few digits that q . mean(k) is exact
-    q[:, -1], values[:, 1], d_o[:, 1] = 7, v, 1
-    case = Case(hq=1, tq=tq, tk=tk, is_causal=False, dtype=torch.float32)
-    return given(case, *(x[None, None] for x in (q, d**0.5 * torch.eye(d)[kind], values, d_o)))
-
-
-def small_in_rows(steps: float) -> Given:
-    """Two keys share each query; 20 others have so many steps of P, fewer of dS, and pull O and dQ the same way."""
-    kind = torch.tensor([0, 1] + 20 * [2] + 42 * [3])  # the last, which no query sees, leave the values no mean
-    logits, v = torch.tensor([0.0, 0.0, math.log(steps / 255), -30.0]), torch.tensor([1.0, -1.0, 1.0, -20 / 42])
-    return of_logits(logits.expand(64, -1), kind, v[kind])
-
-
-def small_in_columns(steps: float) -> Given:
-    """One query has half of its weight on key 1, the others so many steps of P, more of dS, and all pull alike."""
-    logits = torch.tensor([[0.0, 0.0]] + 63 * [[0.0, math.log(steps / 510)]])
-    return of_logits(logits, torch.arange(2), torch.tensor([0.0, 1.0]))
 
 
 # Of each result: a case in which small numbers matter to it, and steps of P where the numbers that its product rounds,

@@ -26,6 +26,7 @@ from sagetrain.ops import reference
 from tests.kernelkit import (
     KINDS,
     NAMES,
+    NEAREST,
     RATIO,
     Case,
     assert_same,
@@ -40,6 +41,8 @@ from tests.kernelkit import (
     preset_of,
     run,
     same,
+    small_in_columns,
+    small_in_rows,
     variants,
 )  # fmt: skip
 
@@ -259,6 +262,34 @@ def test_rows_of_very_different_size_in_one_tile(d, rows, attend):
             x, y, z = (r[name][:, :, 7 : 7 + 3 * rows : 3] for r in (got, expected, truth))
             bar = RATIO * max(error(y, z), torch.finfo(case.dtype).eps)
             assert error(x, z) <= bar, f"{name}, {which} times {factor}: {error(x, z):.2e} > {bar:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [("o", small_in_rows), ("d_q", small_in_rows), ("d_k", small_in_columns), ("d_v", small_in_columns)],
+)
+@both_backwards
+def test_small_numbers_are_right_on_average(name, build, attend):
+    """Of P and dS, in each product: to the nearest integer all that are less than half a step would be 0."""
+    case = build(0.4, FP16, DEVICE)
+    keys = 1 if build is small_in_columns else slice(None)
+    truth, nearest, got = (x[name][:, :, keys] for x in (exact(case), run(NEAREST, case), run(attend, case)))
+    lost = error(nearest, truth)
+    assert error(got, truth) < lost / 2, f"{error(got, truth):.2e}, to the nearest {lost:.2e}"
+
+
+def test_rows_of_very_large_scores_see_their_largest():
+    """A single key has all the weight, whatever digits a float has left for the others."""
+    q = torch.randn(1, 1, 200, 64, generator=torch.Generator().manual_seed(0)).sign()
+    k, v = q + 0.1 * q.flip(-1), torch.randn(1, 1, 200, 64, generator=torch.Generator().manual_seed(1))
+    sizes = [1e2, 1e3] + [1e4, 1e6] * (sagetrain.kernel_name(DEVICE) == "sm90")
+    for size in sizes:  # base-2 scores of 1e5 to 1e7, and beyond what a float holds to a unit
+        case = given(
+            replace(ONE, tq=200, tk=200, is_causal=False), *(x.to(DEVICE, BF16) for x in (q * size, k * size, v, v))
+        )
+        q_, k_, v_, _ = case.tensors()
+        o, lse = sagetrain.attention(q_, k_, v_, return_lse=True, **case.options)
+        assert lse.isfinite().all() and error(o, v_) < 0.02, size
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e4, 1e30])
