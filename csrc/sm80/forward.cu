@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
       float top = fmaxf(x[0][2 * r], x[0][2 * r + 1]);
 #pragma unroll
       for (int n = 1; n < key_tiles; ++n) top = fmaxf(top, fmaxf(x[n][2 * r], x[n][2 * r + 1]));
-      top = quad_max(top) * q_scale[r];
+      top = __fmul_ru(quad_max(top), q_scale[r]);  // no score exceeds it: a byte would wrap around
       shift[r] = top == -INFINITY ? 0.f : top;
       factor[r] = top;
       grown |= top > reference[r] + GROWTH;
