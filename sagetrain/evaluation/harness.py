@@ -8,13 +8,15 @@ Choice: several ranks share the requests, not the documents, so that tasks small
 of their own; each computes all scores. Choices are scored in FP32: in BF16 close ones would often tie, for the first.
 Rows are padded on the right where choices are scored (the harness gives no mask there, causal attention needs none; the
 scales of INT8 blocks see the padding) and on the left, masked, where answers are generated.
-Cost: a pass over the weights to name the answers.
+Cost: a pass over the weights to name the answers. Memory: logits of a batch's choices, not of its prompts, where the
+model can leave the others out (`logits_to_keep`, which transformers' have).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import io
 import logging
 import math
@@ -91,10 +93,25 @@ class Model(HFLM):
         how = {"mixed_precision_dtype": dtype, "softmax_dtype": "float32", "enable_thinking": False}  # as in training
         super().__init__(model, tokenizer=tokenizer, **how, **options)
         self.told = told
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters
+        self.keeps = "logits_to_keep" in inspect.signature(plain.forward).parameters
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         with self.told.of("choices scored", len(requests)):
             return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], *rest: Any, **options: Any) -> list[tuple[float, bool]]:
+        self.longest = max((len(choice) for *_, choice in requests), default=1)
+        return super()._loglikelihood_tokens(requests, *rest, **options)
+
+    def _model_call(self, ids: torch.Tensor) -> torch.Tensor:
+        # The harness counts from the end, so the last logits will do: as many as the longest choice and the padding of
+        # the shortest row have. Padding is 0; a prompt's own zeros before it only keep more.
+        padding = int((ids == 0).flip(-1).cumprod(-1).sum(-1).max())
+        keep = {"logits_to_keep": min(padding + self.longest, ids.shape[1])} if self.keeps else {}
+        dtype = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self.model(ids, **keep).logits
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         with self.told.of("answers", len(requests)):
@@ -168,7 +185,7 @@ def evaluate(
 
     dtype: of autocast, None for none. limit: questions of each task (of MMLU, of each subject). batch_size: rows, or
     "auto". world: the ranks of torch.distributed that all call this. Raises ValueError for what this model cannot
-    answer, Abandoned once `stop()` says so.
+    answer, RuntimeError where a batch does not fit the GPU's memory, Abandoned once `stop()` says so.
     """
     name = model.config._attn_implementation
     told = Told(title, quiet or rank > 0, stop)
@@ -197,15 +214,21 @@ def evaluate(
             for leaf in leaves(built):
                 leaf.set_fewshot_seed(SEED)
                 loaded["tasks"][leaf.task_name] = leaf
-        results = lm_eval.evaluate(
-            kept,
-            loaded,
-            limit=limit,
-            bootstrap_iters=1,  # for what is no mean, and there is nothing else
-            log_samples=False,
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=chat_template,
-        )
+        try:
+            results = lm_eval.evaluate(
+                kept,
+                loaded,
+                limit=limit,
+                bootstrap_iters=1,  # for what is no mean, and there is nothing else
+                log_samples=False,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+            )
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"{title}: CUDA out of memory with {batch_size} questions at a time: take fewer (eval.batch_size, of "
+                "the command --batch-size); what was answered is kept, the same command goes on from there"
+            ) from error
     path.unlink(missing_ok=True)
     if messages.cut and not quiet and rank == 0:
         told.console.print(

@@ -360,6 +360,41 @@ def taught() -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
+def test_logits_of_prompts_are_left_out() -> None:
+    """The choices' own are what all of them would be, wherever rows have zeros."""
+    model, widths = model_of("sdpa"), []
+    model.register_forward_hook(lambda *done: widths.append(done[2].logits.shape[1]))
+    lm = harness.Model(model, harness.for_transformers(ByteTokenizer()), harness.Told("", True), None, batch_size=2)
+    asked = [
+        (("", str(n)), prompt, choice)
+        for n, (prompt, choice) in enumerate(
+            [
+                ([7] * 40, [3, 0]),
+                ([8] * 40, [0, 0, 0]),
+                ([9, 0, 0, 0], [0]),
+                ([0, 0], [5, 4]),
+                ([1], [2]),
+                ([0], [0, 0]),
+            ]
+        )
+    ]
+    few, greedy = zip(*lm._loglikelihood_tokens(asked), strict=True)
+    assert widths == [2 + 3, 4, 2]  # zeros at the end and the longest choice, of 42, 4 and 2 tokens
+    lm.keeps = False
+    all_, all_greedy = zip(*lm._loglikelihood_tokens(asked), strict=True)
+    assert few == pytest.approx(all_) and greedy == all_greedy
+
+
+def test_a_batch_too_large_for_the_gpu_says_what_to_turn(data: Path, known: type[Known], monkeypatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 24.05 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Known, "generate_until", full)
+    with pytest.raises(RuntimeError, match="CUDA out of memory with 64 questions at a time.*eval.batch_size") as raised:
+        harness.evaluate(model_of(), ByteTokenizer(), built(data, "gsm8k"), batch_size=64, quiet=True)
+    assert is_bad_input(raised.value)
+
+
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("attention", ["sdpa", "sage_int8"])
 def test_a_model_that_knows_the_answers(
