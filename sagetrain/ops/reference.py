@@ -73,9 +73,10 @@ class Preset:
 
 PAPER = Preset("paper", forward_keys=64, queries=128, keys=64, rotate=False)
 SAGE = Preset("sage", forward_keys=32, queries=64, keys=64, dithered=frozenset({"p", "p_dv", "ds_dq", "ds_dk"}))
-# `sage` as the sm90 kernels compute it
-SAGE_SM90 = replace(SAGE, name="sage_sm90", shared_key_scales=True, token_gradients=True, dithers_large=True)
-PRESETS = {preset.name: preset for preset in (PAPER, SAGE, SAGE_SM90)}
+# `sage` as the kernels sm80 and sm90 compute it
+SAGE_SM80 = replace(SAGE, name="sage_sm80", dithers_large=True)
+SAGE_SM90 = replace(SAGE_SM80, name="sage_sm90", shared_key_scales=True, token_gradients=True)
+PRESETS = {preset.name: preset for preset in (PAPER, SAGE, SAGE_SM80, SAGE_SM90)}
 
 
 # ---------------------------------------------------------------------------------------------- rounding

@@ -125,7 +125,7 @@ INT8 = register(
         label="INT8",
         forward=library.int8_forward,
         kernel_name=_int8_kernel,
-        preset=lambda kernel: "sage_sm90" if kernel == "sm90" else "sage",
+        preset=lambda kernel: f"sage_{kernel}" if kernel in ("sm80", "sm90") else "sage",
         dtypes={"cpu": (*FLOATS, torch.float32), "cuda": FLOATS},
     )
 )

@@ -57,7 +57,7 @@ both_backwards = pytest.mark.parametrize("attend", [sagetrain.attention, determi
 def case_of(tq: int, tk: int | None = None, d: int = 64, group: int = 2, **options: object) -> Case:
     """Queries (and keys) of a length. Short ones get many heads: an error over few numbers would be a game of dice."""
     tk = tk or tq
-    hkv = max(1, min(math.ceil(128 / min(tq, tk)), 8192 // max(tq, tk)))
+    hkv = max(1, min(math.ceil(128 / min(tq, tk)), 2**16 // max(tq, tk)))
     return Case(tq=tq, tk=tk, d=d, hq=group * hkv, hkv=hkv, device=DEVICE, **options)
 
 
