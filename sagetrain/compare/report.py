@@ -60,9 +60,9 @@ def report(runs: Iterable[str | Path], out: str | Path, baseline: str | None = N
 def render(comparison: Comparison) -> str:
     """The page as HTML text."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    runs, inside = comparison.runs, {arm.inside for arm in comparison.others}
-    unsure = inside != {True} or comparison.mismatches or comparison.cut_short
-    tone = "bad" if False in inside else "open" if unsure else "good"
+    runs, said = comparison.runs, {tables.said(arm) for arm in comparison.others}
+    unsure = not said <= {"yes", "better"} or not said or comparison.mismatches or comparison.cut_short
+    tone = "bad" if "no" in said else "open" if unsure else "good"
     found = list(figures.panels(comparison))
     told = [(title, caption, *figures.values(figure)) for title, caption, figure in found]
     tokens = [figures.tokens_at(run, [comparison.common_step]) for run in runs]  # at the last step that all reached

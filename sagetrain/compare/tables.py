@@ -9,11 +9,18 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sagetrain.compare.stats import Comparison
+from sagetrain.compare.stats import Arm, Comparison, Score
 
 ARMS = ("arm", "seeds", "final loss", "gap", "band", "inside?", "tokens/s", "ratio")
 SCORES = ("score", "arm", "mean", "spread", "gap", "band", "inside?")
-SAID = {True: "yes", False: "no", None: "unknown"}  # of whether a gap is inside the band
+
+
+def said(of: Arm | Score) -> str:
+    """Whether its gap is inside the band, in a word."""
+    up_is_good = isinstance(of, Score)
+    if of.inside is False and of.gap is not None and (of.gap > 0 if up_is_good else of.gap < 0):
+        return "better"
+    return {True: "yes", False: "no", None: "unknown"}[of.inside]
 
 
 def arm_cells(comparison: Comparison) -> list[list[str]]:
@@ -22,7 +29,7 @@ def arm_cells(comparison: Comparison) -> list[list[str]]:
     for arm in comparison.arms:
         seeds = ", ".join(str(run.seed) for run in arm.runs)
         base = arm.name == comparison.baseline
-        gap, inside = ("baseline", "-") if base else (_show(arm.gap, "+.4f"), SAID[arm.inside])
+        gap, inside = ("baseline", "-") if base else (_show(arm.gap, "+.4f"), said(arm))
         speed = [_show(arm.tokens_per_s, ",.0f"), _show(arm.speed_ratio, ".2f", "x")]
         band = _band(comparison.band)
         rows.append([comparison.label(arm.name), seeds, f"{arm.loss:.4f}", gap, band, inside, *speed])
@@ -34,7 +41,7 @@ def score_cells(comparison: Comparison) -> list[list[str]]:
     rows = []
     for score in comparison.scores:
         base = score.arm == comparison.baseline
-        gap, inside = ("baseline", "-") if base else (_show(score.gap, "+.4f"), SAID[score.inside])
+        gap, inside = ("baseline", "-") if base else (_show(score.gap, "+.4f"), said(score))
         numbers = [f"{score.mean:.4f}", _show(score.spread, ".4f"), gap, _band(score.band), inside]
         rows.append([score.name, comparison.label(score.arm), *numbers])
     return rows

@@ -173,6 +173,7 @@ def test_outside_the_band_both_ways(tmp_path: Path):
     comparison = Comparison(find_runs([tmp_path]))
     assert [arm.name for arm in comparison.arms] == ["bf16", "better", "worse"]
     assert [arm.inside for arm in comparison.others] == [False, False]
+    assert [cells[5] for cells in arm_cells(comparison)] == ["-", "better", "no"]
     assert [arm.gap for arm in comparison.others] == pytest.approx([-0.505, 0.495])
     # 12.706 * std(0.5, 0.49) / sqrt(2) = 0.0635
     assert comparison.others[1].interval == pytest.approx((0.495 - 0.06353, 0.495 + 0.06353), abs=1e-5)
@@ -581,6 +582,17 @@ def test_scores_by_hand(tmp_path: Path):
     assert numbers["gsm8k/strict_match"]["gap"] == int8.gap and numbers["gsm8k/strict_match"]["inside_band"] is True
     curve = curves(tmp_path / "out")["Score: gsm8k/strict_match"].data[-1].meta
     assert curve["x"][0] == [10, 20] and curve["y"][0] == pytest.approx([0.1, 0.97 / 3], abs=1e-5)
+
+
+def test_a_higher_score_is_the_better_one(tmp_path: Path):
+    for seed in range(2):
+        scored(tmp_path, "bf16", seed, None, 0.3 + 0.01 * seed)
+        scored(tmp_path, "sage_int8", seed, None, 0.4 + 0.01 * seed)
+        scored(tmp_path, "sdpa_math", seed, None, 0.2 + 0.01 * seed)
+    report([tmp_path], tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text("utf-8").replace(get_plotlyjs(), "")
+    assert page.count('class="better">better<') == page.count('class="no">no<') == 1
+    assert 'verdict good"' in page  # by the loss, which is the same
 
 
 def test_scores_that_not_every_run_has(tmp_path: Path):
