@@ -18,7 +18,7 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
 from sagetrain.compare import tables
-from sagetrain.compare.figures import looks, tokens_at
+from sagetrain.compare.figures import OF_LAYERS, looks, tokens_at
 from sagetrain.compare.runs import EVAL
 from sagetrain.compare.stats import Comparison, on_common_steps
 
@@ -31,9 +31,10 @@ CURVES = {  # section of the dashboard -> its panels, title by metric
     "Probe": {
         "probe/grad_cosine": "Gradient agreement", "probe/ds_rowsum": "dS row-sum residual",
         "probe/sigma_q_max": "Largest sigma of q", "probe/sigma_k_max": "Largest sigma of k",
+        "probe/dq_error_max": "Largest error of dQ", "probe/dk_error_max": "Largest error of dK",
     },
 }  # fmt: skip
-BY_LAYER = [f"probe/sigma_{x}_by_layer" for x in "qk"]
+BY_LAYER = [f"{name}_by_layer" for name in OF_LAYERS]
 
 
 def publish(comparison: Comparison, target: str) -> list[str]:

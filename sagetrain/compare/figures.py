@@ -28,6 +28,12 @@ SMOOTHING = {"none": 0, "2% of the steps": 0.02, "10% of the steps": 0.1}
 SMOOTHED = 1  # the choice that the page begins with
 NATS = "loss (nats per token)"
 PROBE = "Drift probe: the same weights and held batch under both kinds of attention."
+OF_LAYERS = {  # what the probe says of each layer: its columns, but for _layerN, and how they are called
+    "probe/sigma_q": ("sigma of q", "Standard deviation"),
+    "probe/sigma_k": ("sigma of k", "Standard deviation"),
+    "probe/dq_error": ("error of dQ", "Relative distance from FP32 attention"),
+    "probe/dk_error": ("error of dK", "Relative distance from FP32 attention"),
+}
 ZERO = "Rows of dS sum to zero in exact arithmetic; what is left is error."
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values [steps, choices of smoothing]
 Figure = dict[str, Any]  # data and layout, as plotly.js takes them
@@ -70,12 +76,11 @@ def panels(comparison: Comparison) -> Iterator[tuple[str, str, Figure]]:
     for name in dict.fromkeys(score.name for score in comparison.scores):
         if any(len(run.series(EVAL + name)[0]) > 1 for run in comparison.runs):
             yield f"Score: {name}", "", _figure("score", comparison, _curves_of(EVAL + name, sparse=True))
-    for arm, which in itertools.product(comparison.arms, "qk"):
-        names = {name for run in arm.runs for name in run.columns if name.startswith(f"probe/sigma_{which}_layer")}
+    for arm, (column, (what, caption)) in itertools.product(comparison.arms, OF_LAYERS.items()):
+        names = {name for run in arm.runs for name in run.columns if name.startswith(f"{column}_layer")}
         if names:
-            title = f"Probe: sigma of {which}, {comparison.label(arm.name)}"
-            caption = "Standard deviation in each layer, mean over seeds."
-            yield title, caption, _figure(f"sigma of {which}", comparison, _layers_of(arm, names))
+            title = f"Probe: {what}, {comparison.label(arm.name)}"
+            yield title, f"{caption} in each layer, mean over seeds.", _figure(what, comparison, _layers_of(arm, names))
 
 
 def values(figure: Figure, most: int = 10) -> tuple[list[str], list[list[str]]]:

@@ -10,8 +10,9 @@ for which the loop waited for its next batches. `mfu` is that of this rank's dev
 resume and writes a row only once; not its progress bars, which count batches of an epoch, read what was logged (a wait
 for the device each time) and show nothing where the output is no terminal.
 Cost: reading a row waits for the step to finish on the device. That happens every `trainer.log_every_n_steps` steps,
-before validation and a probe, and at the end; no other step is waited for. A probe takes two sets of gradients, and
-time and activations of `probe.max_tokens`, which is less than a micro-batch of long rows takes.
+before validation and a probe, and at the end; no other step is waited for. A probe takes two sets of gradients, time
+and activations of `probe.max_tokens`, which is less than a micro-batch of long rows takes, and attention of its first
+document in FP32.
 """
 
 import csv
@@ -19,6 +20,7 @@ import io
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sagetrain.data.loader import targets
 from sagetrain.ops import reference, schemes
+from sagetrain.ops.functional import attention
 from sagetrain.terminal import console
 from sagetrain.training.checkpoint import way_back
 from sagetrain.training.finite import what_is_bad
@@ -45,10 +49,11 @@ COLUMNS = ("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "step_ms
 COLUMNS += ("val_loss",)
 RESERVE, RESERVED = ".reserve", 64 << 10  # for the last run.json of a run on a full disk
 PROBE = ("probe/loss_bf16", "probe/loss_lowbit", "probe/grad_cosine", "probe/ds_rowsum")
+OF_LAYERS = ("probe/sigma_q", "probe/sigma_k", "probe/dq_error", "probe/dk_error")
 
 
 def probe_columns(layers: int) -> tuple[str, ...]:
-    return PROBE + tuple(f"probe/sigma_{x}_layer{i}" for x in "qk" for i in range(layers))
+    return PROBE + tuple(f"{name}_layer{i}" for name in OF_LAYERS for i in range(layers))
 
 
 class RunLog(L.Callback):
@@ -244,12 +249,12 @@ class Probe(L.Callback):
         norm = math.sqrt(sum(_dot(a, a) for a in grads_bf16) * sum(_dot(b, b) for b in grads_lowbit))
         cosine = sum(_dot(a, b) for a, b in zip(grads_bf16, grads_lowbit, strict=True)) / norm
         length, preset = first_document(batch), scheme.preset(scheme.kernel_name(module.device))
-        first = ([x[:1, :, :length] for x in tensors] for tensors in layers)
+        first = [[x[:1, :, :length] for x in tensors] for tensors in layers]
         residual = max(reference.ds_rowsum_residual(*tensors, preset=preset) for tensors in first)
         values = dict(zip(PROBE, (loss_bf16, loss_lowbit, cosine, residual), strict=True))
-        for i, (q, k, *_) in enumerate(layers):
-            values[f"probe/sigma_q_layer{i}"] = float(q.float().std())
-            values[f"probe/sigma_k_layer{i}"] = float(k.float().std())
+        for i, ((q, k, *_), tensors) in enumerate(zip(layers, first, strict=True)):
+            of_layer = float(q.float().std()), float(k.float().std()), *gradient_errors(*tensors, scheme.name)
+            values |= {f"{name}_layer{i}": value for name, value in zip(OF_LAYERS, of_layer, strict=True)}
         return values
 
     @staticmethod
@@ -267,6 +272,25 @@ class Probe(L.Callback):
 def _dot(a: Tensor, b: Tensor) -> float:
     pieces = zip(a.flatten().split(2**24), b.flatten().split(2**24), strict=True)  # fp64 of a whole head: gigabytes
     return float(sum((x.double() * y.double()).sum() for x, y in pieces))
+
+
+def gradient_errors(q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, scheme: str) -> tuple[float, float]:
+    """Relative L2 distance of a scheme's dQ and dK from those of FP32 attention (causal, scale 1 / sqrt(D)).
+
+    q, d_o `[B, Hq, T, D]`, k, v `[B, Hkv, T, D]`, as the scheme gets them.
+    """
+    group = q.shape[1] // k.shape[1]
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, *(x.repeat_interleave(group, 1) for x in (k, v)), is_causal=True)
+
+    found = []
+    for attend, dtype in ((exact, torch.float32), (partial(attention, is_causal=True, scheme=scheme), q.dtype)):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            o = attend(*inputs)
+        found.append(torch.autograd.grad(o, inputs[:2], d_o.to(o.dtype)))
+    return tuple(float((got.float() - truth).norm() / truth.norm()) for truth, got in zip(*found, strict=True))
 
 
 def beginning(batch: dict[str, Any], tokens: int) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """What goes to Weights & Biases, TensorBoard and trackio beside metrics.csv.
 
 Method: the rows of metrics.csv under names in groups (train/, val/, speed/, memory/, probe/, eval/). `tokens` is the
-axis of Weights & Biases, beside trainer/global_step (it fills in the last value where a row has none). Of sigma in each
-layer the mean and the largest are sent, and to Weights & Biases one histogram whose bins are the layers: one panel, not
-one for each layer.
+axis of Weights & Biases, beside trainer/global_step (it fills in the last value where a row has none). Of what
+the probe says of each layer the mean and the largest are sent, and to Weights & Biases one histogram whose bins are the
+layers: one panel, not one for each layer.
 """
 
 import os

@@ -9,11 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+import sagetrain
 from sagetrain.__main__ import compose
+from sagetrain.compare import figures
 from sagetrain.data.collate import packed, padded
-from sagetrain.training.callbacks import PROBE, Probe, RunLog, beginning, first_document, probe_columns
+from sagetrain.training.callbacks import (
+    OF_LAYERS,
+    PROBE,
+    Probe,
+    RunLog,
+    beginning,
+    first_document,
+    gradient_errors,
+    probe_columns,
+)
 from sagetrain.training.module import CausalLM
 from sagetrain.training.train import run
+from tests import kernelkit
 
 TINY = [
     "recipe=quickstart",
@@ -53,7 +65,19 @@ def test_probe_measures_and_leaves_training_untouched(tmp_path: Path) -> None:
         assert 0.9 < values["probe/grad_cosine"] < 1.0
         assert 0 < abs(values["probe/loss_bf16"] - values["probe/loss_lowbit"]) < 0.05
         assert all(values[f"probe/sigma_{x}_layer{i}"] > 0 for x in "qk" for i in range(2))
+        assert all(1e-3 < values[f"probe/d{x}_error_layer{i}"] < 0.1 for x in "qk" for i in range(2))
         assert values["probe/ds_rowsum"] >= 0
+
+
+def test_errors_of_the_probe_are_those_of_the_kernel() -> None:
+    case = kernelkit.Case(hq=4, hkv=2, tq=150, tk=150, d=40, kind="masked", dtype=torch.float32)
+    truth, got = kernelkit.exact(case), kernelkit.run(sagetrain.attention, case)
+    errors = [kernelkit.error(got[name], truth[name]) for name in ("d_q", "d_k")]
+    assert gradient_errors(*case.tensors(), "sage_int8") == pytest.approx(errors, rel=1e-3)
+
+
+def test_the_report_names_what_the_probe_says_of_layers() -> None:
+    assert tuple(figures.OF_LAYERS) == OF_LAYERS
 
 
 @pytest.mark.parametrize("kind", ["attention_saved", "full"])

@@ -22,7 +22,7 @@ EVERY_STEP = {
     "mfu": "speed/mfu",
 }  # fmt: skip
 PROBE = {f"probe/{name}" for name in ("loss_bf16", "loss_lowbit", "grad_cosine", "ds_rowsum")}
-SIGMA = {f"probe/sigma_{x}_{how}" for x in "qk" for how in ("mean", "max")}
+OF_LAYERS = {f"probe/{x}_{how}" for x in ("sigma_q", "sigma_k", "dq_error", "dk_error") for how in ("mean", "max")}
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_wandb_shows_sigma_of_all_layers_in_one_panel(train, monkeypatch) -> Non
         sigma = [float(row[f"probe/sigma_q_layer{i}"]) for i in range(3)]
         assert item["probe/sigma_q_by_layer.values"] == pytest.approx(sigma)
         assert item["probe/sigma_q_by_layer.bins"] == [0, 1, 2, 3]
-        assert item["probe/sigma_q_max"] == max(sigma) and {*item} >= PROBE | SIGMA
+        assert item["probe/sigma_q_max"] == max(sigma) and {*item} >= PROBE | OF_LAYERS
         assert not any("layer0" in name for name in item)
 
 
@@ -97,7 +97,7 @@ def test_tensorboard_gets_the_same_rows(train) -> None:
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     for column, key in EVERY_STEP.items():
         assert [e.value for e in events.Scalars(key)] == pytest.approx([float(row[column]) for row in rows(out)])
-    assert {*EVERY_STEP.values(), "val/loss"} | PROBE | SIGMA <= set(events.Tags()["scalars"])
+    assert {*EVERY_STEP.values(), "val/loss"} | PROBE | OF_LAYERS <= set(events.Tags()["scalars"])
 
 
 def test_trackio_gets_the_same_rows(train, monkeypatch, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_trackio_gets_the_same_rows(train, monkeypatch, tmp_path: Path) -> None:
     assert options["config"]["optim"]["lr"] == 0.005 and last == ("finish",)
     losses = [(step, row["train/loss"]) for step, row in logged if "train/loss" in row]
     assert losses == [(int(row["step"]), float(row["loss"])) for row in rows(out)]
-    assert {name for _, row in logged for name in row} == {*EVERY_STEP.values(), "val/loss"} | PROBE | SIGMA
+    assert {name for _, row in logged for name in row} == {*EVERY_STEP.values(), "val/loss"} | PROBE | OF_LAYERS
 
 
 def test_trackio_that_is_not_installed_is_one_line(train, monkeypatch) -> None:
