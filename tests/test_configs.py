@@ -68,7 +68,7 @@ def test_recipe_is_short_and_says_what_it_does(name: str) -> None:
 
 def test_the_recipes_that_were_promised() -> None:
     tasks = {f"{task}_finetune" for task in ("gsm8k", "mmlu", "hellaswag", "drop")}
-    assert set(recipes()) >= {"quickstart", "llama1b_pretrain"} | tasks
+    assert set(recipes()) >= {"quickstart", "llama1b_pretrain", "parity_120m"} | tasks
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -113,6 +113,15 @@ def test_llama1b_has_the_published_shape() -> None:
         model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == 1_235_814_400
     assert (config.head_dim, config.num_key_value_heads, config.rope_parameters["rope_type"]) == (64, 8, "llama3")
+
+
+@pytest.mark.parametrize(("model_type", "norms"), [("llama", 0), ("qwen3", 12 * 2 * 64)])
+def test_parity_with_and_without_qk_norm(model_type: str, norms: int) -> None:
+    config = model_config(compose(["recipe=parity_120m", f"model.config.model_type={model_type}"]).model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == 124_668_672 + norms
+    assert (config.head_dim, config.num_attention_heads, config.num_key_value_heads) == (64, 12, 4)
 
 
 @pytest.mark.parametrize("tokens", [8192, 16384])
