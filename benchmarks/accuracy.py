@@ -13,7 +13,7 @@ only, and there the presets round their results as the kernel does.
 
 The bars: `sage` at most 0.6x of `paper` at sigma 1 and 0.8x at sigma 3 and of channels that move together (judged in
 FP32); the kernel at most 1.5x of the plain reference of its preset. The `sage_*` columns are of the preset that the
-kernel computes: `sage_sm90` for that of compute capability 9.0, in its rows from commit de9119df602f on.
+kernel computes: `sage_sm90` from commit de9119df602f on, `sage_sm80` from 7d99bbec711c on; before, `sage`.
 
 FILE is read by torch.load: {layer: {"q" [1, Hq, T, D], "k", "v" [1, Hkv, T, D], "d_o" [1, Hq, T, D]}}, as a causal
 attention got them; dO with its own scale and zero rows. Goals there, times the error of `paper`: dV 0.37 in the median

@@ -12,8 +12,8 @@
 // (in elements) for the first three dimensions and a contiguous last one. On a GPU their rows start at multiples of
 // 16 bytes.
 //
-// Method: docs/numerics.md; the same arithmetic in plain torch: sagetrain/ops/reference.py (presets `sage` and,
-// in sm90/, `sage_sm90`).
+// Method: docs/numerics.md; the same arithmetic in plain torch: sagetrain/ops/reference.py (presets `sage`,
+// `sage_sm80` and `sage_sm90`).
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
         }
     }
 
-    // dV += P^T dO
+    // dV += P^T dO. Of causal rows `diagonal` tells blocks of queries apart, of all rows `left` tiles of keys, over which dQ sums.
     const auto shift_of = [&](int thread) { return shifts_of(thresholds_of(rows.diagonal - rows.left + thread / 4, thread % 4) + record.thresholds); };
     __half2 shift = shift_of(thread);
     __half2 inverse[2];

@@ -227,8 +227,8 @@ struct Consumer {
       }
 
       // A score is n * scale; top is the largest of a row, less log2(255) (the smallest possible, where all keys are hidden), rounded down: so the
-      // largest P is a byte of 255, and its row's sum is not 0, however large scores are. It is NaN where a key is not finite, and so are the
-      // row's factor, its sum and O: bytes cannot say so.
+      // largest P is a byte of 255 however large scores are. It is NaN where a key is not finite, and so are the row's factor, its sum and O: bytes
+      // cannot say so.
       float k_scale[2], scale[2][2], top[2];  // [half of the tile], [half of the tile][row], [row]
       load(k_scale[0], at + offsetof(KeyValueRecord<Dp>, k_scale) + 4 * t), load(k_scale[1], at + offsetof(KeyValueRecord<Dp>, k_scale) + 16 + 4 * t);
 #pragma unroll

@@ -61,8 +61,9 @@ def render(comparison: Comparison) -> str:
     """The page as HTML text."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     runs, said = comparison.runs, {tables.said(arm) for arm in comparison.others}
-    unsure = not said <= {"yes", "better"} or not said or comparison.mismatches or comparison.cut_short
-    tone = "bad" if "no" in said else "open" if unsure else "good"
+    unsure = not said or said - {"yes", "better"} or comparison.mismatches or comparison.cut_short
+    worse = "no" in said | {tables.said(score) for score in comparison.scores}
+    tone = "bad" if worse else "open" if unsure else "good"
     found = list(figures.panels(comparison))
     told = [(title, caption, *figures.values(figure)) for title, caption, figure in found]
     tokens = [figures.tokens_at(run, [comparison.common_step]) for run in runs]  # at the last step that all reached

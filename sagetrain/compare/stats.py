@@ -116,6 +116,11 @@ class Arm:
     interval: tuple[float, float] | None = None  # the 95% interval of the gap
     inside: bool | None = None
 
+    @property
+    def better(self) -> bool:
+        """Outside the band, and lower."""
+        return self.inside is False and self.gap is not None and self.gap < 0
+
 
 @dataclass(frozen=True, eq=False)
 class Score:
@@ -128,6 +133,11 @@ class Score:
     gap: float | None = None
     interval: tuple[float, float] | None = None
     inside: bool | None = None
+
+    @property
+    def better(self) -> bool:
+        """Outside the band, and higher."""
+        return self.inside is False and self.gap is not None and self.gap > 0
 
     @property
     def mean(self) -> float:
@@ -215,9 +225,17 @@ class Comparison:
             longest = max((run.planned for run in self.runs if run.planned), default=None)
             prefix += f"Up to step {self.common_step:,}{f' of {longest:,}' if longest else ''}: "
         said = [prefix + self._sentence(arm) for arm in self.others]
+        said += [self._scores_apart(score) for score in self.scores if score.inside is False]
         if any(str(run.info.get("precision", "")).startswith("32") for run in self.runs):
             said.append("Everything but our attention ran in FP32 (trainer.precision=32-true), the arm bf16 too.")
         return said + self.without_ratio()
+
+    def _scores_apart(self, score: Score) -> str:
+        how, base = "higher" if score.better else "lower", self.label(self.baseline)
+        return (
+            f"{self.label(score.arm)} scores {how} than {base} on {score.name}: by {abs(score.gap):.4f}, outside the "
+            f"seed-to-seed band of {score.band:.4f}."
+        )
 
     def without_ratio(self) -> list[str]:
         """Why speeds that were measured are given no ratio."""
@@ -245,7 +263,12 @@ class Comparison:
         arms = {}
         for arm in self.arms:
             final = {"final_loss": _finite(arm.loss), "final_losses": {s: _finite(x) for s, x in arm.finals.items()}}
-            against = {"paired_seeds": arm.pairs, "gap": _finite(arm.gap), "inside_band": arm.inside}
+            against = {
+                "paired_seeds": arm.pairs,
+                "gap": _finite(arm.gap),
+                "inside_band": arm.inside,
+                "better": arm.better,
+            }
             against["gap_interval"] = arm.interval and [_finite(end) for end in arm.interval]
             speed = {"tokens_per_s": arm.tokens_per_s, "speed_ratio": arm.speed_ratio, "handicap": arm.handicap}
             scores = {score.name: _score(score) for score in self.scores if score.arm == arm.name}
@@ -328,7 +351,7 @@ class Comparison:
             seeds_more = 2 * max(len(one.runs) for one in (arm, self.arms[0]))
             more = f"these seeds cannot tell it from chance: {why}; run more (compare.seeds={seeds_more})"
             return f"No verdict on {name}: {where} {base} ({seeds}), {band}, but {more}.{speed}"
-        what = "trains as well as" if arm.inside else "does not train as well as" if arm.gap > 0 else "ends lower than"
+        what = "trains as well as" if arm.inside else "ends lower than" if arm.better else "does not train as well as"
         small = "; the gap is small, but no chance" if arm.inside and sure and arm.gap else ""
         return f"{name} {what} {base}: {where} ({seeds}), {band}{small}.{speed}"
 
@@ -398,7 +421,11 @@ class Comparison:
 def _score(score: Score) -> dict[str, Any]:
     values = {seed: _finite(value) for seed, value in score.values.items()}
     against = {"gap": _finite(score.gap), "gap_interval": score.interval and [_finite(end) for end in score.interval]}
-    return {"mean": _finite(score.mean), "values": values, "band": score.band} | against | {"inside_band": score.inside}
+    return (
+        {"mean": _finite(score.mean), "values": values, "band": score.band}
+        | against
+        | {"inside_band": score.inside, "better": score.better}
+    )
 
 
 def _finite(value: float | None) -> float | None:

@@ -17,10 +17,7 @@ SCORES = ("score", "arm", "mean", "spread", "gap", "band", "inside?")
 
 def said(of: Arm | Score) -> str:
     """Whether its gap is inside the band, in a word."""
-    up_is_good = isinstance(of, Score)
-    if of.inside is False and of.gap is not None and (of.gap > 0 if up_is_good else of.gap < 0):
-        return "better"
-    return {True: "yes", False: "no", None: "unknown"}[of.inside]
+    return "better" if of.better else {True: "yes", False: "no", None: "unknown"}[of.inside]
 
 
 def arm_cells(comparison: Comparison) -> list[list[str]]:

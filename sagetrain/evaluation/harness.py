@@ -9,7 +9,7 @@ of their own; each computes all scores. Choices are scored in FP32: in BF16 clos
 Rows are padded on the right where choices are scored (the harness gives no mask there, causal attention needs none; the
 scales of INT8 blocks see the padding) and on the left, masked, where answers are generated.
 Cost: a pass over the weights to name the answers. Memory: logits of a batch's choices, not of its prompts, where the
-model can leave the others out (`logits_to_keep`, which transformers' have).
+model takes `logits_to_keep`, as those of transformers do.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Model(HFLM):
         super().__init__(model, tokenizer=tokenizer, **how, **options)
         self.told = told
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters
+        self.longest = 1  # tokens of a choice; the harness looks for its batch size before it has any
         self.keeps = "logits_to_keep" in inspect.signature(plain.forward).parameters
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -108,7 +109,7 @@ class Model(HFLM):
         # The harness counts from the end, so the last logits will do: as many as the longest choice and the padding of
         # the shortest row have. Padding is 0; a prompt's own zeros before it only keep more.
         padding = int((ids == 0).flip(-1).cumprod(-1).sum(-1).max())
-        keep = {"logits_to_keep": min(padding + self.longest, ids.shape[1])} if self.keeps else {}
+        keep = {"logits_to_keep": padding + self.longest} if self.keeps else {}
         dtype = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             return self.model(ids, **keep).logits
@@ -226,8 +227,8 @@ def evaluate(
             )
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
-                f"{title}: CUDA out of memory with {batch_size} questions at a time: take fewer (eval.batch_size, of "
-                "the command --batch-size); what was answered is kept, the same command goes on from there"
+                f"{title}: CUDA out of memory at batch size {batch_size}: choose a smaller one (eval.batch_size, or "
+                "--batch-size of the command). Answers are kept; the same command goes on from there"
             ) from error
     path.unlink(missing_ok=True)
     if messages.cut and not quiet and rank == 0:

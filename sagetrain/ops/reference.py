@@ -2,9 +2,9 @@
 
 Method
     `exact` is softmax(scale * Q K^T) V in FP64 (or any dtype), differentiable by autograd. `paper` follows Algorithms 1
-    and 2 of SageBwd (arXiv 2505.11594, 2603.02170). `sage` is what the compiled kernels compute: the same seven matmuls
-    in the same precisions, but every scale lies along an axis that is *not* contracted, Q and K are rotated, and V is
-    smoothed (docs/numerics.md gives the reasons and the measurements).
+    and 2 of SageBwd (arXiv 2505.11594, 2603.02170). `sage` is what the CPU kernels compute, `sage_sm80` and `sage_sm90`
+    what those for GPUs do: the same seven matmuls in the same precisions, but every scale lies along an axis that is
+    *not* contracted, Q and K are rotated, and V is smoothed (docs/numerics.md gives the reasons and the measurements).
 Choice
     An INT8 matmul of int8 operands with scales is written here as an FP32 matmul of `scale * round(x / scale)`. The
     rounding happens exactly where a kernel rounds; the sums differ from INT32 sums by FP32 rounding only.

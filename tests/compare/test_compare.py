@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from html import unescape
@@ -26,7 +27,7 @@ from sagetrain.compare import Comparison, Run, find_runs, markdown, report, term
 from sagetrain.compare.__main__ import main
 from sagetrain.compare.figures import SMOOTHING, looks
 from sagetrain.compare.stats import T975, is_inside, mean_interval, window_mean
-from sagetrain.compare.tables import arm_cells
+from sagetrain.compare.tables import arm_cells, score_cells
 
 STEPS = 20  # so that a tenth is 2 rows and the rule "at least 5 rows" decides
 
@@ -174,6 +175,12 @@ def test_outside_the_band_both_ways(tmp_path: Path):
     assert [arm.name for arm in comparison.arms] == ["bf16", "better", "worse"]
     assert [arm.inside for arm in comparison.others] == [False, False]
     assert [cells[5] for cells in arm_cells(comparison)] == ["-", "better", "no"]
+    assert [arm.better for arm in comparison.others] == [True, False]
+    tones = {}
+    for only in ("better", "worse"):
+        report([path for path in tmp_path.iterdir() if path.name.startswith(("bf16", only))], tmp_path / f"out-{only}")
+        tones[only] = re.search('verdict (.*)"', (tmp_path / f"out-{only}" / "report.html").read_text("utf-8"))[1]
+    assert tones == {"better": "good", "worse": "bad"}
     assert [arm.gap for arm in comparison.others] == pytest.approx([-0.505, 0.495])
     # 12.706 * std(0.5, 0.49) / sqrt(2) = 0.0635
     assert comparison.others[1].interval == pytest.approx((0.495 - 0.06353, 0.495 + 0.06353), abs=1e-5)
@@ -589,10 +596,19 @@ def test_a_higher_score_is_the_better_one(tmp_path: Path):
         scored(tmp_path, "bf16", seed, None, 0.3 + 0.01 * seed)
         scored(tmp_path, "sage_int8", seed, None, 0.4 + 0.01 * seed)
         scored(tmp_path, "sdpa_math", seed, None, 0.2 + 0.01 * seed)
-    report([tmp_path], tmp_path / "out")
+    comparison = report([tmp_path], tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text("utf-8").replace(get_plotlyjs(), "")
     assert page.count('class="better">better<') == page.count('class="no">no<') == 1
-    assert 'verdict good"' in page  # by the loss, which is the same
+    assert {cells[1]: cells[6] for cells in score_cells(comparison)} == {
+        "BF16 (SDPA flash)": "-", "INT8": "better", "sdpa_math (SDPA flash)": "no",
+    }  # fmt: skip
+    text = " ".join(comparison.sentences())
+    assert "INT8 scores higher than BF16 (SDPA flash) on gsm8k/strict_match: by 0.1000, outside" in text
+    assert "sdpa_math (SDPA flash) scores lower" in text and 'verdict bad"' in page
+    for seed in range(2):
+        shutil.rmtree(tmp_path / f"sdpa_math-seed{seed}")
+    report([tmp_path], tmp_path / "out")
+    assert 'verdict good"' in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
 def test_scores_that_not_every_run_has(tmp_path: Path):

@@ -10,7 +10,9 @@ import pytest
 
 from sagetrain.compare import Comparison, find_runs
 from sagetrain.compare.__main__ import main
-from sagetrain.compare.dashboard import workspace
+from sagetrain.compare.dashboard import CURVES, workspace
+from sagetrain.training.callbacks import COLUMNS, probe_columns
+from sagetrain.training.loggers import named
 from tests.compare.test_compare import STEPS, scored
 
 
@@ -43,6 +45,11 @@ def test_the_dashboard_shows_the_runs_of_the_comparison(parent: Path):
     for config in lines:
         assert config["xAxis"] == "tokens" and config["groupBy"] == "attention.value.name"
         assert (config["groupAgg"], config["groupArea"]) == ("mean", "minmax")
+
+
+def test_the_dashboard_shows_what_runs_send():
+    sent, _ = named(dict.fromkeys([*COLUMNS, *probe_columns(1)], 1.0))
+    assert {metric for panels in CURVES.values() for metric in panels} <= set(sent)
 
 
 def test_the_dashboard_needs_no_arm_bf16(tmp_path: Path):
