@@ -11,9 +11,10 @@ own attention; then its weights are evaluated with the attention of the other ar
 is evaluated with each arm's own. --jobs of them run at a time on each GPU; `key=value` goes to all runs. The same
 command goes on where it was stopped, and does not repeat what is done. The rows of a task are written when all its
 runs are done.
-Choice: one row for each run and metric, in results/finetune-<kernel>.csv: n (questions), train_loss (mean of the last
-tenth of the steps), val_loss (the last), before and after (own attention), other (after, with the other arm's). What
-the commands said is in FOLDER of --out, TASK/ARM-seedN.txt; `python -m sagetrain.compare` draws the curves.
+Choice: one row for each run and metric, in results/finetune-<kernel>.csv: settings (those given), n (questions),
+train_loss (mean of the last tenth of the steps), val_loss (the last), before and after (own attention), other (after,
+with the other arm's). What the commands said is in FOLDER of --out, TASK/ARM-seedN.txt; `python -m sagetrain.compare`
+draws the curves.
 """
 
 from __future__ import annotations
@@ -133,7 +134,11 @@ class Work:
         after = read(run)[str(last)]
         before = read(self.out / f"before-{arm}")["0"][arm][self.task]
         own, other = after[arm][self.task], after[ARMS[arm]][self.task]
-        what = {"model": self.options.model.name, "task": self.task, "steps": last, "arm": arm, "seed": seed}
+        what = {
+            "model": self.options.model.name, "task": self.task, "steps": last,
+            "settings": " ".join(self.options.settings), "chat_template": self.options.chat_template,
+            "arm": arm, "seed": seed,
+        }  # fmt: skip
         losses = {
             "train_loss": round(mean(train[-max(1, len(train) // TAIL) :]), 5),
             "val_loss": round(float(validated[-1]), 5) if validated else "",

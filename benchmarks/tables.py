@@ -433,7 +433,7 @@ def finetune(file: str, of: str, **wanted: str) -> str:
             lines.append([*cells, spread(bf16, "other"), spread(int8, "other")])
     if of == "loss":
         return markdown(["", "seeds", "BF16", "INT8", "INT8 - BF16"], lines)
-    other = ["BF16, asked with INT8", "INT8, asked with SDPA"]
+    other = ["BF16, evaluated with INT8", "INT8, evaluated with SDPA"]
     return markdown(["", "questions", "before", "BF16", "INT8", "INT8 - BF16", *other], lines)
 
 

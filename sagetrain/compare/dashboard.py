@@ -9,6 +9,8 @@ login, and only the service can prove that it takes both and shows them as meant
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +47,24 @@ def publish(comparison: Comparison, target: str) -> list[str]:
     entity, _, project = target.partition("/")
     if not entity or not project or "/" in project:
         raise ValueError(f"--wandb: {target!r} is not ENTITY/PROJECT")
-    try:
+    with _refusals():
         own = send(comparison, entity, project)
-        if own.offline:
-            return []
-        dashboard = workspace(comparison, entity, project, own.id).save()
-        page = report(comparison, entity, project, own.id)
+    if own.offline:
+        return []
+    dashboard = workspace(comparison, entity, project, own.id)
+    with _refusals():
+        dashboard.save()
+        page = report(comparison, entity, project, own.id)  # which needs a login, too
         page.save()
+    return [dashboard.url, page.url]
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # its errors have no common kind
         raise ValueError(f"Weights & Biases refused: {error}. Try wandb login") from error
-    return [dashboard.url, page.url]
 
 
 def send(comparison: Comparison, entity: str, project: str) -> Any:
@@ -119,7 +129,7 @@ def report(comparison: Comparison, entity: str, project: str, own: str) -> wr.Re
     for title, panels in [(first[0], first[1][1:]), *others]:
         runs = wr.Runset(entity=entity, project=project, filters=chosen)
         blocks += [wr.H2(title), wr.PanelGrid(runsets=[runs], panels=panels)]
-    title = f"{', '.join(comparison.short(arm.name) for arm in comparison.arms)}"
+    title = ", ".join(comparison.short(arm.name) for arm in comparison.arms)
     return wr.Report(project=project, entity=entity, title=title, blocks=blocks)
 
 

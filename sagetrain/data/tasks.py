@@ -77,12 +77,12 @@ def _gsm8k(record: Record, where: str) -> Text:
 
 def _mmlu(record: Record, where: str) -> Text:
     question, subject = get_text(record, "question", where).strip(), record.get("subject")  # "" in auxiliary_train
-    choices = _list(record, "choices", where)
+    choices = get_list(record, "choices", where)
     letters = "ABCDEFGHIJ"[: len(choices)]
     about = f" about {subject.replace('_', ' ')}" if subject else ""
     head = f"The following are multiple choice questions (with answers){about}.\n\n"
     lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
-    right = letters[_index(record, "answer", len(choices), where)]
+    right = letters[get_index(record, "answer", len(choices), where)]
     return question, f"{head}{question}\n{lines}\nAnswer:", f" {right}"
 
 
@@ -91,9 +91,9 @@ def _hellaswag(record: Record, where: str) -> Text:
         before, begun = get_text(record, "ctx_a", where), get_text({"ctx_b": ""} | record, "ctx_b", where).capitalize()
     else:
         before, begun = _begun(get_text(record, "ctx", where))
-    endings = _list(record, "endings", where)
-    ending = _without_markup(endings[_index(record, "label", len(endings), where)])
-    prompt = _without_markup(f"{get_text(record, 'activity_label', where)}: {before} {begun}")
+    endings = get_list(record, "endings", where)
+    ending = without_markup(endings[get_index(record, "label", len(endings), where)])
+    prompt = without_markup(f"{get_text(record, 'activity_label', where)}: {before} {begun}")
     return str(record.get("source_id") or before or begun), prompt, f" {ending}"
 
 
@@ -105,7 +105,7 @@ def _begun(context: str) -> tuple[str, str]:
     return before, begun[:1].upper() + begun[1:]
 
 
-def _without_markup(text: str) -> str:
+def without_markup(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -118,7 +118,7 @@ def _drop(record: Record, where: str) -> Text:
 
 def _drop_answer(record: Record, where: str) -> str:
     if "answers" in record:
-        return _list(record, "answers", where)[0]
+        return get_list(record, "answers", where)[0]
     answer = record.get("answers_spans") or record.get("answer")  # the latter as in the original files
     if not isinstance(answer, Mapping):
         fields = ", ".join(record)
@@ -127,7 +127,7 @@ def _drop_answer(record: Record, where: str) -> str:
         return clean(str(number))
     if not answer.get("spans") and isinstance(date := answer.get("date"), Mapping):
         return clean(" ".join(str(date[part]) for part in ("day", "month", "year") if date.get(part)))
-    return " and ".join(dict.fromkeys(_list(answer, "spans", where)))
+    return " and ".join(dict.fromkeys(get_list(answer, "spans", where)))
 
 
 TASKS = {
@@ -383,7 +383,7 @@ def _written(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], **ho
         ) from error
 
 
-def _list(record: Record, field: str, where: str) -> list[str]:
+def get_list(record: Record, field: str, where: str) -> list[str]:
     values = record.get(field)
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise ValueError(f"{where}: field '{field}' must be a non-empty list; the fields are {', '.join(record)}")
@@ -392,7 +392,7 @@ def _list(record: Record, field: str, where: str) -> list[str]:
     return [clean(str(value)) for value in values]
 
 
-def _index(record: Record, field: str, count: int, where: str) -> int:
+def get_index(record: Record, field: str, count: int, where: str) -> int:
     value = str(record.get(field))
     if not value.isdecimal() or int(value) >= count:
         raise ValueError(f"{where}: field '{field}' must be 0 to {count - 1}, not {value!r}")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sagetrain.data.files import FORMATS, read_records
-from sagetrain.data.tasks import TASKS, Record, _index, _list, _without_markup
+from sagetrain.data.tasks import TASKS, Record, get_index, get_list, without_markup
 from sagetrain.errors import asked_for
 from sagetrain.evaluation.scores import METRICS
 
@@ -131,15 +131,15 @@ def _gsm8k(record: Record, where: str) -> Document:
 def _mmlu(record: Record, where: str) -> Document:
     _, prompt, answer = TASKS["mmlu"].read(record, where)
     head, _, prompt = prompt.partition("\n\n")
-    letters = list("ABCDEFGHIJ"[: len(_list(record, "choices", where))])
+    letters = list("ABCDEFGHIJ"[: len(get_list(record, "choices", where))])
     place = {"subject": record.get("subject") or "all", "head": f"{head}\n\n"}
     return place | {"prompt": prompt, "choices": letters, "target": letters.index(answer[1:])}
 
 
 def _hellaswag(record: Record, where: str) -> Document:
     _, prompt, _ = TASKS["hellaswag"].read(record, where)
-    choices = [_without_markup(ending) for ending in _list(record, "endings", where)]
-    right = _index(record, "label", len(choices), where)
+    choices = [without_markup(ending) for ending in get_list(record, "endings", where)]
+    right = get_index(record, "label", len(choices), where)
     return {"prompt": prompt, "choices": choices, "target": right}
 
 
@@ -153,9 +153,9 @@ def _accepted(record: Record, where: str) -> list[list[str]]:
     from lm_eval.tasks.drop.utils import parse_answer
 
     if "answers" in record:
-        return [[text] for text in _list(record, "answers", where)]
+        return [[text] for text in get_list(record, "answers", where)]
     if isinstance(spans := record.get("answers_spans"), Mapping):
-        return [list(dict.fromkeys(_list(spans, "spans", where)))]
+        return [list(dict.fromkeys(get_list(spans, "spans", where)))]
     others = record.get("validated_answers") or []
     if isinstance(others, Mapping):  # one list a field, as `datasets` has it
         others = [dict(zip(others, row, strict=True)) for row in zip(*others.values(), strict=True)]
