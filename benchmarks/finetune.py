@@ -155,6 +155,18 @@ class Work:
         ]
 
 
+def same_as_before(options: argparse.Namespace) -> None:
+    """Raises ValueError where --out has runs of another model, other data or other settings."""
+    asked = {name: str(getattr(options, name)) for name in ("model", "data", "limit", "chat_template", "settings")}
+    path = options.out / "asked.json"
+    if not path.exists():
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asked, indent=2) + "\n")
+    elif (before := json.loads(path.read_text())) != asked:
+        other = ", ".join(f"{name} {before.get(name)}" for name in asked if before.get(name) != asked[name])
+        raise ValueError(f"--out {options.out} has runs of {other}: choose another folder")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="a folder of Hugging Face's format")
@@ -170,6 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for name in ("model", "data", "out"):
         setattr(options, name, getattr(options, name).expanduser().absolute())
+    same_as_before(options)
     gpus = [str(gpu) for gpu in range(torch.cuda.device_count())]
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",")
     slots: Queue[str] = Queue()

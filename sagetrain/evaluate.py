@@ -73,6 +73,10 @@ def evaluate_model(
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: torch sees no CUDA device; python -m sagetrain.doctor says why")
     implementation = bf16.choose(_implementation(arm), where)
+    if folder := Path(out).expanduser() if out else run:
+        with asked_for(f"--out {folder}" if out else str(folder)):  # before the questions, not after
+            folder.mkdir(parents=True, exist_ok=True)
+            scores.read(folder)
     built = {task: build(task, of, few_shot) for task, of in files.items()}
     network, step = load(model) if cfg else (_load(model), 0)
     tokenizer = build_tokenizer(cfg.model.tokenizer if cfg else model)
@@ -91,8 +95,8 @@ def evaluate_model(
     )
     for task, of in found.items():
         of |= {"model": model, "data": "hub" if files[task] is None else ", ".join(map(str, files[task].asked))}
-    if folder := out or run:
-        scores.keep(Path(folder).expanduser(), step, arm, found)
+    if folder:
+        scores.keep(folder, step, arm, found)
     return found
 
 

@@ -202,6 +202,9 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
     assert (row["before"], row["after"], row["other"], row["val_loss"], row["train_loss"]) == (0.5, 0.5, 0.25, 1.5, 1)
     finetune.main(words)
     assert len(said) == 10  # nothing was run again
+    for others in ([*words[:-1], "data.batch_size=2"], [*words, "--limit", "5"], ["--model", "/other", *words[2:]]):
+        with pytest.raises(ValueError, match="has runs of .*: choose another folder"):
+            finetune.main(others)
     shutil.rmtree(tmp_path / "out" / "drop" / "before-bf16")
     monkeypatch.setattr(finetune.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
     with pytest.raises(RuntimeError, match=r"sagetrain.evaluate ended with status 2: .*before.txt has what it said"):

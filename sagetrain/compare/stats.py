@@ -119,7 +119,7 @@ class Arm:
     @property
     def better(self) -> bool:
         """Outside the band, and lower."""
-        return self.inside is False and self.gap is not None and self.gap < 0
+        return self.inside is False and math.isfinite(self.loss) and self.gap is not None and self.gap < 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +137,7 @@ class Score:
     @property
     def better(self) -> bool:
         """Outside the band, and higher."""
-        return self.inside is False and self.gap is not None and self.gap > 0
+        return self.inside is False and math.isfinite(self.mean) and self.gap is not None and self.gap > 0
 
     @property
     def mean(self) -> float:

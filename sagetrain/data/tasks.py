@@ -75,10 +75,18 @@ def _gsm8k(record: Record, where: str) -> Text:
     return question, f"Question: {question}\nAnswer:", f" {get_text(record, 'answer', where)}"
 
 
+LETTERS = "ABCDEFGHIJ"  # of MMLU's choices
+
+
 def _mmlu(record: Record, where: str) -> Text:
     question, subject = get_text(record, "question", where).strip(), record.get("subject")  # "" in auxiliary_train
+    subject = get_text(record, "subject", where) if subject else ""
     choices = get_list(record, "choices", where)
-    letters = "ABCDEFGHIJ"[: len(choices)]
+    if len(choices) > len(LETTERS):
+        raise ValueError(
+            f"{where}: field 'choices' has {len(choices)} texts, and more than {len(LETTERS)} have no letter"
+        )
+    letters = LETTERS[: len(choices)]
     about = f" about {subject.replace('_', ' ')}" if subject else ""
     head = f"The following are multiple choice questions (with answers){about}.\n\n"
     lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))

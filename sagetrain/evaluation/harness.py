@@ -15,11 +15,13 @@ model takes `logits_to_keep`, as those of transformers do.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import inspect
 import io
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,7 +105,19 @@ class Model(HFLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *rest: Any, **options: Any) -> list[tuple[float, bool]]:
         self.longest = max((len(choice) for *_, choice in requests), default=1)
+        if self.longest > self.max_length:
+            raise ValueError(
+                f"{self.told.title}: a choice has {self.longest} tokens, and the model has no more than "
+                f"{self.max_length} positions (max_position_embeddings)"
+            )
         return super()._loglikelihood_tokens(requests, *rest, **options)
+
+    def _detect_batch_size(self, *given: Any, **options: Any) -> int:
+        longest, self.longest = self.longest, self.max_length  # all logits: a row may be padded by as many
+        try:
+            return super()._detect_batch_size(*given, **options)
+        finally:
+            self.longest = longest
 
     def _model_call(self, ids: torch.Tensor) -> torch.Tensor:
         # The harness counts from the end, so the last logits will do: as many as the longest choice and the padding of
@@ -203,9 +217,10 @@ def evaluate(
         log.setLevel(logging.WARNING)
         stack.callback(setattr, log, "propagate", log.propagate)
         log.propagate = False
-        lm = Model(model, for_transformers(tokenizer), told, dtype, batch_size=batch_size)
+        bos = False if chat_template else None  # what a template writes is whole, as in training
+        lm = Model(model, for_transformers(tokenizer), told, dtype, batch_size=batch_size, add_bos_token=bos)
         _check(lm, tasks, chat_template)
-        path = answers_of(model, tokenizer, dtype, rank)
+        path = stack.enter_context(_owned(answers_of(model, tokenizer, dtype, rank)))
         kept = Kept(lm, path, rank, world)
         stack.callback(kept.dbdict.close)
         loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
@@ -250,6 +265,20 @@ def evaluate(
         "versions": versions() | {"lm_eval": lm_eval.__version__},
     }
     return {task: _scores(task, built, results) | how for task, built in tasks.items()}
+
+
+@contextlib.contextmanager
+def _owned(path: Path) -> Iterator[Path]:
+    """The file of answers, or one beside it where another evaluation of the same model has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            path = path.with_suffix(f".{os.getpid()}.db")
+        except OSError:  # no locks on this file system
+            pass
+        yield path
 
 
 class _Messages(logging.Handler):
@@ -310,6 +339,7 @@ def answers_of(model: nn.Module, tokenizer: Any, dtype: torch.dtype | None, rank
     """Where the answers of this model are kept until there are scores."""
     device = next(model.parameters()).device.type
     settings = [each.to_json_string() for each in (model.config, model.generation_config)]  # as RoPE's base
+    settings += [repr(adapter) for adapter in getattr(model, "peft_config", {}).values()]  # as alpha
     parts = (fingerprint(model), settings, model.config._attn_implementation, device, dtype, made_by(tokenizer))
     name = hashlib.blake2b(repr((*parts, lm_eval.__version__)).encode(), digest_size=16).hexdigest()
     return Path(datasets.config.HF_DATASETS_CACHE, "sagetrain-answers", f"{name}.{rank}.db")

@@ -12,7 +12,8 @@
         "precision": "32-true", "batch_size": 8, "seconds": 412.0, "versions": {...}}}}}
 
 The step is that of the weights, 0 of a model that no run here trained. The attention is the name it was asked for by (a
-file of conf/attention; a run's own arm). The same step, attention and task evaluated again replaces what was there.
+file of conf/attention; a run's own arm). The same step, attention and task evaluated again replaces what was there, but
+a limited number of questions never replaces all of them.
 MMLU has its subjects' scores in "subjects" besides.
 In metrics.csv a run's own scores are columns eval/TASK/METRIC.
 """
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sagetrain.terminal import console
 from sagetrain.training.folder import write
 
 # What is scored, under the harness's own names. Of GSM8K the two filters of one metric (exact_match).
@@ -52,10 +54,14 @@ def read(folder: Path) -> dict[str, dict[str, Scores]]:
 
 
 def keep(folder: Path, step: int, attention: str, scores: Scores) -> Path:
-    """Add scores to eval.json in `folder`. Returns its path."""
+    """Add scores to eval.json in `folder`, but none of fewer questions in the place of all. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     held = read(folder)
-    held.setdefault(str(step), {}).setdefault(attention, {}).update(scores)
+    there = held.setdefault(str(step), {}).setdefault(attention, {})
+    whole = [task for task, of in scores.items() if of.get("limit") and task in there and not there[task].get("limit")]
+    if whole:
+        console().print(f"{folder / FILE} keeps its scores of all questions: {', '.join(whole)}", soft_wrap=True)
+    there.update({task: of for task, of in scores.items() if task not in whole})
     held = dict(sorted(held.items(), key=lambda item: int(item[0])))
     write(folder / FILE, json.dumps(held, indent=2) + "\n")
     return folder / FILE

@@ -18,11 +18,12 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sagetrain.data.files import FORMATS, read_records
-from sagetrain.data.tasks import TASKS, Record, get_index, get_list, without_markup
+from sagetrain.data.tasks import LETTERS, TASKS, Record, get_index, get_list, without_markup
 from sagetrain.errors import asked_for
 from sagetrain.evaluation.scores import METRICS
 
@@ -131,7 +132,7 @@ def _gsm8k(record: Record, where: str) -> Document:
 def _mmlu(record: Record, where: str) -> Document:
     _, prompt, answer = TASKS["mmlu"].read(record, where)
     head, _, prompt = prompt.partition("\n\n")
-    letters = list("ABCDEFGHIJ"[: len(get_list(record, "choices", where))])
+    letters = list(LETTERS[: len(get_list(record, "choices", where))])
     place = {"subject": record.get("subject") or "all", "head": f"{head}\n\n"}
     return place | {"prompt": prompt, "choices": letters, "target": letters.index(answer[1:])}
 
@@ -139,6 +140,8 @@ def _mmlu(record: Record, where: str) -> Document:
 def _hellaswag(record: Record, where: str) -> Document:
     _, prompt, _ = TASKS["hellaswag"].read(record, where)
     choices = [without_markup(ending) for ending in get_list(record, "endings", where)]
+    if not all(choices):
+        raise ValueError(f"{where}: field 'endings' has one without a word; repair or remove it")
     right = get_index(record, "label", len(choices), where)
     return {"prompt": prompt, "choices": choices, "target": right}
 
@@ -158,7 +161,9 @@ def _accepted(record: Record, where: str) -> list[list[str]]:
         return [list(dict.fromkeys(get_list(spans, "spans", where)))]
     others = record.get("validated_answers") or []
     if isinstance(others, Mapping):  # one list a field, as `datasets` has it
-        others = [dict(zip(others, row, strict=True)) for row in zip(*others.values(), strict=True)]
+        others = [dict(zip(others, row, strict=True)) for row in zip_longest(*others.values())]
+    if not all(isinstance(other, Mapping) for other in others):
+        raise ValueError(f"{where}: field 'validated_answers' must hold answers like that of field 'answer'")
     answers = dict.fromkeys(parse_answer(_whole(answer)) for answer in (record["answer"], *others))
     return [list(spans) for spans in answers]
 

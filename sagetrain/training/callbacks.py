@@ -334,6 +334,14 @@ def captured(name: str) -> tuple[str, list[list[Tensor]]]:
     return f"{name}_captured", layers
 
 
+class LastValidation(L.Callback):
+    """Validation after the last step, too, whichever micro-batch `trainer.val_check_interval` would wait for."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == trainer.max_steps:
+            trainer.val_check_batch = 1
+
+
 class Bar(L.Callback):
     """Progress with loss, tokens/s and time left; when the output is no terminal, a line every tenth of the run."""
 

@@ -24,6 +24,7 @@ from sagetrain.data.tasks import chats
 from sagetrain.errors import asked_for
 from sagetrain.evaluation import AUTOCAST, scores
 from sagetrain.evaluation.tasks import Files, build, check_tasks, find
+from sagetrain.terminal import console
 from sagetrain.training.callbacks import RunLog
 from sagetrain.training.checkpoint import random_state, set_random_state
 from sagetrain.training.module import CausalLM
@@ -120,6 +121,7 @@ class Evaluate(L.Callback):
             of |= {"model": self.cfg.out, "data": "hub" if files is None else ", ".join(map(str, files.asked))}
         if trainer.is_global_zero:
             scores.keep(Path(self.record.folder), step, self.cfg.attention.name, found)
+            console().print(f"{self.record.facts['name']} step {step:,}, scores:", scores.table(found))
         self.record.amend(trainer, scores.row(found))
 
 

@@ -54,7 +54,7 @@ def export(run: str | Path, folder: str | Path, merge: bool = False) -> Path:
         _export(source, checkpoint, cfg, folder)
         _follow_umask(folder)
         return folder
-    if not cfg.model.get("lora"):
+    if cfg.model.get("lora") is None:
         raise ValueError(f"{run} trained no adapters (model.lora), so there is nothing to merge: leave out --merge")
     with tempfile.TemporaryDirectory() as adapters:
         _export(source, checkpoint, cfg, Path(adapters))
@@ -83,7 +83,7 @@ def load(run: str | Path) -> tuple[PreTrainedModel, int]:
     cfg = OmegaConf.load(source / "config.yaml")
     step = step_of(checkpoint.resolve()) if checkpoint else json.loads((source / "run.json").read_text())["steps"]
     dtype = TYPES.get(cfg.trainer.precision, torch.float32)
-    if cfg.model.get("lora"):
+    if cfg.model.get("lora") is not None:
         with tempfile.TemporaryDirectory() as adapters:
             _export(source, checkpoint, cfg, Path(adapters))
             with asked_for(f"model.path={cfg.model.path}"):

@@ -46,7 +46,7 @@ from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups, settings
 from sagetrain.terminal import console
 from sagetrain.training import loggers
 from sagetrain.training.attention_record import AttentionRecord
-from sagetrain.training.callbacks import Bar, Probe, RunLog, probe_columns
+from sagetrain.training.callbacks import Bar, LastValidation, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint
 from sagetrain.training.checkpoint_files import (
     HostCheckpointIO,
@@ -378,7 +378,14 @@ def _trainer(
         default_root_dir=cfg.out,
         strategy=strategy,
         # In this order: what is measured in a step belongs to its row, and a checkpoint comes after both.
-        callbacks=[AttentionRecord(log, cfg.attention.implementation, bar.console), log, *bars, *measures, save],
+        callbacks=[
+            AttentionRecord(log, cfg.attention.implementation, bar.console),
+            log,
+            *bars,
+            *measures,
+            LastValidation(),
+            save,
+        ],
         plugins=[save.io] if save.io else None,
         enable_progress_bar=False,
         logger=loggers.start(cfg, log.facts, group) or False,

@@ -591,6 +591,15 @@ def test_scores_by_hand(tmp_path: Path):
     assert curve["x"][0] == [10, 20] and curve["y"][0] == pytest.approx([0.1, 0.97 / 3], abs=1e-5)
 
 
+def test_an_arm_that_diverged_is_not_better(tmp_path: Path):
+    for seed in range(4):
+        write_run(tmp_path, "bf16", seed, falling(2.0 + 0.001 * seed))
+        write_run(tmp_path, "sage_int8", seed, falling(1.9 + 0.001 * seed) if seed < 3 else [math.nan] * STEPS)
+    comparison = report([tmp_path], tmp_path / "out")
+    assert arm_cells(comparison)[1][5] == "no"
+    assert 'verdict bad"' in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
 def test_a_higher_score_is_the_better_one(tmp_path: Path):
     for seed in range(2):
         scored(tmp_path, "bf16", seed, None, 0.3 + 0.01 * seed)

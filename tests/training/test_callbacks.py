@@ -80,6 +80,16 @@ def test_the_report_names_what_the_probe_says_of_layers() -> None:
     assert tuple(figures.OF_LAYERS) == OF_LAYERS
 
 
+def test_the_last_step_is_validated_too(tmp_path: Path) -> None:
+    """Every fourth micro-batch is, and the last one, the seventh, here."""
+    (held := tmp_path / "held.txt").write_text("".join(f"{i} is no {i + 1}.\n" for i in range(100)))
+    changes = [f"data.val_path={held}", "trainer.limit_val_batches=1", "trainer.val_check_interval=4"]
+    rows = train(tmp_path, *changes, "trainer.max_steps=7", "probe.every=0", f"out={tmp_path / 'run'}")
+    assert [bool(row["val_loss"]) for row in rows] == [False, False, False, True, False, False, True]
+    rows = train(tmp_path, *changes, "trainer.max_steps=2", "probe.every=0", f"out={tmp_path / 'short'}")
+    assert [bool(row["val_loss"]) for row in rows] == [False, True]
+
+
 @pytest.mark.parametrize("kind", ["attention_saved", "full"])
 def test_probe_of_recomputed_layers(tmp_path: Path, kind: str) -> None:
     plain, again = (

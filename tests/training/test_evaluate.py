@@ -410,6 +410,72 @@ def test_the_largest_batch_is_found(tasks: list[str], data: Path, answers: dict[
     assert {task: of["scores"] for task, of in found.items()} == {task: of["scores"] for task, of in one.items()}
 
 
+def test_a_choice_longer_than_the_model_is_refused(data: Path) -> None:
+    with pytest.raises(ValueError, match="a choice has [0-9]+ tokens, and the model has no more than 20 positions"):
+        harness.evaluate(model_of("sdpa", positions=20), ByteTokenizer(), built(data, "hellaswag"), quiet=True)
+
+
+def test_the_batch_is_sought_with_all_logits(data: Path, answers: dict[str, list[Any]]) -> None:
+    model, widths = model_of("sdpa", positions=200), []
+    model.register_forward_hook(lambda *done: widths.append(done[2].logits.shape[1]))
+    harness.evaluate(model, ByteTokenizer(), built(data, "mmlu"), batch_size="auto", quiet=True)
+    assert widths[0] == max(widths) > 100
+
+
+def test_two_evaluations_of_a_model_at_a_time(data: Path, known: type[Known]) -> None:
+    path = harness.answers_of(model := model_of(), tokenizer := ByteTokenizer(), None)
+    with harness._owned(path) as first, harness._owned(path) as second:
+        assert first == path != second
+        harness.evaluate(model, tokenizer, built(data, "gsm8k"), quiet=True)
+    with harness._owned(path) as again:
+        assert again == path
+
+
+@pytest.mark.parametrize("task, change, said", [
+    ("mmlu", {"choices": list("abcdefghijk")}, "has 11 texts, and more than 10 have no letter"),
+    ("mmlu", {"subject": 5}, "'subject'"),
+    ("hellaswag", {"endings": ["a", "[step]", "b", "c"], "label": 0}, "'endings' has one without a word"),
+    ("drop", {"validated_answers": ["x"]}, "'validated_answers' must hold answers"),
+])  # fmt: skip
+def test_odd_records_are_named(task: str, change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "odd.jsonl", [HUB[task][0], HUB[task][0] | change])
+    with pytest.raises(ValueError, match=rf"odd.jsonl:2: .*{said}") as raised:
+        build(task, Files([file], []), 0)
+    assert is_bad_input(raised.value)
+
+
+def test_fewer_questions_do_not_replace_all(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for limit in (2, None, 3):
+        scores.keep(tmp_path, 5, "sdpa", {"drop": {"limit": limit}, f"mmlu{limit}": {"limit": limit}})
+    held = scores.read(tmp_path)["5"]["sdpa"]
+    assert held["drop"]["limit"] is None and held["mmlu3"]["limit"] == 3
+    assert "keeps its scores of all questions: drop" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_conversation_gets_no_bos_that_training_left_out(tmp_path: Path) -> None:
+    """Of a template that writes none, and a tokenizer that puts one before every text."""
+    folder = pretrained(tmp_path)
+    tokenizer = build_tokenizer(str(folder))
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "").replace("{{bos_token}}", "")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Say"}], tokenize=False)
+    assert not text.startswith(tokenizer.bos_token) and tokenizer(text).input_ids[0] == tokenizer.bos_token_id
+    seen = []
+
+    class Watched(harness.Model):
+        def _model_call(self, ids: torch.Tensor) -> torch.Tensor:
+            seen.append(ids)
+            return super()._model_call(ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "Model", Watched)
+        file = write(tmp_path / "mmlu.jsonl", HUB["mmlu"])
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        harness.evaluate(
+            model, tokenizer, {"mmlu": build("mmlu", Files([file], []), 0)}, chat_template=True, quiet=True
+        )
+    assert seen and all((ids[:, 0] != tokenizer.bos_token_id).all() for ids in seen)
+
+
 def test_a_batch_too_large_for_the_gpu_says_what_to_turn(data: Path, known: type[Known], monkeypatch) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 24.05 GiB. GPU 0 has ...")

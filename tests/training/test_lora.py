@@ -252,6 +252,13 @@ def test_what_adapters_are_where_little_is_said(monkeypatch: pytest.MonkeyPatch)
         check_settings(asked)
 
 
+def test_adapters_of_which_nothing_is_said(base: Path, tmp_path: Path) -> None:
+    quick = ["trainer.max_steps=1", "trainer.limit_val_batches=0", "checkpoint.keep=last"]
+    out = train(base, tmp_path / "out", "model.lora=null", "model.lora={}", *quick)
+    assert (export(out, tmp_path / "whole", merge=True) / "model.safetensors").exists()
+    assert load(out)[0].peft_config["default"].r == 16
+
+
 def test_layers_by_name(base: Path, tmp_path: Path) -> None:
     quick = ["trainer.max_steps=1", "trainer.limit_val_batches=0", "checkpoint.keep=weights"]
     out = train(base, tmp_path / "out", "model.lora.target_modules=[q_proj,v_proj]", *quick)
