@@ -101,6 +101,10 @@ def evaluate_model(
 
 
 def _load(model: str) -> Any:
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").exists():
+        runs = ", ".join(path.parent.name for path in sorted(folder.glob("*/run.json")))
+        raise ValueError(f"{model} holds no model{f'; it holds the runs {runs}: name one' if runs else ''}")
     with asked_for(model):
         return AutoModelForCausalLM.from_pretrained(Path(model).expanduser() if Path(model).exists() else model)
 

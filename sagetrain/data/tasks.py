@@ -249,6 +249,8 @@ def build_task(
     if not len(train):
         raise ValueError(f"no {kind} example is left for training; lower data.val_fraction, or give another val_path")
     train, apart = _some(train, max_examples), _some(apart, max_examples)
+    if max_examples:
+        held = f"({'; '.join(filter(None, [held[1:-1], f'at most {max_examples}']))})"
 
     examples, needs = Examples(table, tokenizer, seq_len), table.lengths
     long = needs > seq_len

@@ -245,7 +245,7 @@ def _from_hub(task: str, few_shot: int) -> Any:
     from lm_eval.tasks import TaskManager
 
     folder = Path(lm_eval.__file__).parent / "tasks" / Path(ASKED[task].defined).parent
-    with asked_for(f"{task}: its data is not to be had from the hub; name local files instead"):
+    with asked_for(f"{task}: its data is not to be had from the hub; name local files instead (eval.data, or --data)"):
         built = TaskManager(include_path=folder, include_defaults=False).load(task)
     for each in built["tasks"].values():
         each.set_config(key="num_fewshot", value=few_shot)
