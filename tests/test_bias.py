@@ -96,7 +96,10 @@ def test_most_of_it_is_small_probabilities_that_become_zero(learnt) -> None:
     assert dithered["each"] < 1.15 * nearest["each"]
 
 
-@pytest.mark.parametrize("name", ["paper", "sage:p=exact", "sage_sm90:p=nearest,ds_dq=dithered", "sage_int8", "bf16"])
+@pytest.mark.parametrize("name", [
+    "paper", "sage:p=exact", "sage_sm90:p=nearest,ds_dq=dithered", "sage_int8", "bf16",
+    "sage:q=dithered,k=dithered,v=dithered,do_dv=dithered",
+])  # fmt: skip
 def test_names_of_attentions(name: str) -> None:
     q = torch.randn(1, 2, 40, 64, requires_grad=True)
     bias.attention(name)(q, q, q, is_causal=True, scale=0.1).sum().backward()

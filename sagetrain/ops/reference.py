@@ -61,12 +61,13 @@ class Preset:
     def integers(self, operand: str, x: Tensor, levels: int = 127, content: Tensor | None = None) -> Tensor:
         """The integers, at most `levels`, that stand for `x [.., rows, columns]`, held in floats.
 
-        content: of `thresholds`; for an operand that may be dithered.
+        content: of `thresholds`; without, the first number of a row.
         """
         if operand not in self.exact:
             if operand in self.dithered:
                 below = math.inf if self.dithers_large else DITHERED_BELOW[levels]
-                x = x + torch.where(x.abs() < below, thresholds(content, x.shape[-1]), 0.0)
+                added = thresholds(x[..., :1] if content is None else content, x.shape[-1])
+                x = x + torch.where(x.abs() < below, added, 0.0)
             x = x.round()
         return x.clamp(-levels, levels)
 
