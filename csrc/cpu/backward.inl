@@ -175,7 +175,7 @@ static void write_d_q(const BackwardParams& p, const Sequence& q, int64_t n, int
   for (int64_t c = 1; c < chunks; ++c)
     for (int64_t i = 0; i < kDim * T; i += W) store(x + i, load(x + i) + load(d_q + c * chunk_step + i));
   rotate(x, T, kDim);
-  change_signs(x, T, kDim);
+  change_signs(x, T, kDim, signs_of(k_mean));
   for (int64_t i = 0; i < smaller<int64_t>(T, q.tq - i0); ++i) {
     float out[128];
     const bool sees = p.lse_smooth[row + i] != -__builtin_inff();
@@ -187,12 +187,12 @@ static void write_d_q(const BackwardParams& p, const Sequence& q, int64_t n, int
 }
 template <int kDim>
 static void write_d_kv(const BackwardParams& p, const Sequence& q, int64_t head, int64_t j0, const KeySide<kDim>& k,
-                       float* x) {
+                       const float* k_mean, float* x) {
   const Shape& s = p.shape;
   for (int64_t j = 0; j < kKeys; ++j)
     for (int64_t d = 0; d < kDim; ++d) x[d * T + j] = k.d_k[j * kDim + d];
   rotate(x, T, kDim);
-  change_signs(x, T, kDim);
+  change_signs(x, T, kDim, signs_of(k_mean));
   for (int64_t j = 0; j < smaller<int64_t>(kKeys, q.tk - j0); ++j) {
     float out[128];
     for (int64_t d = 0; d < s.head_dim; ++d) out[d] = s.scale * x[d * T + j];
@@ -222,6 +222,7 @@ static void backward_item(const BackwardParams& p, const BackwardScratch<kDim>& 
   const int64_t first = key_tiles * chunk / w.chunks, last = key_tiles * (chunk + 1) / w.chunks;
   const int64_t tile_floats = kDim * T, all_tiles = w.query_tiles[s.num_sequences];
   const float* v_mean = p.v_mean + (n * s.heads_kv + head_kv) * s.head_dim;
+  const float* k_mean = p.k_mean + (n * s.heads_kv + head_kv) * s.head_dim;
   TilePair<kDim>& t = w.pairs[worker];
   QuerySide<kDim>* queries = w.queries + worker * w.max_query_tiles;
   KeySide<kDim>* keys = w.keys + worker * ceil_div(w.max_key_tiles, w.chunks);
@@ -248,7 +249,7 @@ static void backward_item(const BackwardParams& p, const BackwardScratch<kDim>& 
       for (int64_t i = 0; i < query_tiles; ++i)
         write_d_q<kDim>(p, q, n, head, i * T, d_q + i * tile_floats, 1, 0, t.x);
   }
-  for (int64_t j = first; j < last; ++j) write_d_kv(p, q, head_kv, j * kKeys, keys[j - first], t.x);
+  for (int64_t j = first; j < last; ++j) write_d_kv(p, q, head_kv, j * kKeys, keys[j - first], k_mean, t.x);
 }
 
 static void backward_outside(const BackwardParams& p) {

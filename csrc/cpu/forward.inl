@@ -84,7 +84,7 @@ static void pack_keys(const ForwardParams& p, const Sequence& q, int64_t head, c
                     prescale);
     for (int64_t d = 0; d < s.head_dim; ++d)
       for (int64_t i = 0; i < lanes; i += W) store(t.x + d * T + i, load(t.x + d * T + i) - mean[d] * prescale);
-    change_signs(t.x, lanes, dp);
+    change_signs(t.x, lanes, dp, signs_of(mean));
     rotate(t.x, lanes, dp);
     quantise_lanes(t.x, lanes, dp, t.scale);
     int8_t* k8 = p.k8 + (row + j) * dp;
@@ -234,7 +234,7 @@ static void pack_queries(const ForwardParams& p, const Sequence& q, int64_t head
     store(t.mean_dot + i, sum);
     for (int64_t d = 0; d < s.head_dim; ++d) store(t.x + d * T + i, load(t.x + d * T + i) * (1.0f / (float)dp));
   }
-  change_signs(t.x, lanes, dp);
+  change_signs(t.x, lanes, dp, signs_of(k_mean));
   rotate(t.x, lanes, dp);
   quantise_lanes(t.x, lanes, dp, t.scale);
   write_int8(t.x, count, dp, p.q8 + row * dp);

@@ -34,6 +34,7 @@
 #include <cstdint>
 
 #include "../attention.h"
+#include "../signs.h"
 
 namespace sagetrain::cpu {
 

@@ -20,9 +20,9 @@ static void load_transposed(float* x, DType type, const void* base, int64_t offs
 }
 
 // X <- diag(signs) X, before the rotation of q and k and after that of their gradients.
-static void change_signs(float* x, int64_t lanes, int64_t dim_padded) {
+static void change_signs(float* x, int64_t lanes, int64_t dim_padded, Signs signs) {
   for (int64_t d = 0; d < dim_padded; ++d)
-    if ((d < 64 ? kSignsLow : kSignsHigh) >> d % 64 & 1)
+    if ((d < 64 ? signs.low : signs.high) >> d % 64 & 1)
       for (int64_t i = 0; i < lanes; i += W) store(x + d * T + i, -load(x + d * T + i));
 }
 

@@ -250,8 +250,8 @@ __global__ void __launch_bounds__(32 * DkvShape<Dp>::warps, DkvShape<Dp>::blocks
         }
     }
 
-    // dV += P^T dO. Of causal rows `diagonal` tells blocks of queries apart, of all rows `left` tiles of keys, over which dQ sums.
-    const auto shift_of = [&](int thread) { return shifts_of(thresholds_of(rows.diagonal - rows.left + thread / 4, thread % 4) + record.thresholds); };
+    // dV += P^T dO. Where dQ sums over the same dS, tiles of keys have thresholds of their own: by the keys that are left.
+    const auto shift_of = [&](int thread) { return shifts_of(thresholds_of((fused ? rows.left : rows.diagonal) + thread / 4, thread % 4) + record.thresholds); };
     __half2 shift = shift_of(thread);
     __half2 inverse[2];
     float scale[m][2];

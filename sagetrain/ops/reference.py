@@ -21,12 +21,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from sagetrain.ops.signs import drawn, signs
 
 LOG2E = math.log2(math.e)
 AMAX_MIN, AMAX_MAX = 2.0**-100, 2.0**55  # keeps scales and their products finite for any finite input
@@ -42,6 +44,7 @@ OPERANDS = ("q", "k", "v", "p", "p_dv", "do_dv", "ds_dq", "ds_dk")  # of the INT
 @dataclass(frozen=True)
 class Preset:
     """Where a preset rounds. `forward_keys`: keys in a forward tile; `queries`, `keys`: rows of a backward tile;
+    `draws_signs`: of the rotation, for each sequence and KV head (`signs_of`).
     `shared_key_scales`: of K not one scale per token, but one for 16 of every 64 (`shared_amax`).
     `token_gradients`: dO of dV has one scale per token, which joins P before that is rounded, not one per channel.
     `exact`, `dithered`: of OPERANDS those that are not rounded, and those whose small numbers are rounded up or down by
@@ -52,6 +55,7 @@ class Preset:
     queries: int
     keys: int
     rotate: bool = True
+    draws_signs: bool = True
     shared_key_scales: bool = False
     token_gradients: bool = False
     exact: frozenset[str] = frozenset()
@@ -75,7 +79,7 @@ class Preset:
 PAPER = Preset("paper", forward_keys=64, queries=128, keys=64, rotate=False)
 SAGE = Preset("sage", forward_keys=32, queries=64, keys=64, dithered=frozenset({"p", "p_dv", "ds_dq", "ds_dk"}))
 # `sage` as the kernels sm80 and sm90 compute it
-SAGE_SM80 = replace(SAGE, name="sage_sm80", dithers_large=True)
+SAGE_SM80 = replace(SAGE, name="sage_sm80", dithers_large=True, draws_signs=False)
 SAGE_SM90 = replace(SAGE_SM80, name="sage_sm90", shared_key_scales=True, token_gradients=True)
 PRESETS = {preset.name: preset for preset in (PAPER, SAGE, SAGE_SM80, SAGE_SM90)}
 
@@ -145,26 +149,29 @@ def hadamard(size: int, like: Tensor) -> Tensor:
     return h
 
 
-def signs(size: int, like: Tensor) -> Tensor:
-    """The sign of each channel before the rotation, `[size]`, +-1 (docs/numerics.md says how SIGNS was chosen)."""
-    return like.new_tensor([1 - 2 * (SIGNS >> channel & 1) for channel in range(size)])
-
-
 def padded_head_dim(head_dim: int) -> int:
     """64 or 128: the tile that holds `head_dim` channels."""
     return 64 if head_dim <= 64 else 128
 
 
-def rotate(x: Tensor) -> Tensor:
-    """`x [.., D] -> (x / Dp) diag(signs) H [.., Dp]`: spreads what a few channels have, and what many have in common,
-    over all of them; undone by `unrotate`."""
-    size = padded_head_dim(x.shape[-1])
+def rotate(x: Tensor, signs: Tensor) -> Tensor:
+    """`x [.., D] -> (x / Dp) diag(signs [.., Dp]) H [.., Dp]`: spreads what a few channels have, and what many have in
+    common, over all of them; undone by `unrotate`."""
+    size = signs.shape[-1]
     padded = torch.nn.functional.pad(x / size, (0, size - x.shape[-1]))
-    return (padded * signs(size, x)) @ hadamard(size, x)
+    return (padded * signs) @ hadamard(size, x)
 
 
-def unrotate(x: Tensor, head_dim: int) -> Tensor:
-    return ((x @ hadamard(x.shape[-1], x)) * signs(x.shape[-1], x))[..., :head_dim]
+def unrotate(x: Tensor, signs: Tensor, head_dim: int) -> Tensor:
+    return ((x @ hadamard(x.shape[-1], x)) * signs)[..., :head_dim]
+
+
+def signs_of(k_mean: Tensor, preset: Preset) -> Tensor:
+    """The signs of each head's channels, `[H, 1, Dp]`: drawn by its mean key `[H, 1, D]`, or those of all (SIGNS)."""
+    size = padded_head_dim(k_mean.shape[-1])
+    if preset.draws_signs:
+        return signs(size, k_mean)[drawn(k_mean)][:, None]
+    return k_mean.new_tensor([1 - 2 * (SIGNS >> channel & 1) for channel in range(size)]).expand(len(k_mean), 1, size)
 
 
 # ---------------------------------------------------------------------------------------------- one sequence
@@ -217,9 +224,9 @@ def paper_backward(
 def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, preset: Preset) -> dict[str, Tensor]:
     """Q and K rotated, a scale per token (K: or 16); V centred, a scale per channel and key tile; P against its tile's
     maximum, 8 unsigned bits."""
-    turn = rotate if preset.rotate else (lambda x: x)
     gain = padded_head_dim(q.shape[-1]) if preset.rotate else 1  # Dp * rotate(q) . rotate(k) = q . k
     k_mean, v_mean = k.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
+    turn = partial(rotate, signs=signs_of(k_mean, preset)) if preset.rotate else (lambda x: x)
     q_turned, k_turned = turn(q), turn(k) - turn(k_mean)
     width = q_turned.shape[-1]
     q_scale, k_scale = (int8_scale(x, 1, width)[..., :1] for x in (q_turned, k_turned))
@@ -278,7 +285,8 @@ def sage_backward(
     by_column = preset.integers("ds_dk", by_column / column_scale, content=saved["lse2"]) * column_scale
     d_q, d_k = unit * by_row @ k8, (unit * by_column).mT @ q8
     if preset.rotate:
-        d_q, d_k = unrotate(d_q, v.shape[-1]), unrotate(d_k, v.shape[-1])
+        turns = signs_of(saved["k_mean"], preset)
+        d_q, d_k = (unrotate(x, turns, v.shape[-1]) for x in (d_q, d_k))
     return {"d_q": scale * (d_q + d_lse * saved["k_mean"]), "d_k": scale * d_k, "d_v": d_v, "d_s": unit * d_s}
 
 

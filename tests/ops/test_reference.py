@@ -1,13 +1,16 @@
 """The reference against finite differences, closed forms, and the project's accuracy bars."""
 
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import accuracy
 from sagetrain.ops import reference
+from sagetrain.ops.signs import PATTERNS, drawn, signs
 from tests.kernelkit import COHERENT_KINDS, GRADIENT_KINDS, NAMES, RATIO, Case, error, exact, given, plain, run
 
 
@@ -98,6 +101,29 @@ def test_shared_scales_cost_less_than_a_kernel_may(sigma):
         assert error(shared[name], truth[name]) / error(sage[name], truth[name]) <= RATIO, name
         assert not torch.equal(shared[name], sage[name]), name  # of dV the sign of the difference is luck
     assert error(shared["o"], truth["o"]) > error(sage["o"], truth["o"])
+
+
+def test_the_signs_are_those_of_the_kernels():
+    header = (Path(__file__).parents[2] / "csrc" / "signs.h").read_text()
+    words = [int(word, 16) for word in re.findall(r"0x[0-9a-f]{16}", header)]
+    assert [low | high << 64 for low, high in zip(words[::2], words[1::2], strict=True)] == list(PATTERNS)
+
+
+def test_each_sequence_and_head_draws_other_signs():
+    """All patterns come, whatever the size of the mean keys is; the same mean key draws the same."""
+    k_mean = torch.randn(4000, 1, 64) * 2.0 ** torch.randint(-20, 5, (4000, 1, 1))
+    found = drawn(k_mean)
+    assert found.bincount(minlength=32).min() > 4000 / 32 / 2 and len(PATTERNS) == 32
+    assert torch.equal(drawn(k_mean), found) and torch.equal(drawn(k_mean[..., :2]), found)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_no_two_rotations_are_the_same(size):
+    """But for the order of the channels, in which they would round alike."""
+    every = signs(size, torch.zeros(1))
+    alike = (every[:, None] * every) @ reference.hadamard(size, every)
+    alike[range(32), range(32)] = 0
+    assert alike.abs().max() <= size * 0.75
 
 
 def test_thresholds_are_exact_and_spread_evenly():
