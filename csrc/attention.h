@@ -20,8 +20,8 @@
 
 namespace sagetrain {
 
-// Channel d of q and k changes sign before the rotation where bit d (of the high word: d - 64) is set. Sylvester's Hadamard
-// matrix sums channels that move together into one; with these signs it does not (docs/numerics.md, where they come from).
+// On a GPU channel d of q and k changes sign before the rotation where bit d (of the high word: d - 64) is set; on a CPU signs are drawn
+// (signs.h, which says what for).
 constexpr uint64_t kSignsLow = 0x6f09a3c553359ff9, kSignsHigh = 0xe680138aa7f26134;
 
 enum class DType : int32_t { bfloat16, float16, float32 };
