@@ -1,7 +1,8 @@
 // Signs of the channels of q and k before they are rotated: 32 patterns, of which each sequence and KV head draws one, by its mean key.
 //
 // Sylvester's Hadamard matrix sums channels that move together into one; with these signs it does not. And what rounding to the nearest
-// integer makes of a token would be the same wherever it stands, a bias; in another rotation it is another. docs/numerics.md has both.
+// integer makes of a token is the same whenever it stands at the same place, a bias; in another rotation it is another. How the patterns were
+// chosen, and what they leave: docs/LOG.md, 2026-11-29. The same in Python: sagetrain/ops/signs.py.
 #pragma once
 #include <cstdint>
 #include <cstring>
