@@ -269,15 +269,13 @@ def evaluate(
 
 @contextlib.contextmanager
 def _owned(path: Path) -> Iterator[Path]:
-    """The file of answers, or one beside it where another evaluation of the same model has it."""
+    """The file of answers, or one beside it, which nobody goes on from, where another evaluation may have it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError:  # another has it, or there are no locks on this file system
             path = path.with_suffix(f".{os.getpid()}.db")
-        except OSError:  # no locks on this file system
-            pass
         yield path
 
 

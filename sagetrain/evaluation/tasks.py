@@ -18,7 +18,6 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,7 +160,9 @@ def _accepted(record: Record, where: str) -> list[list[str]]:
         return [list(dict.fromkeys(get_list(spans, "spans", where)))]
     others = record.get("validated_answers") or []
     if isinstance(others, Mapping):  # one list a field, as `datasets` has it
-        others = [dict(zip(others, row, strict=True)) for row in zip_longest(*others.values())]
+        if len({len(values) for values in others.values()}) > 1:
+            raise ValueError(f"{where}: field 'validated_answers' has lists of different lengths")
+        others = [dict(zip(others, row, strict=True)) for row in zip(*others.values(), strict=True)]
     if not all(isinstance(other, Mapping) for other in others):
         raise ValueError(f"{where}: field 'validated_answers' must hold answers like that of field 'answer'")
     answers = dict.fromkeys(parse_answer(_whole(answer)) for answer in (record["answer"], *others))

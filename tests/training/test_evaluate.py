@@ -436,6 +436,7 @@ def test_two_evaluations_of_a_model_at_a_time(data: Path, known: type[Known]) ->
     ("mmlu", {"subject": 5}, "'subject'"),
     ("hellaswag", {"endings": ["a", "[step]", "b", "c"], "label": 0}, "'endings' has one without a word"),
     ("drop", {"validated_answers": ["x"]}, "'validated_answers' must hold answers"),
+    ("drop", {"validated_answers": {"number": ["1"], "spans": []}}, "lists of different lengths"),
 ])  # fmt: skip
 def test_odd_records_are_named(task: str, change: dict[str, Any], said: str, tmp_path: Path) -> None:
     file = write(tmp_path / "odd.jsonl", [HUB[task][0], HUB[task][0] | change])
