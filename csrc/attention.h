@@ -20,10 +20,6 @@
 
 namespace sagetrain {
 
-// On a GPU channel d of q and k changes sign before the rotation where bit d (of the high word: d - 64) is set; on a CPU signs are drawn
-// (signs.h, which says what for).
-constexpr uint64_t kSignsLow = 0x6f09a3c553359ff9, kSignsHigh = 0xe680138aa7f26134;
-
 enum class DType : int32_t { bfloat16, float16, float32 };
 
 struct Strides {  // in elements; the stride of the last dimension is 1

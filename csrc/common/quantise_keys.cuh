@@ -10,7 +10,7 @@ namespace {  // see quantise.cuh
 template <int Dp>
 struct __align__(16) KeyValueShared {
   int8_t tile8[Dp * TILE];
-  float folded[WARPS * 128], mean[Dp], scale[TILE], inverse[Dp];
+  float folded[WARPS * 128], mean[Dp], scale[TILE], inverse[Dp], draw[4];
 };
 
 template <typename T, int Dp, typename Keys, bool is_value>
@@ -35,14 +35,19 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
   sum_rows<Dp>(mean, folded, (is_value ? a.w.v_partial : a.w.k_partial) + first * Dp, (samples + TILE - 1) / TILE, down * mean_factor(samples));
   if (t < dim && keys.length)
     mean[t] = fmaf(to_float(row_at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin)[t]), down, mean[t]);
-  if (tile == 0 && t < dim)
-    (is_value ? a.p.v_mean : a.p.k_mean)[(static_cast<int64_t>(keys.sequence) * heads + head) * dim + t] = mean[t] * (1.f / down);
-  if (!is_value && t < dim) mean[t] = change_sign(mean[t], t);
+  if (t < dim) {
+    const float saved = mean[t] * (1.f / down);
+    if (tile == 0) (is_value ? a.p.v_mean : a.p.k_mean)[(static_cast<int64_t>(keys.sequence) * heads + head) * dim + t] = saved;
+    if (!is_value && t < 2) shared.draw[t] = saved;
+  }
   __syncthreads();
   if (rows <= 0) return;
 
   if constexpr (!is_value) {
-    change_signs(x);
+    const Signs signs = device_signs(shared.draw);
+    if (t < dim) mean[t] = change_sign(mean[t], signs, t);
+    change_signs(x, signs);
+    __syncthreads();
     const int64_t row = row_index(keys.batch, heads, head, a.keys.tokens, keys.begin + begin);
     int8_t* k8 = a.p.k8 + row * Dp;
     const auto centred = [&](float (&y)[n][8], int j) {

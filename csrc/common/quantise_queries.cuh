@@ -32,8 +32,9 @@ __global__ void __launch_bounds__(THREADS, 3) query_kernel(const __grid_constant
   }
   if (rows <= 0) return;
 
-  if (t < Dp) k_mean[t] = t < dim ? change_sign(clamp(a.p.k_mean[means + t], AMAX_MAX) * down, t) : 0.f;
-  change_signs(x);
+  const Signs signs = device_signs(a.p.k_mean + means);
+  if (t < Dp) k_mean[t] = t < dim ? change_sign(clamp(a.p.k_mean[means + t], AMAX_MAX) * down, signs, t) : 0.f;
+  change_signs(x, signs);
   __syncthreads();
   const int64_t row = row_index(queries.batch, heads, head, a.queries.tokens, queries.begin + begin);
   int8_t* q8 = a.p.q8 + row * Dp;

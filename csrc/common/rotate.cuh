@@ -1,27 +1,35 @@
-// The rotation of q and k: signs, then Sylvester's Hadamard matrix, not normalised; of rows before they are rounded (rows.cuh), and of
+// The rotation of q and k: signs (signs.h), then Sylvester's Hadamard matrix, not normalised; of rows before they are rounded (rows.cuh), and of
 // accumulators on the way back.
 #pragma once
+#include "../signs.h"
 #include "rows.cuh"
 
 namespace sagetrain {
 
+static __constant__ const Patterns device_patterns = kPatterns;
+
+// The signs of a sequence and KV head, by its mean key: at least two floats, in any memory.
+__device__ __forceinline__ Signs device_signs(const float* k_mean) {
+  return device_patterns.of[drawn(__float_as_uint(k_mean[0]), __float_as_uint(k_mean[1]))];
+}
+
 // The signs of this lane's channels, for rows of 16-bit numbers; q and k have them before they are rotated.
-__device__ __forceinline__ uint4 sign_bits(int i) {
-  const uint32_t bits = static_cast<uint32_t>((i == 0 ? kSignsLow : kSignsHigh) >> 8 * lane_chunk());
+__device__ __forceinline__ uint4 sign_bits(const Signs& signs, int i) {
+  const uint32_t bits = static_cast<uint32_t>((i == 0 ? signs.low : signs.high) >> 8 * lane_chunk());
   const auto pair = [&](int d) { return (bits >> d & 1) << 15 | (bits >> (d + 1) & 1) << 31; };
   return {pair(0), pair(2), pair(4), pair(6)};
 }
 template <int n>
-__device__ __forceinline__ void change_signs(uint4 (&x)[ROWS][n]) {
+__device__ __forceinline__ void change_signs(uint4 (&x)[ROWS][n], const Signs& signs) {
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    const uint4 bits = sign_bits(i);
+    const uint4 bits = sign_bits(signs, i);
 #pragma unroll
     for (int j = 0; j < ROWS; ++j) x[j][i].x ^= bits.x, x[j][i].y ^= bits.y, x[j][i].z ^= bits.z, x[j][i].w ^= bits.w;
   }
 }
-__device__ __forceinline__ float change_sign(float x, int channel) {
-  return (channel < 64 ? kSignsLow : kSignsHigh) >> channel % 64 & 1 ? -x : x;
+__device__ __forceinline__ float change_sign(float x, const Signs& signs, int channel) {
+  return (channel < 64 ? signs.low : signs.high) >> channel % 64 & 1 ? -x : x;
 }
 
 // One row times the Hadamard matrix: channel bits 0-2 are registers, 3-5 lanes, 6 is i.
@@ -54,7 +62,7 @@ __device__ __forceinline__ void hadamard(float (&x)[n][8]) {
 
 // x H over the channels of an accumulator (Sylvester's Hadamard matrix), and the signs: undoes the rotation of q and k.
 template <int tiles>
-__device__ __forceinline__ void unrotate(float (&x)[tiles][4], int t) {
+__device__ __forceinline__ void unrotate(float (&x)[tiles][4], const Signs& signs, int t) {
 #pragma unroll
   for (int n = 0; n < tiles; ++n)
 #pragma unroll
@@ -83,7 +91,7 @@ __device__ __forceinline__ void unrotate(float (&x)[tiles][4], int t) {
         }
 #pragma unroll
   for (int n = 0; n < tiles; ++n) {
-    const uint32_t bits = static_cast<uint32_t>((n < 8 ? kSignsLow : kSignsHigh) >> n % 8 * 8) >> 2 * t;  // of channel 8 n + 2 t and the next
+    const uint32_t bits = static_cast<uint32_t>((n < 8 ? signs.low : signs.high) >> n % 8 * 8) >> 2 * t;  // of channel 8 n + 2 t and the next
 #pragma unroll
     for (int c = 0; c < 4; ++c) x[n][c] = __uint_as_float(__float_as_uint(x[n][c]) ^ (bits << (31 - c % 2) & 0x80000000u));
   }

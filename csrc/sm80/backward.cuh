@@ -129,8 +129,9 @@ struct KeyRows {
   }
   template <typename T>
   __device__ __forceinline__ void store_dk(const BackwardArgs& a, float (&dk)[row_tiles][Dp / 8][4]) const {
+    const Signs signs = device_signs(a.p.k_mean + (static_cast<int64_t>(keys.sequence) * a.p.shape.heads_kv + head) * a.p.shape.head_dim);
 #pragma unroll
-    for (int i = 0; i < row_tiles; ++i) unrotate(dk[i], t);
+    for (int i = 0; i < row_tiles; ++i) unrotate(dk[i], signs, t);
     store<T>(a.p.d_k, a.p.d_k_strides, dk, a.p.shape.scale, a.p.shape.head_dim);
   }
   template <typename T>
@@ -151,9 +152,10 @@ template <typename T, int Dp, int m, int rows>
 __device__ __forceinline__ void store_dq(float (&dq)[m][Dp / 8][4], const BackwardArgs& a, const QueryRows<rows>& block, int first) {
   const int group = threadIdx.x % 32 / 4, t = threadIdx.x % 4, head_dim = a.p.shape.head_dim;
   const float* k_mean = a.p.k_mean + (static_cast<int64_t>(block.queries.sequence) * a.p.shape.heads_kv + block.head_kv) * head_dim;
+  const Signs signs = device_signs(k_mean);
 #pragma unroll
   for (int i = 0; i < m; ++i) {
-    unrotate(dq[i], t);
+    unrotate(dq[i], signs, t);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int query = first + 16 * i + group + 8 * r;

@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
     const bool valid = query < block.queries.length;
     const int64_t row = block.index(a.p.shape, query);
     content[r] = valid ? __float_as_uint(a.p.lse[row]) : 0;  // scale * q . k_mean
-    q_scale[r] = valid ? scale22(a.p.q_scale[row] * (a.p.shape.scale * LOG2E * Dp)) : 0.f;
+    const float scale = valid ? scale22(a.p.q_scale[row] * (a.p.shape.scale * LOG2E * Dp)) : 0.f;
+    q_scale[r] = scale < 0x1p-120f ? 0x1p-120f : scale;  // not 0, for -inf * 0 is no number; NaN stays
 #pragma unroll
     for (int k = 0; k < k_steps; ++k)
 #pragma unroll

@@ -420,7 +420,7 @@ struct KeyWarpgroup {
       }
       return;
     }
-    unrotate(dk, lane % 4);
+    unrotate(dk, device_signs(a.p.k_mean + (static_cast<int64_t>(block.keys.sequence) * a.p.shape.heads_kv + block.head) * head_dim), lane % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int key = block.k0 + warp / 4 * KEYS + key_of_row(warp % 4 * 16 + lane / 4 + 8 * r);

@@ -26,8 +26,8 @@ __device__ __forceinline__ void finish_queries(const BackwardArgs& a, int number
     const int4 y = sums[n / 8 * (QUERIES * 64 / 4) + n % 8 * 32];
     x[n][0] = y.x - magic, x[n][1] = y.y - magic, x[n][2] = y.z - magic, x[n][3] = y.w - magic;
   }
-  unrotate(x, t);
   const float* k_mean = a.p.k_mean + (static_cast<int64_t>(rows.queries.sequence) * a.p.shape.heads_kv + rows.head_kv) * head_dim;
+  unrotate(x, device_signs(k_mean), t);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = warp * 16 + lane / 4 + 8 * r, query = rows.first + row;
@@ -62,7 +62,7 @@ __device__ __forceinline__ void finish_keys(const BackwardArgs& a, int number) {
       const float4 y = parts[n * 32];
       x[n][0] += y.x, x[n][1] += y.y, x[n][2] += y.z, x[n][3] += y.w;
     }
-  if (which == 0) unrotate(x, lane % 4);
+  if (which == 0) unrotate(x, device_signs(a.p.k_mean + (static_cast<int64_t>(keys.sequence) * heads + head) * a.p.shape.head_dim), lane % 4);
   const Strides& s = which ? a.p.d_v_strides : a.p.d_k_strides;
   const float factor = which ? 1.f : a.p.shape.scale;
 #pragma unroll

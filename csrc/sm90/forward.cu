@@ -226,7 +226,7 @@ struct Consumer {
             if (i * 8 + 2 * t + c % 2 > min(last, diagonal + c / 2 * 8)) n[4 * i + c] = HIDDEN;
       }
 
-      // A score is n * scale; top is the largest of a row, less log2(255) (the smallest possible, where all keys are hidden), rounded down: so the
+      // A score is n * scale; top is the largest of a row that is not hidden (where all are, lower than any), less log2(255), rounded down: so the
       // largest P is a byte of 255 however large scores are. It is NaN where a key is not finite, and so are the row's factor, its sum and O: bytes
       // cannot say so.
       float k_scale[2], scale[2][2], top[2];  // [half of the tile], [half of the tile][row], [row]
@@ -243,7 +243,7 @@ struct Consumer {
             n_top = __vimax3_s32(n_top, pair[0], pair[1]);
           }
           scale[half][r] = max_or_nan(q_scale[r] * k_scale[half], 1e-37f);  // not 0, for -inf * 0 is no number
-          const float half_top = __fmul_rd(__int2float_rn(n_top), scale[half][r]);
+          const float half_top = n_top == LOWEST ? -3e38f : __fmul_rd(__int2float_rn(n_top), scale[half][r]);
           x = half ? max_or_nan(x, half_top) : half_top;
         }
         x = max_or_nan(x, __shfl_xor_sync(~0u, x, 1));

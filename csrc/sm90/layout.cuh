@@ -22,11 +22,10 @@ struct __align__(128) KeyValueRecord {  // TILE keys
   float2 v_scale[Dp / 2];            // channels 2i and 2i + 1
   float k_scale[KEY_GROUPS];         // of the first half, of the second
 
-  // [TILE], by a whole block; zero of keys that do not exist. A group without any has the first one's: its hidden scores must be low.
+  // [TILE], by a whole block; zero of keys that do not exist.
   __device__ __forceinline__ void write_key_scales(const float* scale) {
     const int i = threadIdx.x;
-    const float own = i < KEY_GROUPS ? scale[i / 4 * 64 + i % 4 * 2] : 0.f;
-    if (i < KEY_GROUPS) k_scale[i] = own == 0.f ? scale[0] : own;
+    if (i < KEY_GROUPS) k_scale[i] = scale[i / 4 * 64 + i % 4 * 2];
   }
   __device__ __forceinline__ void write_value_scale(int channel, float scale) { reinterpret_cast<float*>(v_scale)[channel] = scale; }
 };

@@ -37,14 +37,12 @@ STEP = 2531  # near 4096 times the golden ratio, whose multiples spread evenly h
 # Below this, a hundredth of the largest, numbers of so many levels are dithered: above, the nearest integer has no bias
 # to speak of and less noise, which O and dK of channels that move together cannot spare. Halves, where it changes.
 DITHERED_BELOW = {127: 1.5, 255: 2.5}
-SIGNS = 0xE680138AA7F261346F09A3C553359FF9  # bit d: channel d changes sign before the rotation (csrc/attention.h)
 OPERANDS = ("q", "k", "v", "p", "p_dv", "do_dv", "ds_dq", "ds_dk")  # of the INT8 products: p is that of O
 
 
 @dataclass(frozen=True)
 class Preset:
     """Where a preset rounds. `forward_keys`: keys in a forward tile; `queries`, `keys`: rows of a backward tile;
-    `draws_signs`: of the rotation, for each sequence and KV head (`signs_of`).
     `shared_key_scales`: of K not one scale per token, but one for 16 of every 64 (`shared_amax`).
     `token_gradients`: dO of dV has one scale per token, which joins P before that is rounded, not one per channel.
     `exact`, `dithered`: of OPERANDS those that are not rounded, and those whose small numbers are rounded up or down by
@@ -55,7 +53,6 @@ class Preset:
     queries: int
     keys: int
     rotate: bool = True
-    draws_signs: bool = True
     shared_key_scales: bool = False
     token_gradients: bool = False
     exact: frozenset[str] = frozenset()
@@ -79,7 +76,7 @@ class Preset:
 PAPER = Preset("paper", forward_keys=64, queries=128, keys=64, rotate=False)
 SAGE = Preset("sage", forward_keys=32, queries=64, keys=64, dithered=frozenset({"p", "p_dv", "ds_dq", "ds_dk"}))
 # `sage` as the kernels sm80 and sm90 compute it
-SAGE_SM80 = replace(SAGE, name="sage_sm80", dithers_large=True, draws_signs=False)
+SAGE_SM80 = replace(SAGE, name="sage_sm80", dithers_large=True)
 SAGE_SM90 = replace(SAGE_SM80, name="sage_sm90", shared_key_scales=True, token_gradients=True)
 PRESETS = {preset.name: preset for preset in (PAPER, SAGE, SAGE_SM80, SAGE_SM90)}
 
@@ -166,12 +163,9 @@ def unrotate(x: Tensor, signs: Tensor, head_dim: int) -> Tensor:
     return ((x @ hadamard(x.shape[-1], x)) * signs)[..., :head_dim]
 
 
-def signs_of(k_mean: Tensor, preset: Preset) -> Tensor:
-    """The signs of each head's channels, `[H, 1, Dp]`: drawn by its mean key `[H, 1, D]`, or those of all (SIGNS)."""
-    size = padded_head_dim(k_mean.shape[-1])
-    if preset.draws_signs:
-        return signs(size, k_mean)[drawn(k_mean)][:, None]
-    return k_mean.new_tensor([1 - 2 * (SIGNS >> channel & 1) for channel in range(size)]).expand(len(k_mean), 1, size)
+def signs_of(k_mean: Tensor) -> Tensor:
+    """The signs of each head's channels, `[H, 1, Dp]`: drawn by its mean key `[H, 1, D]`."""
+    return signs(padded_head_dim(k_mean.shape[-1]), k_mean)[drawn(k_mean)][:, None]
 
 
 # ---------------------------------------------------------------------------------------------- one sequence
@@ -226,7 +220,7 @@ def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, pr
     maximum, 8 unsigned bits."""
     gain = padded_head_dim(q.shape[-1]) if preset.rotate else 1  # Dp * rotate(q) . rotate(k) = q . k
     k_mean, v_mean = k.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
-    turn = partial(rotate, signs=signs_of(k_mean, preset)) if preset.rotate else (lambda x: x)
+    turn = partial(rotate, signs=signs_of(k_mean)) if preset.rotate else (lambda x: x)
     q_turned, k_turned = turn(q), turn(k) - turn(k_mean)
     width = q_turned.shape[-1]
     q_scale, k_scale = (int8_scale(x, 1, width)[..., :1] for x in (q_turned, k_turned))
@@ -285,7 +279,7 @@ def sage_backward(
     by_column = preset.integers("ds_dk", by_column / column_scale, content=saved["lse2"]) * column_scale
     d_q, d_k = unit * by_row @ k8, (unit * by_column).mT @ q8
     if preset.rotate:
-        turns = signs_of(saved["k_mean"], preset)
+        turns = signs_of(saved["k_mean"])
         d_q, d_k = (unrotate(x, turns, v.shape[-1]) for x in (d_q, d_k))
     return {"d_q": scale * (d_q + d_lse * saved["k_mean"]), "d_k": scale * d_k, "d_v": d_v, "d_s": unit * d_s}
 

@@ -278,18 +278,49 @@ def test_small_numbers_are_right_on_average(name, build, attend):
     assert error(got, truth) < lost / 2, f"{error(got, truth):.2e}, to the nearest {lost:.2e}"
 
 
-def test_rows_of_very_large_scores_see_their_largest():
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_rows_of_very_large_scores_see_their_largest(is_causal):
     """A single key has all the weight, whatever digits a float has left for the others."""
     q = torch.randn(1, 1, 200, 64, generator=torch.Generator().manual_seed(0)).sign()
     k, v = q + 0.1 * q.flip(-1), torch.randn(1, 1, 200, 64, generator=torch.Generator().manual_seed(1))
     sizes = [1e2, 1e3] + [1e4, 1e6] * (sagetrain.kernel_name(DEVICE) == "sm90")
     for size in sizes:  # base-2 scores of 1e5 to 1e7, and beyond what a float holds to a unit
         case = given(
-            replace(ONE, tq=200, tk=200, is_causal=False), *(x.to(DEVICE, BF16) for x in (q * size, k * size, v, v))
+            replace(ONE, tq=200, tk=200, is_causal=is_causal), *(x.to(DEVICE, BF16) for x in (q * size, k * size, v, v))
         )
         q_, k_, v_, _ = case.tensors()
         o, lse = sagetrain.attention(q_, k_, v_, return_lse=True, **case.options)
-        assert lse.isfinite().all() and error(o, v_) < 0.02, size
+        assert error(o, v_) < 0.02, size
+        assert error(lse, reference.exact(q_, k_, v_, **case.options)[1]) < 0.02, size
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@both_backwards
+def test_keys_that_a_row_does_not_see_have_no_say_in_its_largest_score(d, attend):
+    """The first row sees only the first key, which is far from its query, and long beside the keys that follow."""
+    q = 5.0 * torch.randn(1, d, generator=torch.Generator().manual_seed(0)).sign().expand(130, d)
+    k = torch.cat([-20 * q[:1], q[1:] * torch.linspace(0, 1, 129)[:, None]])
+    v, d_o = torch.randn(2, 130, d, generator=torch.Generator().manual_seed(1))
+    case = given(replace(ONE, d=d, hq=1), *(x[None, None].to(DEVICE, BF16) for x in (q, k, v, d_o)))
+    truth, got = exact(case), run(attend, case)
+    assert error(got["o"][:, :, 0], truth["o"][:, :, 0]) < 0.02
+    assert error(got["d_v"][:, :, 0], truth["d_v"][:, :, 0]) < 0.02
+    _, lse = attend(*case.tensors()[:3], return_lse=True, **case.options)
+    assert error(lse, reference.exact(*case.tensors()[:3], **case.options)[1]) < 0.01
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@both_backwards
+def test_a_scale_of_zero_makes_attention_the_mean(is_causal, attend):
+    case = replace(BASE, is_causal=is_causal)
+    q, k, v, d_o = (x.requires_grad_() for x in case.tensors())
+    o, lse = attend(q, k, v, is_causal=is_causal, scale=0.0, return_lse=True)
+    o.backward(d_o)
+    count = torch.arange(1, 201, device=DEVICE).expand_as(lse) if is_causal else torch.full_like(lse, 200)
+    values = v.detach().double().repeat_interleave(2, 1)
+    mean = values.cumsum(2) / count[..., None] if is_causal else values.mean(2, keepdim=True).expand_as(values)
+    assert error(o, mean) < 0.02 and torch.allclose(lse, count.log().float(), atol=0.02)
+    assert not q.grad.any() and not k.grad.any() and v.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e4, 1e30])
