@@ -144,6 +144,9 @@ def _known(override: Override, cfg: Any) -> str:
             close = "".join(f". Did you mean {name}?" for name in difflib.get_close_matches(part, names, 1, 0.5))
             raise ValueError(f"unknown key {key}; choose from {', '.join(names)}{close}")
         node = node[part]
+    if len(parts) == 1 and isinstance(node, dict) and not (override.is_delete() or isinstance(override.value(), dict)):
+        keys = ", ".join(f"{key}.{name}" for name in node)
+        raise ValueError(f"{key} is a group of keys, not a single value: set {keys}")
     return line
 
 

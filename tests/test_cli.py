@@ -65,6 +65,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
         (["recipe=quickstart", "optim.learning_rate=1"], ["unknown key optim.learning_rate", "weight_decay"]),
         (["recipe=quickstart", "optin.lr=1"], ["unknown key optin.lr", "Did you mean optim"]),
         (["recipe=quickstart", "trainer.max_step=1"], ["unknown key trainer.max_step", "Did you mean max_steps"]),
+        (["recipe=quickstart", "compare=null"], ["compare is a group of keys", "compare.arms"]),
         (["recipe=quickstart", "seed.x=1"], ["seed is a single value"]),
         (["recipe=quickstart", "optim.lr=1,2"], ["optim.lr=1,2", "--multirun"]),
         (["recipe=quickstart", "optim.lr=[1"], ["optim.lr=[1"]),
