@@ -320,7 +320,7 @@ def exact(
     return o, lse
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts to where x is; None without autocast (meta, for one, has none)."""
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -332,7 +332,7 @@ def _in_its_own_types(run: Callable) -> Callable:
 
     @wraps(run)
     def without(ctx: Any, x: Tensor, *others: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False) if _autocast_dtype(x) else nullcontext():
+        with torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) else nullcontext():
             return run(ctx, x, *others)
 
     return without
@@ -390,7 +390,7 @@ def attention(
     `record`: a list that receives dS `[Hq, Tq, Tk]` of each sequence during the backward.
     """
     chosen = PRESETS[preset] if isinstance(preset, str) else preset
-    if dtype := _autocast_dtype(q):
+    if dtype := autocast_dtype(q):
         q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, lse = _Reference.apply(q, k, v, chosen, is_causal, scale, cu_seqlens_q, cu_seqlens_k, record)

@@ -323,7 +323,8 @@ def captured(name: str) -> tuple[str, list[list[Tensor]]]:
     layers: list[list[Tensor]] = []
 
     def attention(layer: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
-        kept = [x.detach() for x in (q, k, v)]
+        dtype = reference.autocast_dtype(q) or q.dtype  # the scheme casts, too
+        kept = [x.detach().to(dtype) for x in (q, k, v)]
         layers.append(kept)
         out, weights = ALL_ATTENTION_FUNCTIONS[name](layer, q, k, v, mask, **options)
         out.register_hook(lambda grad: kept.append(grad.detach().transpose(1, 2)))  # [B, T, H, D] in transformers

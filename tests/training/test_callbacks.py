@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sagetrain
 from sagetrain.__main__ import compose
@@ -19,6 +20,7 @@ from sagetrain.training.callbacks import (
     Probe,
     RunLog,
     beginning,
+    captured,
     first_document,
     gradient_errors,
     probe_columns,
@@ -74,6 +76,27 @@ def test_errors_of_the_probe_are_those_of_the_kernel() -> None:
     truth, got = kernelkit.exact(case), kernelkit.run(sagetrain.attention, case)
     errors = [kernelkit.error(got[name], truth[name]) for name in ("d_q", "d_k")]
     assert gradient_errors(*case.tensors(), "sage_int8") == pytest.approx(errors, rel=1e-3)
+
+
+def test_the_probe_keeps_what_the_scheme_gets_under_autocast() -> None:
+    """Queries and keys are float32 there: rotary embeddings are, and attention casts."""
+    name, layers = captured("sage_int8")
+    q, k, v = (torch.randn(1, heads, 20, 64, requires_grad=True) for heads in (2, 1, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = ALL_ATTENTION_FUNCTIONS[name](torch.nn.Module(), q, k, v, None)
+    out.sum().backward()
+    assert [x.dtype for x in layers[0]] == [torch.bfloat16] * 4
+
+
+@pytest.mark.gpu
+def test_probe_on_a_gpu(tmp_path: Path) -> None:
+    rows = train(
+        tmp_path, "probe.every=3", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed", f"out={tmp_path / 'run'}"
+    )
+    for row in rows[2::3]:
+        values = {c: float(row[c]) for c in probe_columns(layers=2)}
+        assert 0.9 < values["probe/grad_cosine"] < 1.0
+        assert all(1e-3 < values[f"probe/d{x}_error_layer{i}"] < 0.1 for x in "qk" for i in range(2))
 
 
 def test_the_report_names_what_the_probe_says_of_layers() -> None:
