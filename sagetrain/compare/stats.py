@@ -7,7 +7,9 @@ seeds of the final loss: an arm whose gap is inside trains as well. A gap outsid
 interval (Student's t over the paired seeds) leaves out zero; else it may be chance, and there is no verdict.
 Choice: band and interval, as training can be chaotic: then a change of rounding moves a run as far as another seed
 does, and by the band alone four of ten equal arms of two seeds fail. A trailing mean of the same width draws the
-difference curve, so that its right end is the number in the table. Scores (accuracy, F1) are held against the baseline
+difference curve, so that its right end is the number in the table. A gap that is small but grows is no parity: the
+trend is what the gap gains from the middle of the run to its end, by a straight line through the paired difference of
+each step's loss, and is said where its interval leaves out zero. Scores (accuracy, F1) are held against the baseline
 in the same way, each run by its last one.
 Limits: a band of two seeds is a rough estimate of chance, of one seed none at all; both are said beside the verdict.
 Two seeds seldom tell a gap outside the band from chance: their interval is 3.6 times as wide as that of three. Whoever
@@ -115,6 +117,8 @@ class Arm:
     gap: float | None = None
     interval: tuple[float, float] | None = None  # the 95% interval of the gap
     inside: bool | None = None
+    trend: float | None = None  # what the gap gains in the second half of the run
+    trend_interval: tuple[float, float] | None = None
 
     @property
     def better(self) -> bool:
@@ -167,6 +171,9 @@ class Comparison:
         base = arms[0]
         self.band = spread(base.finals)
         self.arms = [base, *(self._against(arm, base) for arm in arms[1:])]
+        for i, arm in enumerate(self.arms[1:], 1):
+            trend, interval = self._trend(arm)
+            self.arms[i] = replace(arm, trend=trend, trend_interval=interval)
         self.scores = list(self._scores())
         self.mismatches = list(self._mismatches())
         self.notes = [*numbered, *self._notes()]
@@ -192,6 +199,16 @@ class Comparison:
         paired = [run for run in arm.runs if run.seed in arm.pairs]
         curves = [on_common_steps([self.trailing(run), self.trailing(base[run.seed])]) for run in paired]
         return [(steps, both[0] - both[1]) for steps, both in curves]
+
+    def _trend(self, arm: Arm) -> tuple[float | None, tuple[float, float] | None]:
+        """The trend of its gap and the 95% interval, over the paired seeds."""
+        base, found, half = {run.seed: run for run in self.arms[0].runs}, [], self.common_step / 2
+        for run in (run for run in arm.runs if run.seed in arm.pairs):
+            steps, both = on_common_steps([x.series("loss", self.common_step) for x in (run, base[run.seed])])
+            late = steps > half
+            if late.sum() >= LEAST_ROWS and np.isfinite(both[:, late]).all():
+                found.append(float(np.polyfit(steps[late], both[0, late] - both[1, late], 1)[0]) * half)
+        return (float(np.mean(found)), mean_interval(found)) if found else (None, None)
 
     def band_curve(self) -> Series:
         """max - min over the baseline's seeds of the trailing loss, per step; empty where the band is unknown."""
@@ -270,6 +287,7 @@ class Comparison:
                 "better": arm.better,
             }
             against["gap_interval"] = arm.interval and [_finite(end) for end in arm.interval]
+            against |= {"gap_trend": arm.trend, "gap_trend_interval": arm.trend_interval and list(arm.trend_interval)}
             speed = {"tokens_per_s": arm.tokens_per_s, "speed_ratio": arm.speed_ratio, "handicap": arm.handicap}
             scores = {score.name: _score(score) for score in self.scores if score.arm == arm.name}
             scores = {"scores": scores} if scores else {}
@@ -353,7 +371,14 @@ class Comparison:
             return f"No verdict on {name}: {where} {base} ({seeds}), {band}, but {more}.{speed}"
         what = "trains as well as" if arm.inside else "ends lower than" if arm.better else "does not train as well as"
         small = "; the gap is small, but no chance" if arm.inside and sure and arm.gap else ""
-        return f"{name} {what} {base}: {where} ({seeds}), {band}{small}.{speed}"
+        return f"{name} {what} {base}: {where} ({seeds}), {band}{small}.{self._trend_said(arm)}{speed}"
+
+    @staticmethod
+    def _trend_said(arm: Arm) -> str:
+        if not arm.trend_interval or arm.trend_interval[0] <= 0 <= arm.trend_interval[1]:
+            return ""
+        low, high = arm.trend_interval
+        return f" In the second half of the run the gap changed by {arm.trend:+.4f} ({low:+.4f} to {high:+.4f})."
 
     def _mismatches(self) -> Iterator[str]:
         """What differs between the runs although it has to be the same for a like-for-like comparison."""
