@@ -49,7 +49,7 @@ SOURCES = {  # the file that is trained on, the one that is evaluated (None: spl
 ARMS = {"bf16": "sage_int8", "sage_int8": "sdpa"}  # and what else it is evaluated with
 # A small model has room for larger micro-batches than the recipes', which are for a billion weights: examples in one,
 # and how many make a step (together as the recipe has it).
-MICRO = {"gsm8k": (32, 1), "hellaswag": (128, 1), "mmlu": (128, 1), "drop": (64, 2)}
+MICRO = {"gsm8k": (32, 1), "hellaswag": (128, 1), "mmlu": (128, 1), "drop": (32, 4)}
 EVALUATED = 0.2  # of a file that is split
 
 
