@@ -7,11 +7,13 @@ Method: at fixed weights the gradient g of the mean loss is summed over micro-ba
 each of the others; e is the difference of the two. The model is in FP32; every attention gets what it gets in training,
 its inputs and the gradient of its output in BF16, and rounds its results to BF16. The exact one computes in FP32
 between. Noise of n micro-batches grows with the root of n, the sums with n, and what stays of e is bias. After 1, 2, 4,
-... micro-batches a row says, of the whole gradient and of the query, key and value projections' of all layers:
+... micro-batches a row says, of the whole gradient, of the query, key and value projections' of all layers, and with
+--layers of each layer's:
 
     error     ||sum e|| / ||sum g||
     bias      its limit for many: the square root of (||sum e||^2 - sum ||e||^2) / (||sum g||^2 - sum ||g||^2), which
               takes out the noise that is still in the sums; negative where noise alone would have made more
+    along     of the bias what the gradient is too long by, -0.01: 1% too short; the same estimate of (e . g) / ||g||^2
     noise     of the gradient itself: the distance of sum g / n from its limit, over the limit
     each      the error of one micro-batch
 
@@ -48,7 +50,7 @@ from sagetrain.ops import reference, schemes
 from sagetrain.training import export
 
 Attend = Callable[..., Tensor]  # (q, k, v, is_causal=, scale=) -> o; shapes as `sagetrain.attention`
-PARTS = {"all": "", "q": "q_proj", "k": "k_proj", "v": "v_proj"}  # and what the names of its parameters have
+PARTS = {"all": "", "q": ".q_proj.", "k": ".k_proj.", "v": ".v_proj."}  # and what the names of its parameters have
 EXACT = "exact"
 ROUNDINGS = ("exact", "dithered", "nearest")
 
@@ -81,33 +83,38 @@ def attention(name: str) -> Attend:
 
 
 class Sum:
-    """Sum of vectors, one for each parameter, and of their squared lengths `[parameters]`."""
+    """Sum of vectors x, one for each parameter, and of their products `[parameters]` with others: x . x, x . g."""
 
     def __init__(self, like: list[Tensor]) -> None:
         self.total = [torch.zeros_like(x) for x in like]
-        self.squares = torch.zeros(len(like), dtype=torch.float64, device=like[0].device)
+        self.products = torch.zeros(2, len(like), dtype=torch.float64, device=like[0].device)
 
-    def add(self, vectors: list[Tensor]) -> None:
+    def add(self, vectors: list[Tensor], g: list[Tensor]) -> None:
         torch._foreach_add_(self.total, vectors)
-        self.squares += lengths(vectors).square()
+        self.products += torch.stack([dots(vectors, vectors), dots(vectors, g)])
 
-    def of(self, chosen: Tensor) -> tuple[float, float]:
-        """||sum||^2 and the sum of squared lengths, over the parameters chosen."""
-        return float(lengths(self.total).square()[chosen].sum()), float(self.squares[chosen].sum())
-
-
-def lengths(vectors: list[Tensor]) -> Tensor:
-    return torch.stack([x.norm() for x in vectors]).double()
+    def of(self, chosen: Tensor, g: Sum) -> list[float]:
+        """(sum x) . (sum x), sum x . x, (sum x) . (sum g), sum x . g, over the parameters chosen."""
+        found = dots(self.total, self.total), self.products[0], dots(self.total, g.total), self.products[1]
+        return [float(x[chosen].sum()) for x in found]
 
 
-def estimates(n: int, g: float, g_each: float, e: float, e_each: float) -> dict[str, float | str]:
-    """The columns of a row: of n gradients g and errors e, the squared length of the sum, the sum of squared lengths.
+def dots(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    return torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(xs, ys, strict=True)]).double()
+
+
+def estimates(
+    n: int, g: float, g_each: float, e: float, e_each: float, along: float, along_each: float
+) -> dict[str, float | str]:
+    """The columns of a row, of n gradients g and errors e: the squared length of their sum, the sum of squared lengths;
+    along: the product of both sums, and the sum of products.
 
     Times n (n - 1), the mean's squared length without its noise is g - g_each, and that noise's is g_each - g / n.
     """
     found: dict[str, float | str] = {
         "error": math.sqrt(e / g),
         "bias": "",
+        "along": "",
         "noise": "",
         "each": math.sqrt(e_each / g_each),
     }
@@ -115,22 +122,25 @@ def estimates(n: int, g: float, g_each: float, e: float, e_each: float) -> dict[
         bias = (e - e_each) / signal
         found |= {
             "bias": math.copysign(math.sqrt(abs(bias)), bias),
+            "along": (along - along_each) / signal,
             "noise": math.sqrt(max(g_each - g / n, 0) / signal),
         }
     return found
 
 
 def measure(
-    model: nn.Module, batches: Iterable[Tensor], arms: dict[str, Attend], dtype: torch.dtype = torch.bfloat16
-) -> Iterator[dict[str, Any]]:
-    """Rows {tokens, arm, part, error, bias, noise, each} (module docstring) after 1, 2, 4, ... of the batches and the
-    last; batches of ids `[rows, tokens]`, at least two. dtype: of what the arms get and give.
+    model: nn.Module, batches: Iterable[Tensor], arms: dict[str, Attend], dtype: torch.dtype = torch.bfloat16,
+    layers: bool = False,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Rows {tokens, arm, part, error, bias, along, noise, each} (module docstring) after 1, 2, 4, ... of the batches
+    and the last; batches of ids `[rows, tokens]`, at least two. dtype: of what the arms get and give.
     """
     for name, attend in {EXACT: lambda *x, **o: sdpa(*(y.float() for y in x), **o), **arms}.items():
         causal = partial(attend, is_causal=True)
         register(f"bias_{name}", lambda _, q, k, v, scale, of=causal: of(q, k, v, scale=scale), dtype)
     parameters = {name: x for name, x in model.named_parameters() if x.requires_grad}
-    chosen = {part: torch.tensor([word in name for name in parameters]) for part, word in PARTS.items()}
+    parts = PARTS | {f"layer {i}": f"layers.{i}." for i in range(model.config.num_hidden_layers if layers else 0)}
+    chosen = {part: torch.tensor([word in name for name in parameters]) for part, word in parts.items()}
     like = list(parameters.values())
     exact, errors = Sum(like), {name: Sum(like) for name in arms}
 
@@ -140,21 +150,21 @@ def measure(
         return [g.detach() for g in torch.autograd.grad(loss, like, materialize_grads=True)]
 
     def rows(n: int, tokens: int) -> Iterator[dict[str, Any]]:
-        for part in PARTS:
-            if not chosen[part].any():
+        for part, these in chosen.items():
+            if not these.any():
                 continue
             for name, error in errors.items():
-                found = estimates(n, *exact.of(chosen[part]), *error.of(chosen[part]))
+                found = estimates(n, *exact.of(these, exact)[:2], *error.of(these, exact))
                 yield {"tokens": tokens, "arm": name, "part": part} | found
 
     n = tokens = 0
     for ids in batches:
         truth = gradient(EXACT, ids)
-        exact.add(truth)
+        exact.add(truth, truth)
         for name, error in errors.items():
             found = gradient(name, ids)
             torch._foreach_sub_(found, truth)
-            error.add(found)
+            error.add(found, truth)
         n, tokens = n + 1, tokens + ids.numel()
         if n & (n - 1) == 0:
             yield from rows(n, tokens)
@@ -198,6 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8, help="rows of a micro-batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--layers", action="store_true", help="rows of each layer, too")
     parser.add_argument("--name", help="of the model, in the rows; default: the last part of its path")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args(arguments)
@@ -209,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
         "seq_len": args.seq_len, "batch_size": args.batch_size,
     }  # fmt: skip
     saved = []
-    for row in measure(model.to(args.device), source, arms):
+    for row in measure(model.to(args.device), source, arms, layers=args.layers):
         row = {key: f"{value:.3e}" if isinstance(value, float) else value for key, value in row.items()}
         saved.append(start | row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

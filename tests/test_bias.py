@@ -68,6 +68,7 @@ def test_bias_stays_and_noise_falls_out(learnt) -> None:
     noise, systematic, none = (found[name, "all"] for name in ("noisy", "biased", "exact"))
     assert noise[-1]["error"] < 0.35 * noise[0]["error"] and abs(noise[-1]["bias"]) < 0.2 * noise[-1]["each"]
     assert systematic[-1]["bias"] == pytest.approx(systematic[-1]["error"], rel=0.1) and systematic[-1]["bias"] > 0.02
+    assert 0 < systematic[-1]["along"] < systematic[-1]["bias"] and abs(noise[-1]["along"]) < 0.002
     assert none[-1]["error"] < 0.002
     assert [row["tokens"] // (2 * SIZE.tokens) for row in noise] == [1, 2, 4, 8, 16, 32]
 
@@ -76,11 +77,17 @@ def test_the_estimates_are_those_of_vectors_of_known_bias_and_noise() -> None:
     generator, n, size = torch.Generator().manual_seed(0), 50, 20_000
     g = 1 + 0.5 * torch.randn(n, size, generator=generator)
     e = 0.02 + 0.1 * torch.randn(n, size, generator=generator)
-    found = bias.estimates(n, *(float(y) for x in (g, e) for y in (x.sum(0).square().sum(), x.square().sum())))
-    assert found["bias"] == pytest.approx(0.02, rel=0.02) and found["error"] > 0.024
-    assert found["noise"] == pytest.approx(0.5 / n**0.5, rel=0.02)
-    two = bias.estimates(2, *(float(y) for x in (g[:2], e[:2]) for y in (x.sum(0).square().sum(), x.square().sum())))
-    assert two["noise"] == pytest.approx(0.5 / 2**0.5, rel=0.02)
+    e[:, ::2] -= 0.04  # so of the bias of 0.02 nothing is along g; a tenth of g is
+    e += 0.1 * g
+
+    def found(n: int) -> dict[str, float]:
+        pairs = [(x[:n], y[:n]) for x, y in ((g, g), (e, e), (e, g))]
+        return bias.estimates(n, *(float(z) for x, y in pairs for z in (x.sum(0) @ y.sum(0), (x * y).sum())))
+
+    assert found(n)["bias"] == pytest.approx((0.02**2 + 0.1**2) ** 0.5, rel=0.02) and found(n)["error"] > 0.102
+    assert found(n)["along"] == pytest.approx(0.1, rel=0.02)
+    assert found(n)["noise"] == pytest.approx(0.5 / n**0.5, rel=0.02)
+    assert found(2)["noise"] == pytest.approx(0.5 / 2**0.5, rel=0.02)
 
 
 def test_most_of_it_is_small_probabilities_that_become_zero(learnt) -> None:
@@ -122,12 +129,14 @@ def test_a_run_is_measured(tmp_path: Path, monkeypatch, capsys) -> None:
     text = tmp_path / "text.txt"
     text.write_text("All that is gold does not glitter. " * 400)
     run(compose([*RUN, "trainer.max_steps=2", f"out={tmp_path / 'run'}"]))
-    words = [str(tmp_path / "run"), "--text", str(text), "--seq-len", "64", "--batch-size", "2"]
+    words = [str(tmp_path / "run"), "--text", str(text), "--seq-len", "64", "--batch-size", "2", "--layers"]
     monkeypatch.setattr(bias, "kernel_file", lambda *_: tmp_path / "bias-cpu.csv")
     for _ in range(2):  # the second takes the first one's place
         bias.main([*words, "--tokens", "1K", "--attention", "bf16", "sage:p=exact"])
-    assert "tokens 1024  arm sage:p=exact  part v" in capsys.readouterr().out
+    assert "tokens 1024  arm sage:p=exact  part layer 0" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "bias-cpu.csv").open()))
-    assert len(rows) == 4 * 2 * 4 and rows[-1]["text"] == "text.txt"  # after 1, 2, 4, 8 micro-batches
+    parts = {row["part"] for row in rows}
+    assert parts == {*bias.PARTS, *(f"layer {i}" for i in range(len(parts) - 4))} and "layer 0" in parts
+    assert len(rows) == 4 * 2 * len(parts) and rows[-1]["text"] == "text.txt"  # after 1, 2, 4, 8 micro-batches
     with pytest.raises(ValueError, match="at least 2, and the text has"):
         bias.main([*words, "--tokens", "4M", "--no-save"])
