@@ -100,6 +100,15 @@ def heavy(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: 
     return q, k, v, d_o * torch.exp(1.5 * torch.randn(case.b, case.hq, case.tq, 1, generator=g))
 
 
+def sink(case: Case, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, d_o: Tensor) -> Values:
+    """Nearly all weight is on the first key of each sequence, which the queries' mean meets, and its value is tiny."""
+    mean = torch.randn(case.d, generator=g).sign()
+    first = [0] if case.cu_k is None else [i for i in case.cu_k[:-1] if i < case.tk]
+    k[:, :, first] += 11 / case.d**0.5 * mean  # scores of 11
+    v[:, :, first] *= 0.02
+    return q + mean, k, v, d_o
+
+
 def small(case: Case, d_o: Tensor) -> Tensor:
     """d_o as small as a mean loss leaves it; in float16 as it comes, since there the loss is scaled up by as much."""
     return d_o if case.dtype == torch.float16 else d_o * 2.0**-20
@@ -196,6 +205,7 @@ PLAIN_KINDS: dict[str, Callable[..., Values]] = {
     "outlier": outlier,
     "biased": biased,
     "heavy": heavy,
+    "sink": sink,
     "uniform": lambda case, g, q, k, v, d_o: (0.1 * q, 0.1 * k, v, d_o),  # near-equal attention weights
 }
 GRADIENT_KINDS = {"masked": masked, "meanloss": last_rows, "zeros": zeros}  # what training makes of d_o

@@ -33,8 +33,19 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
   Keys& record = static_cast<Keys*>(a.w.keys)[first + tile];
   const int samples = mean_samples(keys.length);
   sum_rows<Dp>(mean, folded, (is_value ? a.w.v_partial : a.w.k_partial) + first * Dp, (samples + TILE - 1) / TILE, down * mean_factor(samples));
-  if (t < dim && keys.length)
-    mean[t] = fmaf(to_float(row_at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin)[t]), down, mean[t]);
+  Scale grid = int8_scale(0.f, true);  // of values in the sequence's first tile, channel t
+  if (t < dim && keys.length) {
+    const float token = to_float(row_at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin)[t]);
+    float m = fmaf(token, down, mean[t]);
+    if constexpr (is_value) {  // moved by half a step at most, so that the first token, on which many rows look alone, is a multiple of its scale
+      const float* range = a.w.v_range + (static_cast<int64_t>(keys.sequence) * heads + head) * 2 * Dp + t;
+      const float amax = fmaxf(fmaf(range[0], down, -m), fmaf(range[Dp], down, m)), first = fmaf(token, down, -m);
+      grid = int8_scale(amax * (2.f * 127.f / 126.5f), is_finite(amax));
+      const float beside = fmaf(rintf(first * (2.f * grid.inverse)), -0.5f * grid.scale, first);
+      if (is_finite(beside)) m += beside;
+    }
+    mean[t] = m;
+  }
   if (t < dim) {
     const float saved = mean[t] * (1.f / down);
     if (tile == 0) (is_value ? a.p.v_mean : a.p.k_mean)[(static_cast<int64_t>(keys.sequence) * heads + head) * dim + t] = saved;
@@ -124,7 +135,8 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
   __syncthreads();
   if (t < Dp) {
     const float amax = __uint_as_float(fold_warps<Dp, WARPS>(reinterpret_cast<const uint32_t*>(folded), t, Max{}));
-    const Scale s = int8_scale(2.f * amax, is_finite(amax));
+    Scale s = int8_scale(2.f * amax, is_finite(amax));
+    if (tile == 0) s = {is_finite(amax) ? grid.scale : nan_float(), grid.inverse};
     scale[t] = s.scale, inverse[t] = s.inverse;
     record.write_value_scale(t, s.scale);
   }

@@ -121,8 +121,16 @@ static void pack_values(const ForwardParams& p, const Sequence& q, int64_t head,
         x[i * dim + d] = v;
       }
     }
+    const float room = j ? 1.0f : 127.0f / 126.5f;  // for half a step, below
     for (int64_t d = 0; d < dim; d += W)
-      store(inverse + d, inverse_scale(load(largest + d), load(finite + d), scale + d));
+      store(inverse + d, inverse_scale(load(largest + d) * room, load(finite + d), scale + d));
+    if (j == 0)  // the first token, on which many rows look alone, becomes a multiple of its scale
+      for (int64_t d = 0; d < dim; ++d) {
+        const float beside = x[d] - __builtin_rintf(x[d] * inverse[d]) * scale[d];
+        if (!(beside * 0.0f == 0.0f)) continue;  // not finite
+        mean[d] += beside;
+        for (int64_t i = 0; i < count; ++i) x[i * dim + d] -= beside;
+      }
     float* v_scale = out.v_scale + j / kKeyTileForward * dim;
     for (int64_t d = 0; d < dim; ++d) {
       elem* v8 = out.v + j * dim + d * G;

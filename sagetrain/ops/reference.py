@@ -33,6 +33,7 @@ from sagetrain.ops.signs import drawn, signs
 LOG2E = math.log2(math.e)
 AMAX_MIN, AMAX_MAX = 2.0**-100, 2.0**55  # keeps scales and their products finite for any finite input
 SMALLEST = 2.0**-126  # rows of dO below it count as zero
+SCORES = 2**27  # at a time, of several rows of a batch
 STEP = 2531  # near 4096 times the golden ratio, whose multiples spread evenly however many; odd, so all 4096 come
 # Below this, a hundredth of the largest, numbers of so many levels are dithered: above, the nearest integer has no bias
 # to speak of and less noise, which O and dK of channels that move together cannot spare. Halves, where it changes.
@@ -133,6 +134,11 @@ def round_tiles(x: Tensor, rows: int, columns: int) -> Tensor:
     return int8(x, scale) * scale
 
 
+def beside(x: Tensor, scale: Tensor) -> Tensor:
+    """How far `x` is above the nearest multiple of `scale`; 0 where it is not finite."""
+    return torch.nan_to_num(x - (x / scale).round() * scale, 0.0, 0.0, 0.0)
+
+
 def floor_log2(x: Tensor) -> Tensor:
     """Exponent of the positive numbers `x`, in floats; NaN and Inf stay."""
     return torch.where(x.isfinite(), torch.frexp(x).exponent - 1.0, x)
@@ -216,8 +222,8 @@ def paper_backward(
 
 
 def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, preset: Preset) -> dict[str, Tensor]:
-    """Q and K rotated, a scale per token (K: or 16); V centred, a scale per channel and key tile; P against its tile's
-    maximum, 8 unsigned bits."""
+    """Q and K rotated, a scale per token (K: or 16); V centred so that the first token is a multiple of its scale, a
+    scale per channel and key tile; P against its tile's maximum, 8 unsigned bits."""
     gain = padded_head_dim(q.shape[-1]) if preset.rotate else 1  # Dp * rotate(q) . rotate(k) = q . k
     k_mean, v_mean = k.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
     turn = partial(rotate, signs=signs_of(k_mean)) if preset.rotate else (lambda x: x)
@@ -227,7 +233,11 @@ def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, pr
     if preset.shared_key_scales:
         k_scale = scale_of(shared_amax(k_turned.abs()))
     q8, k8 = preset.integers("q", q_turned / q_scale), preset.integers("k", k_turned / k_scale)
+    first_scale = tile_amax((v - v_mean)[..., : preset.forward_keys, :].abs(), preset.forward_keys, 1)[..., :1, :]
+    first_scale = scale_of(first_scale * (127 / 126.5))
+    v_mean = v_mean + beside(v[..., :1, :] - v_mean, first_scale)
     v_scale = int8_scale(v - v_mean, preset.forward_keys, 1)
+    v_scale[..., : preset.forward_keys, :] = first_scale
     v_hat = preset.integers("v", (v - v_mean) / v_scale) * v_scale
     v_mean = v_mean + (v - v_mean - v_hat).mean(-2, keepdim=True)  # what rounding lost on average comes back for free
     s = (q8 @ k8.mT) * k_scale.mT * (q_scale * (gain * scale * LOG2E))
@@ -393,7 +403,14 @@ def attention(
     if dtype := autocast_dtype(q):
         q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, lse = _Reference.apply(q, k, v, chosen, is_causal, scale, cu_seqlens_q, cu_seqlens_k, record)
+    rest = chosen, is_causal, scale, cu_seqlens_q, cu_seqlens_k, record
+    if cu_seqlens_q is None and record is None and len(q) > 1:  # rows of a batch are heads like any other
+        size = max(1, SCORES // max(1, q[0, :, :, 0].numel() * k.shape[2]))
+        parts = zip(*(x.split(size) for x in (q, k, v)), strict=True)
+        calls = [(len(x[0]), _Reference.apply(*(y.flatten(0, 1)[None] for y in x), *rest)) for x in parts]
+        o, lse = (torch.cat([y[i].unflatten(1, (b, -1))[0] for b, y in calls]) for i in (0, 1))
+    else:
+        o, lse = _Reference.apply(q, k, v, *rest)
     return (o, lse) if return_lse else o
 
 
