@@ -19,8 +19,7 @@ between. Noise of n micro-batches grows with the root of n, the sums with n, and
 
 MODEL is a folder or hub id of transformers, or what sagetrain.export reads. An attention is a scheme, `bf16` (torch's
 SDPA), or a preset of sagetrain/ops/reference.py, of which operands may be `exact`, `dithered` or rounded to the
-`nearest` instead of as the preset has them: `sage_sm90:p=exact`, `sage_sm90:ds_dq=nearest,ds_dk=nearest`; and
-`sage_sm90:forward_keys=128` has tiles of the forward as large as the GPU kernels'.
+`nearest` instead of as the preset has them: `sage_sm90:p=exact`, `sage_sm90:ds_dq=nearest,ds_dk=nearest`.
 Choice: rows of T tokens, causal over all of the row, cut from the text as pre-training cuts them.
 Cost: a forward and backward in FP32 for each attention; presets hold T x T scores of all heads. Memory: a copy of the
 gradient for each attention, and two more. Rows go to benchmarks/results/bias-<kernel>.csv.
@@ -73,9 +72,6 @@ def attention(name: str) -> Attend:
     preset = reference.PRESETS[base]
     for change in filter(None, changes.split(",")):
         operand, _, how = change.partition("=")
-        if operand == "forward_keys" and how.isdecimal() and int(how):
-            preset = replace(preset, forward_keys=int(how))
-            continue
         if operand not in reference.OPERANDS or how not in ROUNDINGS:
             raise ValueError(
                 f"attention {name!r}: {change!r} is not one of {', '.join(reference.OPERANDS)} ="

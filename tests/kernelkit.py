@@ -356,6 +356,27 @@ def check_lse(attend: Callable[..., tuple[Tensor, Tensor]], case: Case, preset: 
         assert found <= bar, f"{case}: {name} error with a gradient of lse {found:.2e} > {bar:.2e}"
 
 
+def check_first_token(attend: Callable[..., Tensor], case: Case) -> None:
+    """Asserts that a row that sees only the first token of its sequence gets its value, to an eighth of a step.
+
+    The case: causal, as many queries as keys, and long: in short ones the mean of what rounding lost is more.
+    """
+    q, k, v, _ = case.tensors()
+    o, edges = attend(q, k, v, **case.options).float(), case.cu_k or (0, case.tk)
+    for start, end in itertools.pairwise(edges):
+        values = v[:, :, start:end].float().repeat_interleave(case.hq // case.hkv, 1)
+        step = (values[:, :, :128] - values.mean(2, keepdim=True)).abs().amax(2) / 127
+        off = ((o[:, :, start] - values[:, :, 0]).abs() / step).max()
+        assert off < 1 / 8, f"{case}: the first token's value is off by {off:.2f} steps"
+
+
+SINKS = [
+    Case(kind="sink", tq=700, tk=700),
+    Case(kind="sink", tq=1100, tk=1100, d=128, hq=4, hkv=2),
+    packed(Case(kind="sink", d=40), [600, 900], [600, 900], lead=3),
+]
+
+
 def deterministic(*tensors: Tensor, **options: object) -> Tensor:
     """`sagetrain.attention` whose backward, too, sums in one order."""
     return sagetrain.attention(*tensors, deterministic=True, **options)

@@ -92,7 +92,7 @@ def test_the_estimates_are_those_of_vectors_of_known_bias_and_noise() -> None:
 
 def test_most_of_it_is_small_probabilities_that_become_zero(learnt) -> None:
     """With one maximum for many keys, as on a GPU, more of them do; a threshold instead of the nearest does not."""
-    tile = replace(reference.SAGE_SM90, forward_keys=128, dithered=frozenset(), dithers_large=False)
+    tile = replace(reference.SAGE_SM90, dithered=frozenset(), dithers_large=False)
     arms = {
         how: partial(reference.attention, preset=replace(tile, **{how: frozenset({"p"})}))
         for how in ("exact", "dithered")
@@ -105,7 +105,7 @@ def test_most_of_it_is_small_probabilities_that_become_zero(learnt) -> None:
 
 @pytest.mark.parametrize("name", [
     "paper", "sage:p=exact", "sage_sm90:p=nearest,ds_dq=dithered", "sage_int8", "bf16",
-    "sage:q=dithered,k=dithered,v=dithered,do_dv=dithered", "sage_sm90:forward_keys=16,p=exact",
+    "sage:q=dithered,k=dithered,v=dithered,do_dv=dithered",
 ])  # fmt: skip
 def test_names_of_attentions(name: str) -> None:
     q = torch.randn(1, 2, 40, 64, requires_grad=True)
@@ -116,12 +116,9 @@ def test_names_of_attentions(name: str) -> None:
 def test_an_operand_is_rounded_as_its_name_says() -> None:
     found = bias.attention("sage_sm90:p=nearest,ds_dq=exact,q=dithered").keywords["preset"]
     assert found.dithered == reference.SAGE_SM90.dithered - {"p", "ds_dq"} | {"q"} and found.exact == {"ds_dq"}
-    assert bias.attention("sage:forward_keys=128").keywords["preset"].forward_keys == 128
 
 
-@pytest.mark.parametrize(
-    "name", ["sdpa", "sage:p", "sage:x=exact", "paper2", "sage_int8:p=exact", "sage:forward_keys=0"]
-)
+@pytest.mark.parametrize("name", ["sdpa", "sage:p", "sage:x=exact", "paper2", "sage_int8:p=exact"])
 def test_other_names_are_refused_with_the_choices(name: str) -> None:
     with pytest.raises(ValueError, match=r"choose from .*paper|one of q, k"):
         bias.attention(name)

@@ -37,11 +37,11 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
   if (t < dim && keys.length) {
     const float token = to_float(row_at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin)[t]);
     float m = fmaf(token, down, mean[t]);
-    if constexpr (is_value) {  // moved by half a step at most, so that the first token, on which many rows look alone, is a multiple of its scale
+    if constexpr (is_value) {  // moved by half a step at most, so that the first token, on which many rows look alone, rounds to itself
       const float* range = a.w.v_range + (static_cast<int64_t>(keys.sequence) * heads + head) * 2 * Dp + t;
-      const float amax = fmaxf(fmaf(range[0], down, -m), fmaf(range[Dp], down, m)), first = fmaf(token, down, -m);
+      const float amax = fmaxf(fmaf(range[0], down, -m), fmaf(range[Dp], down, m)), above = fmaf(token, down, -m);
       grid = int8_scale(amax * (2.f * 127.f / 126.5f), is_finite(amax));
-      const float beside = fmaf(rintf(first * (2.f * grid.inverse)), -0.5f * grid.scale, first);
+      const float beside = fmaf(rintf(above * (2.f * grid.inverse)), -0.5f * grid.scale, above);
       if (is_finite(beside)) m += beside;
     }
     mean[t] = m;

@@ -368,7 +368,7 @@ class Comparison:
             why = "their interval holds zero" if arm.interval else "one pair has no interval"
             seeds_more = 2 * max(len(one.runs) for one in (arm, self.arms[0]))
             more = f"these seeds cannot tell it from chance: {why}; run more (compare.seeds={seeds_more})"
-            return f"No verdict on {name}: {where} {base} ({seeds}), {band}, but {more}.{speed}"
+            return f"No verdict on {name}: {where} {base} ({seeds}), {band}, but {more}.{self._trend_said(arm)}{speed}"
         what = "trains as well as" if arm.inside else "ends lower than" if arm.better else "does not train as well as"
         small = "; the gap is small, but no chance" if arm.inside and sure and arm.gap else ""
         return f"{name} {what} {base}: {where} ({seeds}), {band}{small}.{self._trend_said(arm)}{speed}"

@@ -77,7 +77,7 @@ class Preset:
 PAPER = Preset("paper", forward_keys=64, queries=128, keys=64, rotate=False)
 SAGE = Preset("sage", forward_keys=32, queries=64, keys=64, dithered=frozenset({"p", "p_dv", "ds_dq", "ds_dk"}))
 # `sage` as the kernels sm80 and sm90 compute it
-SAGE_SM80 = replace(SAGE, name="sage_sm80", dithers_large=True)
+SAGE_SM80 = replace(SAGE, name="sage_sm80", forward_keys=128, dithers_large=True)
 SAGE_SM90 = replace(SAGE_SM80, name="sage_sm90", shared_key_scales=True, token_gradients=True)
 PRESETS = {preset.name: preset for preset in (PAPER, SAGE, SAGE_SM80, SAGE_SM90)}
 
@@ -222,8 +222,8 @@ def paper_backward(
 
 
 def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, preset: Preset) -> dict[str, Tensor]:
-    """Q and K rotated, a scale per token (K: or 16); V centred so that the first token is a multiple of its scale, a
-    scale per channel and key tile; P against its tile's maximum, 8 unsigned bits."""
+    """Q and K rotated, a scale per token (K: or 16); V centred so that the first token rounds to itself, a scale per
+    channel and key tile; P against its tile's maximum, 8 unsigned bits."""
     gain = padded_head_dim(q.shape[-1]) if preset.rotate else 1  # Dp * rotate(q) . rotate(k) = q . k
     k_mean, v_mean = k.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
     turn = partial(rotate, signs=signs_of(k_mean)) if preset.rotate else (lambda x: x)

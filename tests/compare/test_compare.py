@@ -198,13 +198,14 @@ def test_inside_the_band_but_no_chance(tmp_path: Path):
     assert "INT8 trains as well as BF16" in sentence and "0.2000; the gap is small, but no chance." in sentence
 
 
+@pytest.mark.parametrize("offsets", [(0, 0, 0), (9, -1, 0)])  # the second: outside the band, or chance, so no verdict
 @pytest.mark.parametrize("gains", [(0.2, 0.22, 0.18), (0.2, -0.2, 0.1)])
-def test_a_gap_that_grows_is_said(tmp_path: Path, gains: tuple[float, ...]):
+def test_a_gap_that_grows_is_said(tmp_path: Path, gains: tuple[float, ...], offsets: tuple[float, ...]):
     """By 0.2 per 100 steps from the first on, of 100; or by as much as chance."""
     noise = np.random.default_rng(0).normal(0, 0.3, 100)
     for seed, gain in enumerate(gains):
         write_run(tmp_path, "bf16", seed, list(3 + noise + seed))
-        write_run(tmp_path, "sage_int8", seed, list(3 + noise + seed + gain * np.arange(100) / 100))
+        write_run(tmp_path, "sage_int8", seed, list(3 + noise + seed + offsets[seed] + gain * np.arange(100) / 100))
     comparison = Comparison(find_runs([tmp_path]))
     (arm,), halves = comparison.others, [gain / 2 for gain in gains]
     assert arm.trend == pytest.approx(np.mean(halves)) and arm.trend_interval == pytest.approx(mean_interval(halves))
@@ -212,6 +213,7 @@ def test_a_gap_that_grows_is_said(tmp_path: Path, gains: tuple[float, ...]):
     assert told["gap_trend"] == arm.trend and tuple(told["gap_trend_interval"]) == arm.trend_interval
     said = "In the second half of the run the gap changed by +0.1000 (+0.0752 to +0.1248)."
     assert (said in " ".join(comparison.sentences())) == (gains[1] > 0)
+    assert ("No verdict" in " ".join(comparison.sentences())) == any(offsets)
 
 
 def test_outside_the_band_but_maybe_by_chance(tmp_path: Path):

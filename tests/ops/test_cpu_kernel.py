@@ -3,14 +3,18 @@
 The code path is chosen at every call, so SAGETRAIN_CPU_ISA can change inside one process.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
 import sagetrain
 from tests.kernelkit import (
     NEAREST,
+    SINKS,
     Case,
     check,
+    check_first_token,
     error,
     exact,
     plain,
@@ -89,6 +93,12 @@ def test_the_thresholds_are_those_of_the_reference(isa, monkeypatch):
     case = small_in_rows(0.44)
     truth, got, same = exact(case)["o"], run(sagetrain.attention, case)["o"], run(plain, case)["o"]
     assert error(got, same) < error(same, truth) / 100
+
+
+@pytest.mark.parametrize("case", SINKS, ids=str)
+@pytest.mark.parametrize("attend", [sagetrain.attention, plain, partial(plain, preset="sage_sm90")])
+def test_the_first_tokens_value_is_not_rounded(case, attend):
+    check_first_token(attend, case)
 
 
 def test_the_best_is_chosen_by_itself(monkeypatch):

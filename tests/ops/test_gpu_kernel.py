@@ -28,9 +28,11 @@ from tests.kernelkit import (
     NAMES,
     NEAREST,
     RATIO,
+    SINKS,
     Case,
     assert_same,
     check,
+    check_first_token,
     check_lse,
     deterministic,
     error,
@@ -292,6 +294,11 @@ def test_rows_of_very_large_scores_see_their_largest(is_causal):
         o, lse = sagetrain.attention(q_, k_, v_, return_lse=True, **case.options)
         assert error(o, v_) < 0.02, size
         assert error(lse, reference.exact(q_, k_, v_, **case.options)[1]) < 0.02, size
+
+
+@pytest.mark.parametrize("case", SINKS, ids=str)
+def test_the_first_tokens_value_is_not_rounded(case):
+    check_first_token(sagetrain.attention, replace(case, device=DEVICE))
 
 
 @pytest.mark.parametrize("d", [64, 128])
