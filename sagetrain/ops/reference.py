@@ -33,7 +33,7 @@ from sagetrain.ops.signs import drawn, signs
 LOG2E = math.log2(math.e)
 AMAX_MIN, AMAX_MAX = 2.0**-100, 2.0**55  # keeps scales and their products finite for any finite input
 SMALLEST = 2.0**-126  # rows of dO below it count as zero
-SCORES = 2**27  # at a time, of several rows of a batch
+SCORES = {"cpu": 2**20, "cuda": 2**27}  # at a time, of several rows of a batch: on a CPU what its caches hold
 STEP = 2531  # near 4096 times the golden ratio, whose multiples spread evenly however many; odd, so all 4096 come
 # Below this, a hundredth of the largest, numbers of so many levels are dithered: above, the nearest integer has no bias
 # to speak of and less noise, which O and dK of channels that move together cannot spare. Halves, where it changes.
@@ -405,7 +405,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     rest = chosen, is_causal, scale, cu_seqlens_q, cu_seqlens_k, record
     if cu_seqlens_q is None and record is None and len(q) > 1:  # rows of a batch are heads like any other
-        size = max(1, SCORES // max(1, q[0, :, :, 0].numel() * k.shape[2]))
+        size = max(1, SCORES.get(q.device.type, 2**20) // max(1, q[0, :, :, 0].numel() * k.shape[2]))
         parts = zip(*(x.split(size) for x in (q, k, v)), strict=True)
         calls = [(len(x[0]), _Reference.apply(*(y.flatten(0, 1)[None] for y in x), *rest)) for x in parts]
         o, lse = (torch.cat([y[i].unflatten(1, (b, -1))[0] for b, y in calls]) for i in (0, 1))

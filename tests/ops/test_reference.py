@@ -109,10 +109,10 @@ def test_shared_scales_cost_less_than_a_kernel_may(sigma):
     assert error(shared["o"], truth["o"]) > error(sage["o"], truth["o"])
 
 
-@pytest.mark.parametrize("scores", [2**27, 2 * 4 * 70 * 70])
+@pytest.mark.parametrize("scores", [2**20, 2 * 4 * 70 * 70])
 def test_rows_of_a_batch_are_computed_as_alone(scores, monkeypatch):
     """All at a time, and two."""
-    monkeypatch.setattr(reference, "SCORES", scores)
+    monkeypatch.setitem(reference.SCORES, "cpu", scores)
     case = Case(b=5, hq=4, hkv=2, tq=70, tk=70)
     together, tensors = run(plain, case), case.tensors()
     for row in range(case.b):
