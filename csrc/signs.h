@@ -51,3 +51,5 @@ inline Signs signs_of(const float* k_mean) {
 }
 
 }  // namespace sagetrain
+
+#undef SAGE_BOTH

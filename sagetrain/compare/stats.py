@@ -171,9 +171,6 @@ class Comparison:
         base = arms[0]
         self.band = spread(base.finals)
         self.arms = [base, *(self._against(arm, base) for arm in arms[1:])]
-        for i, arm in enumerate(self.arms[1:], 1):
-            trend, interval = self._trend(arm)
-            self.arms[i] = replace(arm, trend=trend, trend_interval=interval)
         self.scores = list(self._scores())
         self.mismatches = list(self._mismatches())
         self.notes = [*numbered, *self._notes()]
@@ -200,11 +197,11 @@ class Comparison:
         curves = [on_common_steps([self.trailing(run), self.trailing(base[run.seed])]) for run in paired]
         return [(steps, both[0] - both[1]) for steps, both in curves]
 
-    def _trend(self, arm: Arm) -> tuple[float | None, tuple[float, float] | None]:
-        """The trend of its gap and the 95% interval, over the paired seeds."""
-        base, found, half = {run.seed: run for run in self.arms[0].runs}, [], self.common_step / 2
-        for run in (run for run in arm.runs if run.seed in arm.pairs):
-            steps, both = on_common_steps([x.series("loss", self.common_step) for x in (run, base[run.seed])])
+    def _trend(self, arm: Arm, base: Arm) -> tuple[float | None, tuple[float, float] | None]:
+        """The trend of its gap and the 95% interval, over the paired seeds whose losses are finite and enough."""
+        others, found, half = {run.seed: run for run in base.runs}, [], self.common_step / 2
+        for run in (run for run in arm.runs if run.seed in others):
+            steps, both = on_common_steps([x.series("loss", self.common_step) for x in (run, others[run.seed])])
             late = steps > half
             if late.sum() >= LEAST_ROWS and np.isfinite(both[:, late]).all():
                 found.append(float(np.polyfit(steps[late], both[0, late] - both[1, late], 1)[0]) * half)
@@ -330,7 +327,9 @@ class Comparison:
             inside = is_inside(gap, self.band, interval)
         comparable = arm.tokens_per_s and base.tokens_per_s and not self.no_ratio(arm, base)
         ratio = arm.tokens_per_s / base.tokens_per_s if comparable else None
-        return replace(arm, pairs=pairs, gap=gap, interval=interval, inside=inside, speed_ratio=ratio)
+        trend, reach = self._trend(arm, base)
+        found = {"gap": gap, "interval": interval, "inside": inside, "trend": trend, "trend_interval": reach}
+        return replace(arm, pairs=pairs, speed_ratio=ratio, **found)
 
     def _scores(self) -> Iterator[Score]:
         for column in dict.fromkeys(name for run in self.runs for name in run.columns if name.startswith(EVAL)):
