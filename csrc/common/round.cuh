@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t low_bytes(__half2 x, __half2 y) {
 constexpr uint32_t THRESHOLD_BITS = 0x3ff;
 constexpr uint32_t GOLDEN = 0x9E3779B9;  // 2^32 over the golden ratio: multiples of it spread evenly, however many
 constexpr float P_LEVELS = 254.5f, DS_LEVELS = 126.5f;  // of the largest number, in halves: with a shift it is still a byte
-constexpr uint32_t NEXT_TILE = 0x02790279;  // 633 / 1024, next to the golden ratio: what both of a word go on by, from tile to tile
+constexpr uint32_t NEXT_TILE = 0x02790279;  // 633 / 1024, next to the golden ratio: what both of a word go on by, from tile to tile or every 32 keys
 // The thresholds of lane t of four and of a row or tile of this number: the eight of the lanes are an eighth apart.
 __device__ __forceinline__ uint32_t thresholds_of(int number, int t) {
   const uint32_t first = (static_cast<uint32_t>(number) * GOLDEN >> 22) + 256 * t;

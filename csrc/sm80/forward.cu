@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
   float sum[2] = {0.f, 0.f};             // of exp2(s - reference), over all lanes of the row already
   float reference[2] = {-3e38f, -3e38f}; // below any score: what O and the sum are scaled by; within GROWTH of the running maximum
   const uint32_t ones = 0x3C003C00;      // two halves
-  uint32_t thresholds = thresholds_of(0, t) + __byte_perm(content[0], content[1], 0x5410);  // of this tile: common/round.cuh
+  uint32_t thresholds = thresholds_of(0, t) + __byte_perm(content[0], content[1], 0x5410);  // of these 32 keys: common/round.cuh
 
   // Within the tile: the last key that exists, and the last that the warp's first row sees.
   int last = block.last_key(), diagonal = block.diagonal(a.p.shape, warp_row);
@@ -135,12 +135,12 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
         for (int n = 0; n < channel_tiles; ++n) o[n][2 * r] *= shrink, o[n][2 * r + 1] *= shrink;
       }
     }
-    const __half2 add = shifts_of(thresholds);
-    thresholds += NEXT_TILE;
     float p_sum[4] = {0.f, 0.f, 0.f, 0.f};
     uint32_t p8[1][key_tiles / 4][4];
 #pragma unroll
     for (int step = 0; step < key_tiles / 4; ++step) {
+      const __half2 add = shifts_of(thresholds);
+      thresholds += NEXT_TILE;
       __half2 p[4][2];
 #pragma unroll
       for (int i = 0; i < 4; ++i)

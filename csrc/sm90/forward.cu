@@ -40,6 +40,7 @@ template <int Dp>
 constexpr int STAGES = Dp == 64 ? 6 : 4;
 constexpr float GROWTH = 10.f;           // a row's maximum may outgrow its reference by 2^10 before O and the sum are rescaled
 constexpr float LOG255 = 7.9943534f;     // log2(255): P is computed 255 times as large
+constexpr float LARGE = 1024.f;          // above it a float lacks too many digits of a score for its P to be summed before it is a byte
 constexpr int HIDDEN = -2147483647 - 1;  // in place of the integer score of a key that the query does not see
 constexpr int LOWEST = -(1 << 21);       // below every integer score
 
@@ -144,12 +145,12 @@ struct Consumer {
   // The first of a warp's 16 rows, within the work tile.
   __device__ __forceinline__ static int warp_row() { return thread_number() / 32 * 16 - 64; }  // after the 128 threads of the producer
 
-  // P = 255 exp2(n scale - top), rounded to bytes by thresholds, and the sums of the bytes of its rows. Gives the turn to the next warpgroup on
-  // the way. A lane has one threshold, 1/2 + shift; of neighbours one takes that, the other 1/2 - shift: P + shift or P - shift is rounded to the
-  // nearest. Zeros stay zeros.
+  // P = 255 exp2(n scale - top), rounded to bytes by thresholds, and the sums of its rows before that. Gives the turn to the next warpgroup on
+  // the way. A lane has one threshold for 32 keys, 1/2 + shift; of neighbours one takes that, the other 1/2 - shift: P + shift or P - shift is rounded
+  // to the nearest. Zeros stay zeros.
   template <bool masked>
-  __device__ __forceinline__ void exponentials(uint32_t (&p8)[k_steps][4], uint32_t (&sum)[2], const int (&n)[4 * key_tiles], const float (&scale)[2][2],
-                                               const float (&top)[2], float shift) {
+  __device__ __forceinline__ void exponentials(uint32_t (&p8)[k_steps][4], float (&sum)[2], const int (&n)[4 * key_tiles], const float (&scale)[2][2],
+                                               const float (&top)[2], uint32_t& threshold) {
     constexpr int pairs = 2 * key_tiles, ahead = 8;  // pair i: row i / 2 % 2, columns of 8-column tile i / 4 * 2 + i % 2
     float y[pairs][2];
     const auto argument = [&](int i) {
@@ -159,12 +160,14 @@ struct Consumer {
         y[i][c] = fmaf(masked && x == HIDDEN ? -INFINITY : __int2float_rn(x), scale[2 * i / pairs][r], -top[r]);
       }
     };
+    float shift;
     const auto pack = [&](int i) {  // pairs i and i + 1
+      if (i % 8 == 0) shift = __int2float_rn(static_cast<int>(threshold)) * 0x1p-32f, threshold += GOLDEN;
       const int r = i / 2 % 2;
       const float add = r ? -shift : shift;
       uint32_t& four = p8[i / 8][i % 8 / 2];
       four = round_bytes(y[i][0] + add, y[i][1] - add, round_bytes(y[i + 1][0] - add, y[i + 1][1] + add, 0));
-      sum[r] = __dp4a(four, 0x01010101u, sum[r]);
+      sum[r] += (y[i][0] + y[i][1]) + (y[i + 1][0] + y[i + 1][1]);
     };
     // Arguments are computed `ahead` pairs before and bytes as many behind, so that no exponential is waited for.
 #pragma unroll
@@ -193,9 +196,9 @@ struct Consumer {
     const float q_scale[2] = {work.q_scale[warp_row() + group], work.q_scale[warp_row() + group + 8]};
 
     float o[channel_tiles][4] = {};
-    float sum[2] = {0.f, 0.f};              // of exp2(s - reference), rounded as in P V, this lane's share
+    float sum[2] = {0.f, 0.f};              // of exp2(s - reference), this lane's share
     // This lane's threshold in multiples of 2^-32. The four lanes of a row begin a quarter apart with the last bits of scale * q_i . k_mean, in
-    // which the whole sequence has a say, and go on from tile to tile.
+    // which the whole sequence has a say, and go on every 32 keys.
     uint32_t threshold = ((__float_as_uint(work.lse[warp_row() + group]) + __float_as_uint(work.lse[warp_row() + group + 8])) << 20) + (t << 30);
     float reference[2] = {-3e38f, -3e38f};  // below any score: what O and the sum are scaled by; within GROWTH of the largest top so far
 
@@ -263,15 +266,21 @@ struct Consumer {
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) factor[r] = exp2_fast(top[r] - reference[r]);
-      const float shift = __int2float_rn(static_cast<int>(threshold)) * 0x1p-32f;
-      threshold += GOLDEN;
-      uint32_t p8[k_steps][4], total[2] = {};
+      uint32_t p8[k_steps][4];
+      float total[2] = {0.f, 0.f};
       sync_named(turn + (__float_as_int(top[0]) & __float_as_int(top[1]) & (a.queries.tokens >> 31)), 64);  // + 0, but not before top
       fence(top[0]);
-      if (masked) exponentials<true>(p8, total, n, scale, top, shift); else exponentials<false>(p8, total, n, scale, top, shift);
+      if (masked) exponentials<true>(p8, total, n, scale, top, threshold); else exponentials<false>(p8, total, n, scale, top, threshold);
+      const auto large = [](float x) { return fabsf(x) > LARGE && x > -1e38f; };  // not where all keys are hidden
+      if (__any_sync(~0u, large(top[0]) || large(top[1]))) {  // P may be above 255, where bytes end: the sum is theirs, then
+        int bytes[2] = {};
+#pragma unroll
+        for (int i = 0; i < 4 * k_steps; ++i) bytes[i % 2] = __dp4a(p8[i / 4][i % 4], 0x01010101u, static_cast<uint32_t>(bytes[i % 2]));
+        total[0] = __int2float_rn(bytes[0]), total[1] = __int2float_rn(bytes[1]);
+      }
 
 #pragma unroll
-      for (int r = 0; r < 2; ++r) sum[r] = fmaf(__int2float_rn(static_cast<int>(total[r])), factor[r], sum[r]);
+      for (int r = 0; r < 2; ++r) sum[r] = fmaf(total[r], factor[r], sum[r]);
       int d[4 * channel_tiles];
       begin_products();
       constexpr uint32_t v8 = offsetof(KeyValueRecord<Dp>, v8t) / 16;
