@@ -338,14 +338,15 @@ def accuracy(file: str, **wanted: str) -> str:
 
 
 def bias(file: str, **wanted: str) -> str:
-    """Table: bias of the gradient, all of it and by projection, and a micro-batch's error, after the most tokens."""
+    """Table: bias of the gradient, all of it and by projection, and a micro-batch's error, after the most tokens. What
+    single layers have stays in the rows."""
     found: dict[str, dict[str, Row]] = {}
     rows = chosen(file, wanted)
     most = max(int(row["tokens"]) for row in rows)
     for row in rows:
         if int(row["tokens"]) == most:
             found.setdefault(row["arm"], {})[row["part"]] = row
-    parts = list(next(iter(found.values())))
+    parts = [part for part in next(iter(found.values())) if not part.startswith("layer ")]
     lines = [
         [
             NAMES.get(arm, f"`{arm}`"),
