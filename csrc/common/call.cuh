@@ -14,7 +14,6 @@ namespace sagetrain {
 struct ForwardScratch {
   float* k_partial;   // [Hkv][tiles_k][Dp] sums of the samples of k, TILE each, from the first tile of a sequence on
   float* v_partial;   // [Hkv][tiles_k][Dp] the same of v
-  float* v_range;     // [N][Hkv][2][Dp] of the first tile of a sequence, by channel: the largest v, the largest -v
   float* v_residual;  // [Hkv][tiles_k][Dp] sum over the tile of v - v_mean - v_scale * v8
   void* keys;         // [Hkv][tiles_k] KeyValueRecord<Dp>
 };
@@ -66,7 +65,6 @@ std::pair<ForwardArgs, size_t> forward_arguments(const ForwardParams& p, void* w
   Carver c{static_cast<char*>(workspace)};
   c.take(a.w.k_partial, tiles * dim);
   c.take(a.w.v_partial, tiles * dim);
-  c.take(a.w.v_range, p.shape.num_sequences * p.shape.heads_kv * 2 * dim);
   c.take(a.w.v_residual, tiles * dim);
   c.take(a.w.keys, tiles, dim == 64 ? sizeof(Keys<64>) : sizeof(Keys<128>));
   return {a, c.used};

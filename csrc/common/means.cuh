@@ -1,4 +1,4 @@
-// Before the forward: the sums that the means of K and V are made of, and the range of each sequence's first values.
+// Before the forward: the sums that the means of K and V are made of.
 //
 // The means only shift K and V, and attention is the same for any shift: they need not be exact. Long sequences are sampled, every
 // mean_step-th token, 512 to 1023 of them.
@@ -18,34 +18,6 @@ __device__ __forceinline__ int mean_step(int length) { return max(length / 512, 
 __device__ __forceinline__ int mean_samples(int length) { return (length + mean_step(length) - 1) / mean_step(length); }
 __device__ __forceinline__ int mean_shift(int samples) { return samples > 1 ? 32 - __clz(samples - 1) : 0; }
 __device__ __forceinline__ float mean_factor(int samples) { return samples ? exp2_int(mean_shift(samples)) / static_cast<float>(samples) : 0.f; }
-
-// The largest v and the largest -v of each channel, over the first tile of a sequence. `folded`: [WARPS][Dp].
-template <typename T, int Dp>
-__device__ __forceinline__ void write_range(const ForwardArgs& a, const Span& keys, int head, float* folded) {
-  constexpr int n = Dp / 64;
-  const int t = threadIdx.x;
-  uint4 x[ROWS][n];
-  load_rows(x, row_at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin), a.p.v_strides.token, keys.length, a.p.shape.head_dim);
-#pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      float largest[8];
-#pragma unroll
-      for (int d = 0; d < 8; ++d) {
-        largest[d] = -infinity();
-#pragma unroll
-        for (int j = 0; j < ROWS; ++j)
-          if (tile_row(j) < keys.length) largest[d] = fmaxf(largest[d], side ? -element<T>(x[j][i], d) : element<T>(x[j][i], d));
-      }
-      fold_channels<Dp>(folded, largest, i, Max{});
-    }
-    __syncthreads();
-    if (t < Dp)
-      a.w.v_range[((static_cast<int64_t>(keys.sequence) * a.p.shape.heads_kv + head) * 2 + side) * Dp + t] = fold_warps<Dp, WARPS>(folded, t, Max{});
-  }
-}
 
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) sum_kernel(const __grid_constant__ ForwardArgs a) {
@@ -84,7 +56,6 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) sum_kernel(const __
   if (threadIdx.x < Dp)
     (is_value ? a.w.v_partial : a.w.k_partial)[(static_cast<int64_t>(head) * a.keys.tiles + slot) * Dp + threadIdx.x] =
         fold_warps<Dp, WARPS>(folded, threadIdx.x, Add{});
-  if (is_value && begin == 0) write_range<T, Dp>(a, keys, head, folded);
 }
 
 }  // namespace

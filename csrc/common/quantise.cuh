@@ -1,5 +1,5 @@
-// Before the forward, once per token: means, rotation, rounding to INT8. Bound by memory: q, k and v are read once, and
-// before that a sample of k and v, for their means, and each sequence's first tile of v, for its range; a tile stays in registers from its load to its last use.
+// Before the forward, once per token: means, rotation, rounding to INT8. Bound by memory: q, k and v are read once, and a
+// sample of k and v before, for their means; a tile stays in registers from its load to its last use.
 //
 //   barriers        __syncthreads between the parts of a block's work, no other
 //   shared memory   sums 2 KiB (D = 64), 4 (D = 128); keys and values 13, 21.5: V of the tile, transposed, and 5 of scales and maxima;

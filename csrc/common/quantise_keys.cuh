@@ -33,19 +33,8 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
   Keys& record = static_cast<Keys*>(a.w.keys)[first + tile];
   const int samples = mean_samples(keys.length);
   sum_rows<Dp>(mean, folded, (is_value ? a.w.v_partial : a.w.k_partial) + first * Dp, (samples + TILE - 1) / TILE, down * mean_factor(samples));
-  Scale grid = int8_scale(0.f, true);  // of values in the sequence's first tile, channel t
-  if (t < dim && keys.length) {
-    const float token = to_float(row_at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin)[t]);
-    float m = fmaf(token, down, mean[t]);
-    if constexpr (is_value) {  // moved by half a step at most, so that the first token, on which many rows look alone, rounds to itself
-      const float* range = a.w.v_range + (static_cast<int64_t>(keys.sequence) * heads + head) * 2 * Dp + t;
-      const float amax = fmaxf(fmaf(range[0], down, -m), fmaf(range[Dp], down, m)), above = fmaf(token, down, -m);
-      grid = int8_scale(amax * (2.f * 127.f / 126.5f), is_finite(amax));
-      const float beside = fmaf(rintf(above * (2.f * grid.inverse)), -0.5f * grid.scale, above);
-      if (is_finite(beside)) m += beside;
-    }
-    mean[t] = m;
-  }
+  if (t < dim && keys.length)
+    mean[t] = fmaf(to_float(row_at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin)[t]), down, mean[t]);
   if (t < dim) {
     const float saved = mean[t] * (1.f / down);
     if (tile == 0) (is_value ? a.p.v_mean : a.p.k_mean)[(static_cast<int64_t>(keys.sequence) * heads + head) * dim + t] = saved;
@@ -118,8 +107,8 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
     return;
   }
 
-  const auto centred = [&](int j, int i, int d, float m) {  // half of v - v_mean
-    return tile_row(j) < rows ? fmaf(element<T>(x[j][i], d), down, -m) : 0.f;
+  const auto centred = [&](int j, int i, int d, float m) {  // half of v - v_mean; of the sequence's first key the forward takes it unrounded
+    return tile_row(j) < rows && begin + tile_row(j) > 0 ? fmaf(element<T>(x[j][i], d), down, -m) : 0.f;
   };
 #pragma unroll
   for (int i = 0; i < n; ++i) {
@@ -135,8 +124,7 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
   __syncthreads();
   if (t < Dp) {
     const float amax = __uint_as_float(fold_warps<Dp, WARPS>(reinterpret_cast<const uint32_t*>(folded), t, Max{}));
-    Scale s = int8_scale(2.f * amax, is_finite(amax));
-    if (tile == 0) s = {is_finite(amax) ? grid.scale : nan_float(), grid.inverse};
+    const Scale s = int8_scale(2.f * amax, is_finite(amax));
     scale[t] = s.scale, inverse[t] = s.inverse;
     record.write_value_scale(t, s.scale);
   }

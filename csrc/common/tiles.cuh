@@ -107,6 +107,11 @@ struct QueryRows {
   __device__ __forceinline__ T* row(void* to, const Strides& s, int query) const {
     return static_cast<T*>(to) + queries.batch * s.batch + head * s.head + (queries.begin + query) * s.token;
   }
+  // Row of the sequence's first key in an input [B, Hkv, Tk, D].
+  template <typename T>
+  __device__ __forceinline__ const T* first_key(const void* of, const Strides& s) const {
+    return static_cast<const T*>(of) + keys.batch * s.batch + head_kv * s.head + keys.begin * s.token;
+  }
   // Index of a query in [B, Hq, Tq], and of the sequence's first query in scratch of whole tiles, [Hq][tiles][TILE].
   __device__ __forceinline__ int64_t index(const Shape& s, int query) const {
     return row_index(queries.batch, s.heads_q, head, s.tokens_q, queries.begin + query);

@@ -18,6 +18,7 @@ struct QueryTile {                   // one thread's
   elem p[kKeyTileForward * LB];      // P8 [32/G][LB][G]
   float s[kKeyTileForward * LB];     // S^T [32][LB]
   float g[T], largest[T], sum[T], mean_dot[T], scale[T];
+  float first[128];                  // the first key's value, centred: it is in no product of P and V
   int32_t limit[T];                  // keys that a lane sees, counted from the start of the key tile
   uint32_t row[T];                   // row_threshold of mean_dot
 };
@@ -115,22 +116,14 @@ static void pack_values(const ForwardParams& p, const Sequence& q, int64_t head,
       for (int64_t d = 0; d < dim; ++d) {
         float v = x[i * dim + d];
         finite[d] += v * 0.0f;  // NaN once anything was not finite
-        v = clamp(v - mean[d]);
+        v = i + j ? clamp(v - mean[d]) : 0.0f;  // the first key goes its own way (attend_tile)
         const float magnitude = v < 0 ? -v : v;
         largest[d] = magnitude > largest[d] ? magnitude : largest[d];
         x[i * dim + d] = v;
       }
     }
-    const float room = j ? 1.0f : 127.0f / 126.5f;  // for half a step, below
     for (int64_t d = 0; d < dim; d += W)
-      store(inverse + d, inverse_scale(load(largest + d) * room, load(finite + d), scale + d));
-    if (j == 0)  // the first token, on which many rows look alone, becomes a multiple of its scale
-      for (int64_t d = 0; d < dim; ++d) {
-        const float beside = x[d] - __builtin_rintf(x[d] * inverse[d]) * scale[d];
-        if (!(beside * 0.0f == 0.0f)) continue;  // not finite
-        mean[d] += beside;
-        for (int64_t i = 0; i < count; ++i) x[i * dim + d] -= beside;
-      }
+      store(inverse + d, inverse_scale(load(largest + d), load(finite + d), scale + d));
     float* v_scale = out.v_scale + j / kKeyTileForward * dim;
     for (int64_t d = 0; d < dim; ++d) {
       elem* v8 = out.v + j * dim + d * G;
@@ -152,7 +145,8 @@ static void pack_values(const ForwardParams& p, const Sequence& q, int64_t head,
 
 // ---- phase 2: one query tile against its keys ------------------------------------------------------------------
 // One key tile, from key `key0` of the sequence on (`keys` of it packed, a multiple of kValuePad), against one lane block.
-template <int kDim, bool kMasked>
+// Of the first tile the first key, on which many rows look alone, is in no product of P and V: O begins with it.
+template <int kDim, bool kMasked, bool kFirst>
 static void attend(QueryTile& t, int64_t lane0, int dim, int64_t key0, int keys, const PackedKeys& k) {
   vf largest[NV], g[NV], sum[NV] = {};
   vi limit[NV];
@@ -174,7 +168,7 @@ static void attend(QueryTile& t, int64_t lane0, int dim, int64_t key0, int keys,
         vf s = to_float(acc[m][n]) * scale;
         if (kMasked) s = select(limit[n] > j + m, s, splat(-FLT_MAX));
         store(t.s + (j + m) * LB + n * W, s);
-        largest[n] = vmax(s, largest[n]);
+        if (!kFirst || j + m) largest[n] = vmax(s, largest[n]);
       }
     }
   });
@@ -184,6 +178,7 @@ static void attend(QueryTile& t, int64_t lane0, int dim, int64_t key0, int keys,
       for (int r = 0; r < G; ++r) {
         vf p = exp2((load(t.s + (j + r) * LB + n * W) - largest[n]) * g[n]);
         if (kMasked) p = select(limit[n] > j + r, p, vf{});
+        if (kFirst && !(j + r)) p = vf{};
         sum[n] += p;
         rows[r] = dithered(p, splat(255.0f), p < kSmallP / 255.0f, row[n], column_threshold(key0 + j + r), 0.0f);
       }
@@ -196,7 +191,12 @@ static void attend(QueryTile& t, int64_t lane0, int dim, int64_t key0, int keys,
   for (int n = 0; n < NV; ++n) {
     float *m_ptr = t.largest + lane0 + n * W, *l_ptr = t.sum + lane0 + n * W;
     vf m_tile = largest[n] * g[n], m = load(m_ptr), l = load(l_ptr);
-    if (kMasked) m_tile = select(limit[n] > 0, m_tile, splat(-__builtin_inff()));
+    if (kMasked) m_tile = select(limit[n] > (kFirst ? 1 : 0), m_tile, splat(-__builtin_inff()));
+    if (kFirst) {
+      m = select(limit[n] > 0, load(t.s + n * W) * g[n], m), l = select(limit[n] > 0, splat(1.0f), l);
+      store(m_ptr, m);
+      for (int d = 0; d < dim; ++d) store(t.x + d * T + lane0 + n * W, select(limit[n] > 0, splat(t.first[d]), vf{}));
+    }
     if (any(m_tile > m + 16.0f)) {
       const vf m_new = vmax(m_tile, m), correction = exp2(m - vmax(m_new, splat(-FLT_MAX)));
       l *= correction;
@@ -263,17 +263,25 @@ static void attend_tile(const ForwardParams& p, const Sequence& q, int64_t head,
   pack_queries(p, q, head, i0, count, lanes, k_mean, t);
   __builtin_memset(t.x, 0, dim * T * 4);
   for (int64_t i = 0; i < lanes; ++i) t.largest[i] = -__builtin_inff(), t.sum[i] = 0.0f;
+  if (q.tk) {
+    const int64_t head_kv = head / (s.heads_q / s.heads_kv);
+    read_row(s.dtype, p.v, q.batch * p.v_strides.batch + head_kv * p.v_strides.head + q.k0 * p.v_strides.token, dim,
+             t.first);
+    for (int64_t d = 0; d < dim; ++d) t.first[d] = clamp(t.first[d] - v_mean[d]);
+  }
 
   const int64_t seen_by_all = visible(s, q, i0), seen_by_any = visible(s, q, i0 + count - 1);
   for (int64_t j = 0; j < seen_by_any; j += kKeyTileForward) {
     const int64_t rest = smaller<int64_t>(kKeyTileForward, q.tk - j);
     const int keys = (int)round_up(rest, kValuePad);
-    const bool masked = j + keys > seen_by_all;
+    const bool masked = j == 0 || j + keys > seen_by_all;
     if (masked)
       for (int64_t i = 0; i < lanes; ++i)
         t.limit[i] = (int32_t)smaller<int64_t>(kKeyTileForward, visible(s, q, i0 + i) - j);
     for (int64_t b = 0; b < lanes; b += LB)
-      (masked ? attend<kDim, true> : attend<kDim, false>)(t, b, (int)dim, j, keys, k);
+      (j == 0   ? attend<kDim, true, true>
+       : masked ? attend<kDim, true, false>
+                : attend<kDim, false, false>)(t, b, (int)dim, j, keys, k);
     k.k += keys * kDim, k.bias += keys, k.scale += keys, k.v += keys * dim, k.v_scale += dim;
   }
 

@@ -11,7 +11,7 @@
 //   shared memory, KiB      2 x 17.5, D = 128: 2 x 34    stages of a KeyValueRecord
 //
 //   tile size               what limits it (sm_90)
-//   BLOCK_WARPS = 4 x 16    registers, 158 or 203 of a thread: three such blocks of a multiprocessor, D = 128: two (BLOCKS)
+//   BLOCK_WARPS = 4 x 16    registers, 164 or 207 of a thread: three such blocks of a multiprocessor, D = 128: two (BLOCKS)
 //   TILE = 128 keys         registers: S of a warp is 64 a thread; and V's scales are made for as many (common/quantise_keys.cuh)
 //   IN_FLIGHT = 8           registers: 8-column tiles of a product under way at a time (matmul.cuh)
 #include "layout.cuh"
@@ -110,6 +110,25 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
         }
     }
     last -= TILE, diagonal -= TILE;
+    if (tile == 0) {  // the first key, at which many rows look alone, goes no further: O begins with its value, which is not rounded
+      const T* v = block.template first_key<T>(a.p.v, a.p.v_strides);
+      const float* v_mean = a.p.v_mean + (static_cast<int64_t>(block.queries.sequence) * a.p.shape.heads_kv + block.head_kv) * a.p.shape.head_dim;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float own = x[0][2 * r] == -INFINITY ? -INFINITY : x[0][2 * r] * q_scale[r];  // the scale may be NaN
+        const float score = __shfl_sync(~0u, own, lane & ~3);
+        if (t == 0) x[0][2 * r] = -INFINITY;
+        if (score == -INFINITY) continue;  // sees no key
+        reference[r] = score, sum[r] = 1.f;
+#pragma unroll
+        for (int n = 0; n < channel_tiles; ++n)
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const int channel = n * 8 + 2 * t + c;
+            o[n][2 * r + c] = channel < a.p.shape.head_dim ? clamp(to_float(v[channel]) - v_mean[channel], AMAX_MAX) : 0.f;
+          }
+      }
+    }
 
     // P = exp2(s - tile maximum) in half precision: it is rounded to 8 bits next
     float factor[2], shift[2];

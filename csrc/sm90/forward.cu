@@ -60,8 +60,9 @@ struct __align__(1024) WorkTile {
   int8_t q8[CONSUMERS][64 * Dp];  // [query][channel], swizzled
   float q_scale[BLOCK_QUERIES];   // q_scale_i * scale * log2(e) * Dp
   float lse[BLOCK_QUERIES];       // scale * q_i . k_mean
-  float v_mean[Dp];
+  float v_mean[Dp], v_first[Dp];  // v_first: 255 (v - v_mean) of the sequence's first key
   void* o;                 // row of the first query
+  const void* v;           // row of the first key
   int64_t first;           // index of the first query in [B, Hq, Tq]
   int64_t means;           // index of its mean of V in [N, Hkv, D]
   int rows;                // of the sequence, from the first query on; 0: there are no more work tiles
@@ -217,8 +218,8 @@ struct Consumer {
       commit_products();
       wait_for_products<0>();
 
-      const bool masked = left <= hiding;
-      if (masked) {
+      const bool begins = left == seen;  // the tile of the sequence's first key
+      if (left <= hiding) {
         const WorkTile<Dp>& again = shared.work[known_later(number) % 2];
         const int before = (again.seen[warpgroup] - left) * TILE, last = again.last_key - before;
         const int diagonal = again.diagonal + warp_row() + group - before;
@@ -228,6 +229,10 @@ struct Consumer {
           for (int c = 0; c < 4; ++c)
             if (i * 8 + 2 * t + c % 2 > min(last, diagonal + c / 2 * 8)) n[4 * i + c] = HIDDEN;
       }
+
+      // The first key, at which many rows look alone, goes no further: O begins with its value, which is not rounded.
+      const int n_first[2] = {n[0], n[2]};  // of the first lane of a row
+      if (begins && t == 0) n[0] = n[2] = HIDDEN;
 
       // A score is n * scale; top is the largest of a row that is not hidden (where all are, lower than any), less log2(255), rounded down: so the
       // largest P is a byte of 255 however large scores are. It is NaN where a key is not finite, and so are the row's factor, its sum and O: bytes
@@ -252,6 +257,21 @@ struct Consumer {
         x = max_or_nan(x, __shfl_xor_sync(~0u, x, 1));
         top[r] = __fsub_rd(max_or_nan(x, __shfl_xor_sync(~0u, x, 2)), LOG255);
       }
+      if (begins) {
+        const WorkTile<Dp>& again = shared.work[known_later(number) % 2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float own = n_first[r] == HIDDEN ? -INFINITY : __int2float_rn(n_first[r]) * scale[0][r];
+          const float score = __shfl_sync(~0u, own, lane & ~3);
+          if (score == -INFINITY) continue;  // sees no key
+          reference[r] = score - LOG255, sum[r] = t == 0 ? 255.f : 0.f;
+#pragma unroll
+          for (int i = 0; i < channel_tiles; ++i) {
+            const float2 v = *reinterpret_cast<const float2*>(again.v_first + i * 8 + 2 * t);
+            o[i][2 * r] = v.x, o[i][2 * r + 1] = v.y;
+          }
+        }
+      }
       if (__any_sync(~0u, top[0] > reference[0] + GROWTH || top[1] > reference[1] + GROWTH)) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -270,7 +290,7 @@ struct Consumer {
       float total[2] = {0.f, 0.f};
       sync_named(turn + (__float_as_int(top[0]) & __float_as_int(top[1]) & (a.queries.tokens >> 31)), 64);  // + 0, but not before top
       fence(top[0]);
-      if (masked) exponentials<true>(p8, total, n, scale, top, threshold); else exponentials<false>(p8, total, n, scale, top, threshold);
+      if (begins || left <= hiding) exponentials<true>(p8, total, n, scale, top, threshold); else exponentials<false>(p8, total, n, scale, top, threshold);
       const auto large = [](float x) { return fabsf(x) > LARGE && x > -1e38f; };  // not where all keys are hidden
       if (__any_sync(~0u, large(top[0]) || large(top[1]))) {  // P may be above 255, where bytes end: the sum is theirs, then
         int bytes[2] = {};
@@ -375,6 +395,7 @@ __device__ __forceinline__ void fetch(const ForwardArgs& a, Shared<Dp>& shared) 
       if (work_tile_of(round) < work_tiles(a)) {
         const QueryRows<BLOCK_QUERIES> block(a.p.shape, a.queries, a.keys, work_tile_of(round));
         work.o = block.template row<T>(a.p.o, a.p.o_strides, block.first);
+        work.v = block.template first_key<T>(a.p.v, a.p.v_strides);
         work.means = (static_cast<int64_t>(block.queries.sequence) * a.p.shape.heads_kv + block.head_kv) * a.p.shape.head_dim;
         work.first = block.index(a.p.shape, block.first), work.rows = block.queries.length - block.first;
 #pragma unroll 1
@@ -402,7 +423,11 @@ __device__ __forceinline__ void fetch(const ForwardArgs& a, Shared<Dp>& shared) 
         work.lse[row] = row < rows ? lse[row] : 0.f;
       }
 #pragma unroll 1
-      for (int i = t; i < Dp; i += FETCHERS) work.v_mean[i] = i < a.p.shape.head_dim ? v_mean[i] : 0.f;
+      for (int i = t; i < Dp; i += FETCHERS) {
+        const bool exists = i < a.p.shape.head_dim && work.last_key >= 0;
+        work.v_mean[i] = exists ? v_mean[i] : 0.f;
+        work.v_first[i] = exists ? 255.f * clamp(to_float(static_cast<const T*>(work.v)[i]) - v_mean[i], AMAX_MAX) : 0.f;
+      }
       wait_for_copies<0>();
       fence_async();
     }

@@ -134,11 +134,6 @@ def round_tiles(x: Tensor, rows: int, columns: int) -> Tensor:
     return int8(x, scale) * scale
 
 
-def beside(x: Tensor, scale: Tensor) -> Tensor:
-    """How far `x` is above the nearest multiple of `scale`; 0 where it is not finite."""
-    return torch.nan_to_num(x - (x / scale).round() * scale, 0.0, 0.0, 0.0)
-
-
 def floor_log2(x: Tensor) -> Tensor:
     """Exponent of the positive numbers `x`, in floats; NaN and Inf stay."""
     return torch.where(x.isfinite(), torch.frexp(x).exponent - 1.0, x)
@@ -183,14 +178,19 @@ def visible(tq: int, tk: int, is_causal: bool, device: torch.device) -> Tensor:
     return mask.tril(tk - tq) if is_causal else mask
 
 
-def _softmax_tiles(s: Tensor, mask: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Base-2 softmax pieces: `p` against the key tile's own maximum, the factor to the row's, row sum, base-2 LSE."""
-    s = torch.where(mask, s, -math.inf)
+def _softmax_tiles(
+    s: Tensor, mask: Tensor, tile: int, apart: float | Tensor = -math.inf
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Base-2 softmax pieces: `p` against the key tile's own maximum, the factor to the row's, row sum, base-2 LSE.
+
+    apart: the score `[.., Tq, 1]` of a key that is in no tile, but in the row's maximum, sum and LSE.
+    """
+    s, apart = torch.where(mask, s, -math.inf), torch.as_tensor(apart, dtype=s.dtype, device=s.device)
     m_tile = tile_amax(s, 1, tile)
-    m = s.amax(-1, keepdim=True)
+    m = torch.maximum(s.amax(-1, keepdim=True), apart)
     p = torch.where(m_tile == -math.inf, 0.0, torch.exp2(s - m_tile))
     factor = torch.where(m_tile == -math.inf, 0.0, torch.exp2(m_tile - m))
-    total = (p * factor).sum(-1, keepdim=True)
+    total = (p * factor).sum(-1, keepdim=True) + torch.where(apart == -math.inf, 0.0, torch.exp2(apart - m))
     return p, factor, total, m + torch.log2(total)
 
 
@@ -222,8 +222,8 @@ def paper_backward(
 
 
 def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, preset: Preset) -> dict[str, Tensor]:
-    """Q and K rotated, a scale per token (K: or 16); V centred so that the first token rounds to itself, a scale per
-    channel and key tile; P against its tile's maximum, 8 unsigned bits."""
+    """Q and K rotated, a scale per token (K: or 16); V centred, a scale per channel and key tile; P against its tile's
+    maximum, 8 unsigned bits. The first key is in no tile, its P and value are not rounded."""
     gain = padded_head_dim(q.shape[-1]) if preset.rotate else 1  # Dp * rotate(q) . rotate(k) = q . k
     k_mean, v_mean = k.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
     turn = partial(rotate, signs=signs_of(k_mean)) if preset.rotate else (lambda x: x)
@@ -233,17 +233,17 @@ def sage_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, pr
     if preset.shared_key_scales:
         k_scale = scale_of(shared_amax(k_turned.abs()))
     q8, k8 = preset.integers("q", q_turned / q_scale), preset.integers("k", k_turned / k_scale)
-    first_scale = tile_amax((v - v_mean)[..., : preset.forward_keys, :].abs(), preset.forward_keys, 1)[..., :1, :]
-    first_scale = scale_of(first_scale * (127 / 126.5))
-    v_mean = v_mean + beside(v[..., :1, :] - v_mean, first_scale)
-    v_scale = int8_scale(v - v_mean, preset.forward_keys, 1)
-    v_scale[..., : preset.forward_keys, :] = first_scale
-    v_hat = preset.integers("v", (v - v_mean) / v_scale) * v_scale
-    v_mean = v_mean + (v - v_mean - v_hat).mean(-2, keepdim=True)  # what rounding lost on average comes back for free
+    others = torch.arange(k.shape[-2], device=k.device) > 0
+    v_others = torch.where(others[:, None], v - v_mean, 0.0)
+    v_scale = int8_scale(v_others, preset.forward_keys, 1)
+    v_hat = preset.integers("v", v_others / v_scale) * v_scale
+    v_mean = v_mean + (v_others - v_hat).mean(-2, keepdim=True)  # what rounding lost on average comes back for free
     s = (q8 @ k8.mT) * k_scale.mT * (q_scale * (gain * scale * LOG2E))
-    p, factor, total, lse2 = _softmax_tiles(s, mask, preset.forward_keys)
+    first = torch.where(mask[..., :1], s[..., :1], -math.inf)
+    p, factor, total, lse2 = _softmax_tiles(s, mask & others, preset.forward_keys, first)
     p_hat = preset.integers("p", p * 255, 255, q @ k_mean.mT) / 255
-    o = (p_hat * factor) @ v_hat / total + v_mean
+    v_first = (v[..., :1, :] - v_mean).clamp(-AMAX_MAX, AMAX_MAX)
+    o = (p_hat * factor) @ v_hat / total + torch.exp2(first - lse2) * v_first + v_mean
     return {"o": o, "lse2": lse2, "s": s, "k_mean": k_mean, "v_mean": v_mean,
             "q8": q8, "q_scale": q_scale, "k8": k8, "k_scale": k_scale}  # fmt: skip
 

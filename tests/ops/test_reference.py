@@ -63,7 +63,8 @@ def test_sage_is_better_than_published(d, is_causal, kind):
 
     0.6x of the published error for every gradient; 0.8x at sigma 3, of channels that move together and of a sink. O is
     held to 0.8x throughout: what is left of its error is 8 bits of P and V, which both presets share (docs/numerics.md
-    has the measured ratios). But of a sink O, dQ and dK are half of it: its value is rounded there and is not here.
+    has the measured ratios). But of a sink O, dQ and dK are a tenth of it: its value is rounded there and is not here,
+    and nor is what else its rows see by the scale of its weight.
     """
     case = Case(tq=1024, tk=1024, d=d, is_causal=is_causal, dtype=torch.float32)
     case = replace(case, sigma=3.0) if kind == "sigma 3" else replace(case, kind=kind)
@@ -73,7 +74,7 @@ def test_sage_is_better_than_published(d, is_causal, kind):
     loose = kind in ("sigma 3", "sink") or kind in COHERENT_KINDS
     bars = {name: 0.8 if loose or name == "o" else 0.6 for name in NAMES}
     if kind == "sink":
-        bars |= dict.fromkeys(("o", "d_q", "d_k"), 0.5)
+        bars |= dict.fromkeys(("o", "d_q", "d_k"), 0.1)
     assert all(ratios[name] <= bars[name] for name in NAMES), ratios
 
 
