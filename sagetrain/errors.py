@@ -4,7 +4,8 @@ Method: an error is bad input when the innermost frame of its traceback stands a
 a check that was written for it. The same exception type out of torch or DeepSpeed, or out of an operation that failed
 in our own code, is not. Lightning's checks of the Trainer's arguments, and what Hydra and OmegaConf say of a command
 line, count as ours.
-Choice: no exception class of our own, so that callers catch the usual ValueError, OSError and so on.
+Choice: no exception class of our own, so that callers catch the usual ValueError, OSError and so on. Lightning is known
+by its name, because to import it takes seconds and commands that do not train can do without.
 """
 
 import dis
@@ -14,15 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import lightning
 from huggingface_hub.errors import StrictDataclassError
 from hydra.errors import HydraException, InstantiationException
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from sagetrain.paths import PACKAGE_DIR
-
-LIGHTNING_DIR = Path(lightning.__file__).parent
 
 
 def is_bad_input(error: BaseException) -> bool:
@@ -38,9 +35,11 @@ def is_bad_input(error: BaseException) -> bool:
     code = last.tb_frame.f_code
     if dis.opname[code.co_code[last.tb_lasti]] != "RAISE_VARARGS":
         return False
-    file = Path(code.co_filename)
-    checked = isinstance(error, ValueError | TypeError | MisconfigurationException | ModuleNotFoundError)
-    return file.is_relative_to(PACKAGE_DIR) or (checked and file.is_relative_to(LIGHTNING_DIR))
+    if Path(code.co_filename).is_relative_to(PACKAGE_DIR):
+        return True
+    usual = isinstance(error, ValueError | TypeError | ModuleNotFoundError)
+    checked = usual or type(error).__name__ == "MisconfigurationException"
+    return checked and last.tb_frame.f_globals.get("__name__", "").startswith("lightning.")
 
 
 def one_line(error: BaseException) -> str:

@@ -193,23 +193,36 @@ def test_another_number_of_devices_gives_no_ratio(tmp_path: Path):
     assert comparison.sentences()[-1] == "No speed ratio between different devices: cpu; cpu, trainer.devices=2."
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_any_terminal_shows_a_finished_comparison(tmp_path: Path, encoding: str):
+SHOWS = """
+import contextlib, sys
+from sagetrain.compare.__main__ import main
+runs, gone, shown = sys.argv[1:]
+for encoding in ("ascii", "latin-1", "utf-8"):
+    with contextlib.ExitStack() as stack:
+        for name in "stdout", "stderr":
+            file = stack.enter_context(open(f"{shown}/{name}.{encoding}", "w", encoding=encoding))
+            stack.enter_context(getattr(contextlib, f"redirect_{name}")(file))
+        done = main([runs]), main([gone])
+    assert done == (0, 2), (encoding, done)
+"""
+
+
+@pytest.mark.parametrize(("locale", "names"), [({}, "utf-8"), ({"LC_ALL": "C"}, "ascii")])  # C: no path is text
+def test_any_terminal_shows_a_finished_comparison(tmp_path: Path, locale: dict[str, str], names: str):
     parent = tmp_path / "läufe 東京 [red] :smile:"
     for arm in ("bf16", "sage_int8"):
         write_run(parent, arm, 0, falling(2.0), recipe="größe [b]東京[/b]", command="python \udce4")  # no text at all
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "sagetrain.compare", parent]
+    environment = os.environ | {"PYTHONUTF8": "0", "COLUMNS": "200"} | locale
+    command = [sys.executable, "-c", SHOWS, parent, parent / "東京 [red]", tmp_path]
     done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.decode(encoding)
-    for text in ("größe [b]東京[/b], step 20", f"report: {parent / 'report.html'}"):
-        assert text.encode(encoding, "replace").decode(encoding) in said
     assert "東京" in (parent / "report.html").read_text("utf-8")
-    done = subprocess.run(command, capture_output=True, env=environment | {"LC_ALL": "C"})  # not even the path is text
-    assert done.returncode == 0, done.stderr
-    done = subprocess.run([*command, parent / "東京 [red]"], capture_output=True, env=environment)
-    assert done.returncode == 2 and done.stderr.startswith(b"sagetrain: error: no such directory")
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        assert (tmp_path / f"stderr.{encoding}").read_bytes().startswith(b"sagetrain: error: no such directory")
+        said = (tmp_path / f"stdout.{encoding}").read_text(encoding)
+        page = os.fsencode(parent / "report.html").decode(names, "surrogateescape")
+        for text in ("größe [b]東京[/b], step 20", f"report: {page}"):
+            assert text.encode(encoding, "replace").decode(encoding) in said
 
 
 def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
