@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sagetrain.__main__ import compose
 from sagetrain.export import main
-from sagetrain.paths import PACKAGE_DIR
 from sagetrain.training.export import export
 from sagetrain.training.train import run
+from tests.ranks import train_each
 from tests.tiny import ARMS, RUN
 
-HERE = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent), "OMP_NUM_THREADS": "1"}
 TINY = [
     *RUN,
     "trainer.limit_val_batches=2",
@@ -30,11 +27,20 @@ TINY = [
 ]
 
 
+STRATEGIES = {"deepspeed0": ["strategy=deepspeed", "strategy.stage=0"]}  # the first one starts the ranks
+STRATEGIES |= {name: [f"strategy={name}"] for name in ("ddp", "fsdp2")}
+STRATEGIES |= {f"deepspeed{stage}": ["strategy=deepspeed", f"strategy.stage={stage}"] for stage in (2, 3)}
+
+
+def documents(folder: Path) -> str:
+    lines = (json.dumps({"text": f"{i} and {i} is {i + i}. " * 5}) + "\n" for i in range(300))
+    (folder / "docs.jsonl").write_text("".join(lines))
+    return f"data.path={folder / 'docs.jsonl'}"
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> str:
-    documents = (json.dumps({"text": f"{i} and {i} is {i + i}. " * 5}) + "\n" for i in range(300))
-    (tmp_path / "docs.jsonl").write_text("".join(documents))
-    return f"data.path={tmp_path / 'docs.jsonl'}"
+    return documents(tmp_path)
 
 
 def last_loss(out: Path) -> float:
@@ -73,25 +79,22 @@ def test_from_pretrained_reads_what_was_trained(tmp_path: Path, text: str, tied:
         AutoModelForCausalLM.from_pretrained(out / "weights")
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    ["ddp", "fsdp2", "deepspeed strategy.stage=0", "deepspeed strategy.stage=2", "deepspeed strategy.stage=3"],
-)
-def test_checkpoints_of_every_strategy_on_two_ranks(tmp_path: Path, text: str, strategy: str) -> None:
-    """What keep=weights gathers from the ranks must be what export reads out of a checkpoint of the same step."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys; from sagetrain.training import checkpoint; from sagetrain.__main__ import main\n"
-        "checkpoint.Checkpoint.clear = lambda self: None\n"  # the last checkpoint stays too
-        "main(sys.argv[1:])\n"
-    )
-    command = [*TINY, text, *f"strategy={strategy}".split(), "trainer.devices=2", "data.batch_size=1"]
-    command += ["checkpoint.keep=weights", "checkpoint.every_n_steps=2", f"out={tmp_path / 'out'}"]
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of runs on two ranks, one for each of `STRATEGIES`, with their weights and their last checkpoint."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [*TINY, documents(folder), "trainer.devices=2", "data.batch_size=1"]
+    command += ["checkpoint.keep=weights", "checkpoint.every_n_steps=2"]
     command += ["resume=never"]  # the other rank comes when the leading one has written its config.yaml already
-    done = subprocess.run([sys.executable, script, *command], env=HERE, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "weights").state_dict()
-    (checkpoint,) = (tmp_path / "out" / "checkpoints").glob("step-*")
+    train_each([[*command, *how, f"out={folder / name}"] for name, how in STRATEGIES.items()])
+    return folder
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpoints_of_every_strategy_on_two_ranks(tmp_path: Path, two_ranks: Path, strategy: str) -> None:
+    """What keep=weights gathers from the ranks must be what export reads out of a checkpoint of the same step."""
+    written = AutoModelForCausalLM.from_pretrained(two_ranks / strategy / "weights").state_dict()
+    (checkpoint,) = (two_ranks / strategy / "checkpoints").glob("step-*")
     read = AutoModelForCausalLM.from_pretrained(export(checkpoint, tmp_path / "model")).state_dict()
     assert read.keys() == written.keys() and all(torch.equal(read[name], written[name]) for name in read)
 

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,19 +16,18 @@ import sagetrain.data
 from sagetrain.__main__ import compose
 from sagetrain.errors import is_bad_input
 from sagetrain.export import main
-from sagetrain.paths import PACKAGE_DIR
 from sagetrain.training.checks import check_settings
 from sagetrain.training.export import export, load
 from sagetrain.training.lora import options
 from sagetrain.training.module import CausalLM
 from sagetrain.training.train import run
+from tests.ranks import train_each
 from tests.tiny import pretrained
 
-HERE = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent), "OMP_NUM_THREADS": "1"}
 LORA = ["model.lora.r=4", "model.lora.alpha=16"]
-STRATEGIES = {
-    "ddp": ["strategy=ddp"],
+STRATEGIES = {  # the first one starts the ranks
     "fsdp2": ["strategy=fsdp2"],
+    "ddp": ["strategy=ddp"],
     "zero2": ["strategy=deepspeed", "strategy.stage=2"],
     "zero3": ["strategy=deepspeed", "strategy.stage=3"],
 }
@@ -271,23 +267,8 @@ def test_layers_by_name(base: Path, tmp_path: Path) -> None:
 
 def test_every_strategy_trains_and_saves_the_same_adapters(base: Path, trained: Path, tmp_path: Path) -> None:
     """Two ranks. Of each run both the weights that it gathers and the checkpoint of its last step are read."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import json, sys\nfrom sagetrain.__main__ import compose\nfrom sagetrain.training import checkpoint, train\n"
-        "checkpoint.Checkpoint.clear = lambda self: None\n"  # the last checkpoint stays too
-        "if __name__ == '__main__':\n    for each in json.loads(sys.argv[1]):\n        train.run(compose(each))\n"
-    )
     more = ["trainer.devices=2", "data.batch_size=2", "checkpoint.keep=weights", "checkpoint.every_n_steps=4"]
-    runs = [command(base, *more, *how, f"out={tmp_path / name}") for name, how in STRATEGIES.items()]
-    started = subprocess.Popen(
-        [sys.executable, script, json.dumps(runs)], env=HERE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        _, said = started.communicate(timeout=300)
-    finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
-    assert started.returncode == 0, said[-4000:]
+    train_each([command(base, *more, *how, f"out={tmp_path / name}") for name, how in STRATEGIES.items()])
     for name in STRATEGIES:
         for what in ("loss", "grad_norm", "val_loss"):
             assert column(tmp_path / name, what) == pytest.approx(column(trained, what), rel=1e-4), (name, what)
