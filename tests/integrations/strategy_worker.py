@@ -1,6 +1,6 @@
-"""Trains a tiny Llama under every Lightning strategy and writes what happened: python strategy_worker.py RANKS OUT.
+"""Trains a tiny Llama under every Lightning strategy and writes what happened: python strategy_worker.py OUT.
 
-A script, because Lightning starts further ranks by running the script again. Every rank writes OUT/rank{i}.json.
+A script, so that a process forks which has done nothing but import. Each rank writes OUT/{ranks}.{rank}.json.
 """
 
 import json
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.ranks import fork
 
 VOCAB, SEQ_LEN, STEPS_PER_EPOCH, EPOCHS, SEQUENCES_PER_STEP = 64, 32, 3, 2, 2
 CLIP = 0.1
@@ -169,7 +171,7 @@ def main(ranks: int, out: Path) -> None:
         stages = [{"stage": 2}, {"stage": 3}] if kind == "deepspeed" else [{}]
         for options in stages:
             label = kind + "".join(f"_zero{stage}" for stage in options.values())
-            runs[label] = trains(make, out / label, **options)
+            runs[label] = trains(make, out / f"{label}.{ranks}", **options)
             accumulated = losses(make(attention="sdpa", **options), Module(), accumulate_grad_batches=ACCUMULATION)
             frozen = losses(make(attention="sdpa", **options), adapter())
             runs[label] |= {"accumulated": accumulated, "frozen": frozen}
@@ -188,8 +190,12 @@ def main(ranks: int, out: Path) -> None:
             schemes.SCHEMES[real.name] = real
         if ranks > 1 and kind == "ddp":
             errors[kind]["context_parallel"] = message(NotImplementedError, make(), Module(ring=True))
-    (out / f"rank{rank}.json").write_text(json.dumps({"runs": runs, "names": names, "errors": errors}))
+    (out / f"{ranks}.{rank}.json").write_text(json.dumps({"runs": runs, "names": names, "errors": errors}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    import deepspeed  # noqa: F401 (once, for all ranks)
+
+    import sagetrain.integrations.lightning  # noqa: F401
+
+    fork((1, 2), lambda ranks: main(ranks, Path(sys.argv[1])))

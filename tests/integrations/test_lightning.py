@@ -1,11 +1,6 @@
 """The Lightning strategies train like plain PyTorch, on one and on two ranks, through the real FSDP2 and DeepSpeed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +9,10 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 
-import sagetrain
 from sagetrain.integrations import lightning as strategies
 from sagetrain.integrations.lightning import SageDDPStrategy, SageDeepSpeedStrategy, SageFSDP2Strategy, shard
+from tests.ranks import launch
 
-HERE = Path(__file__).parent
 CLASSES = {"ddp": SageDDPStrategy, "fsdp2": SageFSDP2Strategy, "deepspeed": SageDeepSpeedStrategy}
 RUNS = ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"]
 ranks_1_and_2 = pytest.mark.parametrize("ranks", [1, 2])
@@ -26,29 +20,10 @@ ranks_1_and_2 = pytest.mark.parametrize("ranks", [1, 2])
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What each rank wrote, by number of ranks: [1] -> one result, [2] -> two. Both workers run side by side."""
-    package = str(Path(sagetrain.__file__).parents[1])
-    env = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    env |= {"PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
-    started = {}
-    for ranks in (1, 2):
-        out = tmp_path_factory.mktemp(f"ranks{ranks}")
-        command = [sys.executable, str(HERE / "strategy_worker.py"), str(ranks), str(out)]
-        with open(out / "log", "wb") as log:
-            process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-        started[ranks] = (process, out)
-    try:
-        for ranks, (process, out) in started.items():
-            code = process.wait(timeout=400)
-            assert code == 0, f"{ranks} ranks: exit {code}\n{(out / 'log').read_text()[-6000:]}"
-    finally:
-        for process, _ in started.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with the rank it started
-    return {
-        ranks: [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
-        for ranks, (_, out) in started.items()
-    }
+    """What each rank wrote, by number of ranks: [1] -> one result, [2] -> two."""
+    out = tmp_path_factory.mktemp("ranks")
+    launch(worker.__file__, str(out))
+    return {n: [json.loads((out / f"{n}.{rank}.json").read_text()) for rank in range(n)] for n in (1, 2)}
 
 
 def train_plainly(

@@ -1,7 +1,7 @@
 """Trains the same steps on one and on two ranks, cut into other micro-batches, under every strategy.
 
-A script, because Lightning starts further ranks by running it again: python steps_worker.py RANKS OUT. Each run leaves
-its directory in OUT.
+A script, so that a process forks which has done nothing but import: python steps_worker.py OUT. Each run leaves its
+directory in OUT.
 """
 
 import json
@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 import sagetrain.data
 from sagetrain.__main__ import compose
+from tests.ranks import fork
 from tests.tiny import MODEL
 
 STEPS, GLOBAL_BATCH, ACCUMULATION, CLIP = 7, 4, 2, 0.5
@@ -55,8 +56,9 @@ def config(folder: Path, ranks: int = 1, run: str = "auto") -> DictConfig:
 
 
 if __name__ == "__main__":
+    import deepspeed  # noqa: F401 (once, for all ranks)
+
     from sagetrain.training.train import run
 
-    ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
-    for name in RUNS[ranks]:
-        run(config(folder, ranks, name))
+    folder = Path(sys.argv[1])
+    fork(RUNS, lambda ranks: [run(config(folder, ranks, name)) for name in RUNS[ranks]])

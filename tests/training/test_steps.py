@@ -1,10 +1,6 @@
 """An optimizer step is what its examples make it, whatever the strategy, the ranks and the micro-batches."""
 
 import csv
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +8,8 @@ import steps_worker as worker
 import torch
 from transformers import AutoModelForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 
-import sagetrain
 from sagetrain.training.module import model_config
+from tests.ranks import launch
 
 CLOSE = {"rel": 1e-4}  # fp32 in another order stays far below; the mean of means is far above, see the test
 
@@ -25,25 +21,10 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where both workers, side by side, left their runs."""
+    """Where the worker left its runs."""
     out = tmp_path_factory.mktemp("steps")
     worker.config(out)  # writes the data, before there are several who would
-    root = str(Path(sagetrain.__file__).parents[1])
-    env = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
-    env |= {"PYTHONPATH": os.pathsep.join([root, str(Path(__file__).parents[2])]), "OMP_NUM_THREADS": "1"}
-    started = []
-    for ranks in worker.RUNS:
-        with open(out / f"log{ranks}", "wb") as log:
-            command = [sys.executable, worker.__file__, str(ranks), str(out)]
-            started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True))
-    try:
-        for ranks, process in zip(worker.RUNS, started, strict=True):
-            code = process.wait(timeout=500)
-            assert code == 0, f"{ranks} ranks: exit {code}\n{(out / f'log{ranks}').read_text()[-6000:]}"
-    finally:
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with the rank it started
+    launch(worker.__file__, str(out))
     return out
 
 
