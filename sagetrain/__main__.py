@@ -6,7 +6,7 @@ Exit status: 0; 2 after such a line; 1 after the traceback of what nobody expect
 ended the run.
 Choice: the configuration folder is passed as an absolute path and each recipe is put into Hydra's ConfigStore as an
 option of the group `recipe`, so that all works from a checkout, an editable install and a wheel, in any directory.
-Cost: the configuration is composed twice (milliseconds).
+Cost: the configuration is composed twice (0.2 s each).
 """
 
 import contextlib
@@ -78,6 +78,11 @@ def check(arguments: list[str], sweep: bool = False) -> list[str]:
     sweep: whether Hydra will take the values of a list one by one (`-m`).
     Raises ValueError, or what Hydra raises, for what cannot be composed: no recipe, an unknown option or key.
     """
+    return _checked(arguments, sweep)[0]
+
+
+def _checked(arguments: list[str], sweep: bool) -> tuple[list[str], DictConfig]:
+    """What `check` returns, and the configuration that it makes; of a sweep, one of those."""
     register()
     overrides = []
     for argument in arguments:
@@ -93,7 +98,7 @@ def check(arguments: list[str], sweep: bool = False) -> list[str]:
     rest = [o for o in overrides if o not in chosen]
     names = [o.key_or_group for o in chosen]
     ready: list[str] = []
-    for options in itertools.product(*([f"{o.key_or_group}={value}" for value in _values(o)] for o in chosen)):
+    for options in itertools.product(*(_lines(o) if sweep else [o.input_line] for o in chosen)):
         known = OmegaConf.to_container(_compose(list(options)), resolve=False)
         ready = [_known(override, known) for override in rest]
         single = [line for line, o in zip(ready, rest, strict=True) if not (sweep and o.is_sweep_override())]
@@ -106,17 +111,19 @@ def check(arguments: list[str], sweep: bool = False) -> list[str]:
     if "recipe" not in names:
         listed = "; ".join(f"{name}: {text}" for name, text in recipes().items())
         raise ValueError(f"no recipe given: add recipe=NAME. {listed}")
-    return [*(o.input_line for o in chosen), *ready]
+    return [*(o.input_line for o in chosen), *ready], cfg
 
 
-def _values(override: Override) -> list[Any]:
-    """The values an override takes: one, or each one of a sweep."""
-    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+def _lines(override: Override) -> list[str]:
+    """An override as it is, or one for each value of a sweep."""
+    if not override.is_sweep_override():
+        return [override.input_line]
+    return [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
 
 
 def compose(arguments: list[str]) -> DictConfig:
     """The checked configuration of a command line, for `sagetrain.training.train.run`. Raises ValueError as `check`."""
-    return _compose(check(arguments))
+    return _checked(arguments, sweep=False)[1]
 
 
 def _compose(overrides: list[str]) -> DictConfig:
