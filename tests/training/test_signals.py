@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +12,10 @@ import pytest
 
 from sagetrain.paths import PACKAGE_DIR
 from sagetrain.training.signals import Watch, alone, requeue
+from tests.launch import SAGETRAIN, Program
 from tests.tiny import MODEL
 
-HERE = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent), "OMP_NUM_THREADS": "1"}
+HERE = {"PYTHONPATH": str(PACKAGE_DIR.parent), "OMP_NUM_THREADS": "1"}
 ENDLESS = [
     "recipe=quickstart",
     "compare.arms=null",
@@ -34,26 +33,22 @@ ENDLESS = [
 @pytest.fixture
 def start(tmp_path: Path):
     """Starts an endless run with the given changes in a session of its own; kills what is left of it afterwards."""
-    started: list[subprocess.Popen] = []
+    started: list[Program] = []
     (tmp_path / "text.txt").write_text("".join(f"{i} and {i} is {i + i}.\n" for i in range(2000)))
 
-    def go(*changes: str, launch: tuple[str, ...] = ("-m", "sagetrain"), **environment: str) -> subprocess.Popen:
-        command = [sys.executable, *launch, *ENDLESS, f"data.path={tmp_path / 'text.txt'}", f"out={tmp_path / 'out'}"]
-        process = subprocess.Popen(
-            [*command, *changes], env=HERE | environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        started.append(process)
-        return process
+    def go(*changes: str, **environment: str) -> Program:
+        words = [*ENDLESS, f"data.path={tmp_path / 'text.txt'}", f"out={tmp_path / 'out'}", *changes]
+        started.append(Program(SAGETRAIN, *words, folder=tmp_path, **HERE | environment))
+        return started[-1]
 
     yield go
     for process in started:
         if members(process):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+        process.join()
 
 
-def members(process: subprocess.Popen) -> list[int]:
+def members(process: Program) -> list[int]:
     """Processes of its session that are alive."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -66,7 +61,7 @@ def members(process: subprocess.Popen) -> list[int]:
     return found
 
 
-def second_rank(process: subprocess.Popen) -> int | None:
+def second_rank(process: Program) -> int | None:
     """The process of rank 1, once it is there (a run starts others for a moment: git, a compiler)."""
     for pid in members(process):
         try:
@@ -89,19 +84,20 @@ def logged(out: Path) -> int:
     return (out / "metrics.csv").read_text().count("\n") - 1 if (out / "metrics.csv").exists() else 0
 
 
-def ends(process: subprocess.Popen, seconds: float = 25) -> tuple[int, str]:
+def ends(process: Program, seconds: float = 25) -> tuple[int, str]:
     """Exit status and standard error once the whole session is gone, within so many seconds."""
-    _, said = process.communicate(timeout=seconds)
+    process.join(seconds)
     wait(lambda: not members(process), seconds)
-    return process.returncode, said
+    return process.exitcode, process.stderr.read_text()
 
 
 def saved(out: Path) -> list[str]:
     return sorted(p.name for p in (out / "checkpoints").glob("step-*.ckpt"))
 
 
-def check_stopped(out: Path, run: subprocess.Popen, signum: signal.Signals) -> None:
-    """The run ended by this signal, after a whole step, with a checkpoint of that step and no process left."""
+def check_stopped(out: Path, run: Program, signum: signal.Signals) -> str:
+    """The run ended by this signal, after a whole step, with a checkpoint of that step and no process left. Gives what
+    it said on standard error."""
     code, said = ends(run)
     assert code == 128 + signum, said
     info, steps = json.loads((out / "run.json").read_text()), logged(out)
@@ -109,6 +105,7 @@ def check_stopped(out: Path, run: subprocess.Popen, signum: signal.Signals) -> N
     assert (
         saved(out)[-1] == f"step-{steps:08d}.ckpt" and f"stopped by {signum.name}" in said and "Traceback" not in said
     )
+    return said
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
@@ -116,7 +113,7 @@ def test_a_signal_saves_the_step_and_ends_with_its_status(start, tmp_path: Path,
     out = tmp_path / "out"
     run = start()
     wait(lambda: logged(out) > 5)
-    run.send_signal(signum)
+    os.kill(run.pid, signum)
     check_stopped(out, run, signum)
 
 
@@ -129,7 +126,7 @@ def test_a_signal_in_a_long_validation_saves_the_last_step_and_the_same_command_
     changes += [f"data.path={tmp_path / 'docs'}"]
     run = start(*changes)
     wait(lambda: logged(out) == 4 and time.time() - (out / "metrics.csv").stat().st_mtime > 0.3)  # it validates
-    run.send_signal(signal.SIGTERM)
+    os.kill(run.pid, signal.SIGTERM)
     check_stopped(out, run, signal.SIGTERM)
     assert saved(out) == ["step-00000004.ckpt"]
     run = start(*changes)
@@ -139,18 +136,17 @@ def test_a_signal_in_a_long_validation_saves_the_last_step_and_the_same_command_
     assert rows[4][rows[0].index("val_loss")] == ""  # not measured, rather than measured on the batches that were left
 
 
-@pytest.mark.parametrize("who", ["the leading rank", "another rank", "all ranks"])
-def test_a_signal_to_any_rank_stops_all_after_the_same_step(start, tmp_path: Path, who: str) -> None:
+def test_a_signal_to_all_ranks_stops_them_after_the_same_step(start, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = start("strategy=ddp", "trainer.devices=2")
     wait(lambda: logged(out) > 5)
-    helper = second_rank(run)
-    for pid in {"the leading rank": [run.pid], "another rank": [helper], "all ranks": [run.pid, helper]}[who]:
+    for pid in (run.pid, second_rank(run)):
         os.kill(pid, signal.SIGTERM)
     check_stopped(out, run, signal.SIGTERM)
 
 
-def test_all_ranks_go_on_from_the_same_checkpoint_where_the_newest_is_damaged(start, tmp_path: Path) -> None:
+def test_a_signal_to_any_rank_stops_all_and_they_go_on_from_the_newest_whole_checkpoint(start, tmp_path: Path) -> None:
+    """First to the leading rank; with the newest checkpoint damaged the same command goes on, then to the other one."""
     out, changes = tmp_path / "out", ["strategy=ddp", "trainer.devices=2", "checkpoint.every_n_steps=5"]
     run = start(*changes)
     wait(lambda: logged(out) > 12)
@@ -162,9 +158,9 @@ def test_all_ranks_go_on_from_the_same_checkpoint_where_the_newest_is_damaged(st
     run = start(*changes)
     wait(lambda: (out / "metrics.csv").stat().st_ino != inode)  # cut back to the steps of the checkpoint
     wait(lambda: logged(out) > int(newest.stem.removeprefix("step-")) + 5)
-    run.terminate()
-    code, said = ends(run)
-    assert code == 143 and said.count("warning: damaged: ") == 1 and f"the checkpoint before, {before}" in said
+    os.kill(second_rank(run), signal.SIGTERM)
+    said = check_stopped(out, run, signal.SIGTERM)
+    assert said.count("warning: damaged: ") == 1 and f"the checkpoint before, {before}" in said
     steps = [int(line.split(",")[0]) for line in (out / "metrics.csv").read_text().splitlines()[1:]]
     assert steps == list(range(1, len(steps) + 1))
 
@@ -195,13 +191,13 @@ def test_slurm_has_the_job_requeued_after_a_checkpoint_and_the_run_goes_on(start
     environment = {f"SLURM_{key}": value for key, value in slurm.items()}
     run = start(**environment, PATH=f"{scontrol.parent}:{os.environ['PATH']}")
     wait(lambda: logged(out) > 5)
-    run.send_signal(signal.SIGUSR1)
+    os.kill(run.pid, signal.SIGUSR1)
     wait(lambda: (tmp_path / "asked").exists())
     assert (tmp_path / "asked").read_text() == "requeue 7\n" and len(saved(out)) == 1
     assert (out / "hpc_ckpt_1.ckpt").resolve() == out / "checkpoints" / saved(out)[0]
     steps = logged(out)
     wait(lambda: logged(out) > steps + 5)
-    run.send_signal(signal.SIGUSR2)  # another wish for a checkpoint: no end, no second request
+    os.kill(run.pid, signal.SIGUSR2)  # another wish for a checkpoint: no end, no second request
     first = saved(out)
     wait(lambda: saved(out) not in (first, []))
     assert saved(out)[0] == first[0]  # the one before stays
@@ -238,40 +234,36 @@ with signals.Watch() as watch:
 
 
 @pytest.mark.parametrize("where", ["in a step", "before it"])
-def test_a_process_that_waits_in_c_ends_too(where: str) -> None:
-    command = [sys.executable, "-c", STUCK, where]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=HERE, text=True, **pipes) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)  # a launcher passes on what the terminal sent to all: one wish
-        if where == "in a step":  # only a second Ctrl-C ends a step that does not
-            time.sleep(1.5)
-            assert process.poll() is None
-            process.send_signal(signal.SIGINT)
-        recorded, said = process.communicate(timeout=10)
-        assert process.returncode == 130 and recorded.startswith("stopped by SIGINT")
-        assert f"sagetrain: {recorded}" in said
+def test_a_process_that_waits_in_c_ends_too(tmp_path: Path, where: str) -> None:
+    process = Program(STUCK, where, folder=tmp_path, **HERE)
+    wait(lambda: process.stdout.read_text() == "ready\n")
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)  # a launcher passes on what the terminal sent to all: one wish
+    if where == "in a step":  # only a second Ctrl-C ends a step that does not
+        time.sleep(1.5)
+        assert process.is_alive()
+        os.kill(process.pid, signal.SIGINT)
+    code, said = ends(process, 10)
+    recorded = process.stdout.read_text().removeprefix("ready\n")
+    assert code == 130 and recorded.startswith("stopped by SIGINT")
+    assert f"sagetrain: {recorded}" in said
 
 
-def test_a_process_that_waits_ends_even_if_nobody_reads_what_it_says() -> None:
-    read, write = os.pipe()
-    os.set_blocking(write, False)
+def test_a_process_that_waits_ends_even_if_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stderr")
+    pipe = os.open(tmp_path / "stderr", os.O_RDWR | os.O_NONBLOCK)
     with contextlib.suppress(BlockingIOError):
         while True:
-            os.write(write, b"x" * 4096)
-    os.set_blocking(write, True)
-    with subprocess.Popen(
-        [sys.executable, "-c", STUCK, "before it"], env=HERE, text=True, stdout=subprocess.PIPE, stderr=write
-    ) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        try:
-            assert process.wait(10) == 143
-        finally:
-            process.kill()
-            os.close(read)
-            os.close(write)
+            os.write(pipe, b"x" * 4096)
+    process = Program(STUCK, "before it", folder=tmp_path, **HERE)
+    try:
+        wait(lambda: process.stdout.read_text() == "ready\n")
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == 143
+    finally:
+        process.kill()
+        os.close(pipe)
 
 
 def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:

@@ -1,0 +1,37 @@
+"""Programs that need not import what takes them ten seconds: they are forked from a process that has done so once.
+
+Each is a process like any other all the same, in a session of its own.
+"""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import sagetrain.training.train  # noqa: F401 (what is imported here is there in every program)
+
+SAGETRAIN = "import runpy; runpy.run_module('sagetrain', run_name='__main__', alter_sys=True)"
+"""What `python -m sagetrain` does."""
+
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload([__name__])
+
+
+class Program(forks.Process):
+    """What `python -c program arguments` would be; its streams go to the files `stdout` and `stderr` of a folder."""
+
+    def __init__(self, program: str, *arguments: str, folder: Path, **environment: str) -> None:
+        super().__init__()
+        self.program, self.arguments, self.environment = program, arguments, environment
+        self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        for path in (self.stdout, self.stderr):
+            path.touch()
+        self.start()
+
+    def run(self) -> None:
+        os.setsid()
+        for number, path in (1, self.stdout), (2, self.stderr):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.environ |= self.environment
+        sys.argv[1:] = self.arguments
+        exec(self.program, {"__name__": "__main__"})
