@@ -3,6 +3,7 @@
 Each is a process like any other all the same, in a session of its own.
 """
 
+import atexit
 import multiprocessing
 import os
 import sys
@@ -18,20 +19,27 @@ forks.set_forkserver_preload([__name__])
 
 
 class Program(forks.Process):
-    """What `python -c program arguments` would be; its streams go to the files `stdout` and `stderr` of a folder."""
+    """What `python -c program arguments` would be in a folder; what it says goes to the files `stdout` and `stderr`."""
 
     def __init__(self, program: str, *arguments: str, folder: Path, **environment: str) -> None:
         super().__init__()
-        self.program, self.arguments, self.environment = program, arguments, environment
+        self.program, self.arguments, self.folder, self.environment = program, arguments, folder, environment
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         for path in (self.stdout, self.stderr):
             path.touch()
         self.start()
+        atexit.register(self.kill)  # of one that is left running multiprocessing would wait for the end
 
     def run(self) -> None:
         os.setsid()
         for number, path in (1, self.stdout), (2, self.stderr):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ |= self.environment
+        os.chdir(self.folder)
         sys.argv[1:] = self.arguments
         exec(self.program, {"__name__": "__main__"})
+
+    def ends(self, seconds: float = 300) -> int | None:
+        """Its exit status; None where it still runs after so many seconds."""
+        self.join(seconds)
+        return self.exitcode

@@ -17,6 +17,7 @@ from sagetrain.data import build_tokenizer
 from sagetrain.errors import asked_for, is_bad_input, one_line
 from sagetrain.paths import PACKAGE_DIR, groups, recipes
 from sagetrain.training.module import check_length
+from tests.launch import SAGETRAIN, Program
 from tests.tiny import MODEL
 
 HERE = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent)}  # also where nothing is installed
@@ -191,13 +192,13 @@ main(sys.argv[1:])
 
 
 def test_the_unexpected_shows_its_traceback_and_run_json_keeps_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", UNEXPECTED, "recipe=quickstart", "compare.arms=null", "attention=bf16", *TINY]
+    words = ["recipe=quickstart", "compare.arms=null", "attention=bf16", *TINY, "data.path=text.txt", "out=out"]
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
-    command += ["data.path=text.txt", "out=out"]
-    done = subprocess.run(command, cwd=tmp_path, env=HERE, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr and "in broken" in done.stderr
-    assert "\nValueError: zip() argument 2 is longer than argument 1\n" in done.stderr
+    program = Program(UNEXPECTED, *words, folder=tmp_path)
+    assert program.ends() == 1
+    said = program.stderr.read_text()
+    assert "Traceback" in said and "in broken" in said
+    assert "\nValueError: zip() argument 2 is longer than argument 1\n" in said
     info = json.loads((tmp_path / "out" / "run.json").read_text())
     assert info["status"] == "failed" and "in broken" in info["traceback"]
     assert info["error"] == "ValueError: zip() argument 2 is longer than argument 1"
@@ -210,16 +211,18 @@ def test_the_doctor_refuses_what_it_does_not_know() -> None:
     assert done.returncode == 2 and "unrecognized arguments: --fast" in done.stderr and not done.stdout
 
 
+FEW = "import sys; sys.stdout.reconfigure(encoding='ascii'); sys.stderr.reconfigure(encoding='ascii')\n"
+DOCTOR = "import runpy; runpy.run_module('sagetrain.doctor', run_name='__main__', alter_sys=True)"
+
+
 def test_a_terminal_of_few_characters_shows_any_name(tmp_path: Path) -> None:
     out = tmp_path / "läufe ☕ [bold]"
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
-    command = [sys.executable, "-m", "sagetrain", "recipe=quickstart", "compare.arms=[bf16,sage_int8]", *TINY]
-    command += [f"data.path={tmp_path / 'text.txt'}", f"out='{out}'", "compare.seeds=1"]
-    environment = HERE | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    printed = done.stdout.decode("ascii")
+    words = ["recipe=quickstart", "compare.arms=[bf16,sage_int8]", *TINY]
+    words += [f"data.path={tmp_path / 'text.txt'}", f"out='{out}'", "compare.seeds=1"]
+    program = Program(FEW + SAGETRAIN, *words, folder=tmp_path)
+    assert program.ends() == 0, program.stderr.read_text()
+    printed = program.stdout.read_text("ascii")
     assert f"run directory: {str(out).encode('ascii', 'replace').decode()} (after" in printed
     assert (out / "report.html").exists() and "[bold]/report.html" in printed
-    doctor = [sys.executable, "-m", "sagetrain.doctor"]
-    assert subprocess.run(doctor, env=environment, capture_output=True).returncode == 0
+    assert Program(FEW + DOCTOR, folder=tmp_path).ends() == 0

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
+import time
 
 import datasets
 import numpy as np
@@ -18,6 +16,7 @@ from pyarrow import parquet
 
 from sagetrain.data import ByteTokenizer, build, corpus, files, pretrain, tables
 from sagetrain.errors import is_bad_input
+from tests.launch import Program
 
 CFG = {"pretrain": {"kind": "pretrain", "val_documents": 5}, "gsm8k": {"kind": "gsm8k", "val_fraction": 0.2}}
 TOK = ByteTokenizer()
@@ -75,30 +74,30 @@ def test_a_cache_that_cannot_be_written(path, monkeypatch):
 
 
 SLOWLY = """
-import sys, time
+import datasets, sys, time
 from sagetrain.data import ByteTokenizer, build, pretrain, tables
+datasets.config.HF_DATASETS_CACHE = sys.argv[1]
 encode, pretrain.PART, pretrain.TOGETHER, tables.EVERY = pretrain.encode, 1, (100, 10**9), 0.2
 def slowly(tokenizer, texts):
-    time.sleep(float(sys.argv[1]))
+    time.sleep(float(sys.argv[2]))
     print("encodes", len(texts), flush=True)
     return encode(tokenizer, texts)
 pretrain.encode = slowly
-data = build({'kind': 'pretrain', 'path': sys.argv[2:]}, ByteTokenizer(), 128, 0)
+data = build({'kind': 'pretrain', 'path': sys.argv[3:]}, ByteTokenizer(), 128, 0)
 print("rows", next(iter(data.train_dataloader()))['input_ids'].tolist())
 """
 
 
-def start(path, pause, *paths):
-    env = os.environ | {"HF_DATASETS_CACHE": str(path.parent / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", SLOWLY, str(pause), *map(str, [path, *paths])]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+def start(name, pause, path, *paths):
+    (folder := path.parent / name).mkdir()
+    return Program(SLOWLY, str(path.parent / "cache"), str(pause), *map(str, [path, *paths]), folder=folder)
 
 
 @pytest.mark.slow
 def test_processes_at_once_make_one_table(path):
-    runs = [start(path, 0.02) for _ in range(2)]
-    said = [run.communicate()[0].splitlines() for run in runs]
-    assert not any(run.returncode for run in runs)
+    runs = [start(name, 0.02, path) for name in ("first", "second")]
+    assert [run.ends() for run in runs] == [0, 0]
+    said = [run.stdout.read_text().splitlines() for run in runs]
     assert len({lines[-1] for lines in said}) == 1 and said[0][-1].startswith("rows [[")
     assert sum("encodes 100" in lines for lines in said) == 1
 
@@ -108,13 +107,12 @@ def test_what_was_killed_while_it_tokenised_goes_on(path, monkeypatch):
     """Two files, two tables: the first is whole when the kill comes, the second is begun again, and none is half."""
     second, calls = path.with_name("y.jsonl"), []
     second.write_text(path.read_text("utf-8").replace("document", "another"), encoding="utf-8")
-    run, seen = start(path, 0.05, second), 0
-    while seen < 38:
-        seen += run.stdout.readline().startswith("encodes")
-    run.send_signal(signal.SIGKILL)
-    said = run.communicate()[1]
-    assert run.returncode == -signal.SIGKILL and list(path.parent.rglob("*.incomplete/*.arrow"))
-    speed = re.search(r"x\.jsonl,y\.jsonl: tokenised (\d+)%, [\d,]+ tokens/s, \d+ s left", said)
+    run = start("killed", 0.05, path, second)
+    while run.is_alive() and run.stdout.read_text().count("encodes") < 38:
+        time.sleep(0.01)
+    run.kill()
+    assert run.ends() == -signal.SIGKILL and list(path.parent.rglob("*.incomplete/*.arrow"))
+    speed = re.search(r"x\.jsonl,y\.jsonl: tokenised (\d+)%, [\d,]+ tokens/s, \d+ s left", run.stderr.read_text())
     assert speed and 0 < int(speed[1]) < 100  # no terminal: lines
     encode = lambda tokenizer, texts: calls.append(len(texts)) or corpus.encode(tokenizer, texts)  # noqa: E731
     monkeypatch.setattr(pretrain, "PART", 1)

@@ -10,8 +10,6 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -33,6 +31,7 @@ from sagetrain.evaluation.tasks import ASKED, Files, build, find, leaves
 from sagetrain.integrations import bf16
 from sagetrain.training.signals import Stopped
 from sagetrain.training.train import run
+from tests.launch import SAGETRAIN, Program
 from tests.tiny import ALONE, MODEL, TEMPLATES, THINKS, pretrained
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -685,7 +684,7 @@ def test_ranks_share_the_questions(data: Path, tmp_path: Path) -> None:
     words = [f"data.path={data / 'hellaswag-train.jsonl.xz'}", f"eval.data={data}", f"out={tmp_path / 'out'}"]
     words += ["eval.tasks=[hellaswag,drop]", "eval.batch_size=2", "strategy=ddp", "trainer.devices=2"]
     words += [word if "batch_size" not in word else "data.batch_size=1" for word in TINY]
-    subprocess.run([sys.executable, "-m", "sagetrain", "recipe=hellaswag_finetune", *words], check=True, timeout=300)
+    assert Program(SAGETRAIN, "recipe=hellaswag_finetune", *words, folder=tmp_path).ends() == 0
     shared = scores.read(tmp_path / "out")["4"]["sage_int8"]
     options = ["--tasks", "hellaswag", "drop", "--data", str(data), "--device", "cpu", "--out", str(tmp_path / "alone")]
     assert command.main([str(tmp_path / "out"), *options]) == 0

@@ -9,11 +9,12 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.launch import Program
 
 STEPS = 12
 RUN = (
@@ -95,6 +96,7 @@ def killed_again_and_again(folder: Path, data: str) -> None:
                 if json.loads((out / "run.json").read_text())["status"] == "running":
                     kills.append("in a write" if writing and half_written(out, since) else "in a step")
                 break
+            time.sleep(0.001)
     assert os.waitpid(in_child(out, data), 0)[1] == 0, "the resumed run failed"
     (folder / "kills").write_text(json.dumps(kills))
 
@@ -102,10 +104,8 @@ def killed_again_and_again(folder: Path, data: str) -> None:
 def test_killed_run_repeats_the_losses_of_an_undisturbed_one(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(3000)))
-    from sagetrain.paths import PACKAGE_DIR
-
-    env = os.environ | {"PYTHONPATH": str(PACKAGE_DIR.parent)}
-    subprocess.run([sys.executable, __file__, tmp_path, f"data.path={text}"], env=env, check=True, timeout=400)
+    script = f"import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
+    assert Program(script, str(tmp_path), f"data.path={text}", folder=tmp_path).ends() == 0
     kills = json.loads((tmp_path / "kills").read_text())
     assert kills.count("in a write") == 3 and kills.count("in a step") >= 2
     whole, killed = (rows(tmp_path / name) for name in ("whole", "killed"))
@@ -120,6 +120,4 @@ def test_killed_run_repeats_the_losses_of_an_undisturbed_one(tmp_path: Path) -> 
 
 
 if __name__ == "__main__":
-    import sagetrain.training.train  # noqa: F401 (once, for all children)
-
     killed_again_and_again(Path(sys.argv[1]), sys.argv[2])

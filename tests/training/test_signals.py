@@ -86,9 +86,9 @@ def logged(out: Path) -> int:
 
 def ends(process: Program, seconds: float = 25) -> tuple[int, str]:
     """Exit status and standard error once the whole session is gone, within so many seconds."""
-    process.join(seconds)
+    code = process.ends(seconds)
     wait(lambda: not members(process), seconds)
-    return process.exitcode, process.stderr.read_text()
+    return code, process.stderr.read_text()
 
 
 def saved(out: Path) -> list[str]:
@@ -259,8 +259,7 @@ def test_a_process_that_waits_ends_even_if_nobody_reads_what_it_says(tmp_path: P
     try:
         wait(lambda: process.stdout.read_text() == "ready\n")
         process.terminate()
-        process.join(10)
-        assert process.exitcode == 143
+        assert process.ends(10) == 143
     finally:
         process.kill()
         os.close(pipe)
