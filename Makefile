@@ -34,11 +34,11 @@ help:
 quickstart: $(VENV)/.built
 	@$(PY) -m sagetrain recipe=quickstart $(ARGS)
 
-# One thread per worker: the workers share the cores among themselves.
+# One thread per worker: the workers share the cores among themselves. tests/conftest.py orders the files.
 test: $(VENV)/.built $(VENV)/.test
 	@$(PY) -m ruff check .
 	@$(PY) -m benchmarks.tables --check
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not gpu and not multigpu" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not gpu and not multigpu" $(ARGS)
 
 test-gpu: $(VENV)/.built $(VENV)/.test
 	@$(PY) -m pytest -m "gpu or multigpu" $(ARGS)

@@ -1,6 +1,8 @@
-"""Tests marked `gpu` are skipped where torch sees no CUDA GPU; token tables go to a cache that ends with the tests."""
+"""Tests marked `gpu` are skipped where torch sees no CUDA GPU; token tables go to a cache that ends with the tests;
+files that take long begin first."""
 
 import os
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -10,7 +12,15 @@ CACHE = TemporaryDirectory(prefix="sagetrain-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 
+def _order(file: Path) -> tuple[bool, int]:
+    """First those that start processes, then the others, the largest before the smaller ones."""
+    text = file.read_text()
+    return "subprocess" not in text and "tests.launch" not in text, -len(text)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {file: _order(file) for file in {item.path for item in items}}
+    items.sort(key=lambda item: order[item.path])  # or one worker has a long file left when the others are done
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
