@@ -193,7 +193,8 @@ static void attend(QueryTile& t, int64_t lane0, int dim, int64_t key0, int keys,
     vf m_tile = largest[n] * g[n], m = load(m_ptr), l = load(l_ptr);
     if (kMasked) m_tile = select(limit[n] > (kFirst ? 1 : 0), m_tile, splat(-__builtin_inff()));
     if (kFirst) {
-      m = select(limit[n] > 0, load(t.s + n * W) * g[n], m), l = select(limit[n] > 0, splat(1.0f), l);
+      m = select(limit[n] > 0, load(t.s + n * W) * g[n], m);
+      l = select(limit[n] > 0, splat(1.0f) + (m - m), l);  // NaN where the query or the key is not finite
       store(m_ptr, m);
       for (int d = 0; d < dim; ++d) store(t.x + d * T + lane0 + n * W, select(limit[n] > 0, splat(t.first[d]), vf{}));
     }

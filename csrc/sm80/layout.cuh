@@ -24,7 +24,7 @@ template <int Dp>
 struct __align__(16) KeyValueRecord {  // TILE keys
   static constexpr bool scale_by_group = false;    // every key has its own
   int8_t k8[TILE * Dp];                            // [key][channel]
-  int8_t v8t[Dp * TILE];                           // [channel][key], permuted: v - v_mean, one scale per channel
+  int8_t v8t[Dp * TILE];                           // [channel][key], permuted: v - v_mean, one scale per channel; 0 of a sequence's first key
   float2 k_scale[TILE / 2], k_bias[TILE / 2];      // columns of S
   float2 v_scale[Dp / 2], v_bias[Dp / 2];          // columns of O
 

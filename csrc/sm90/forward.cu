@@ -16,8 +16,8 @@
 //
 //   shared memory, KiB   D = 64    D = 128
 //   stages               6 x 17    4 x 33     a KeyValueRecord, as one bulk copy, and its two barriers
-//   work                 2 x 14    2 x 27     queries and all else that consumers need of a work tile: this and the next
-//   all                  130       186        of 227
+//   work                 2 x 15    2 x 27     queries and all else that consumers need of a work tile: this and the next
+//   all                  132       186        of 227
 //
 //   tile size                     what limits it
 //   BLOCK_QUERIES = 3 x 64        registers: 64 rows of wgmma a warpgroup with 160 (S takes 64 of them, O 32 or 64) fill a multiprocessor three
@@ -158,7 +158,8 @@ struct Consumer {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int r = i / 2 % 2, x = n[4 * (i / 4 * 2 + i % 2) + 2 * r + c];
-        y[i][c] = fmaf(masked && x == HIDDEN ? -INFINITY : __int2float_rn(x), scale[2 * i / pairs][r], -top[r]);
+        const float score = fmaf(__int2float_rn(x), scale[2 * i / pairs][r], -top[r]);  // NaN where a key is, which hidden ones must not reach
+        y[i][c] = masked && x == HIDDEN ? -INFINITY : score;
       }
     };
     float shift;
@@ -197,7 +198,7 @@ struct Consumer {
     const float q_scale[2] = {work.q_scale[warp_row() + group], work.q_scale[warp_row() + group + 8]};
 
     float o[channel_tiles][4] = {};
-    float sum[2] = {0.f, 0.f};              // of exp2(s - reference), this lane's share
+    float sum[2] = {0.f, 0.f};              // of exp2(s - reference), this lane's share; log2(255) is off reference: 255 for the first key
     // This lane's threshold in multiples of 2^-32. The four lanes of a row begin a quarter apart with the last bits of scale * q_i . k_mean, in
     // which the whole sequence has a say, and go on every 32 keys.
     uint32_t threshold = ((__float_as_uint(work.lse[warp_row() + group]) + __float_as_uint(work.lse[warp_row() + group + 8])) << 20) + (t << 30);
@@ -235,8 +236,8 @@ struct Consumer {
       if (begins && t == 0) n[0] = n[2] = HIDDEN;
 
       // A score is n * scale; top is the largest of a row that is not hidden (where all are, lower than any), less log2(255), rounded down: so the
-      // largest P is a byte of 255 however large scores are. It is NaN where a key is not finite, and so are the row's factor, its sum and O: bytes
-      // cannot say so.
+      // largest P is a byte of 255 however large scores are. It is NaN where a key that the row sees is not finite, and so are the row's factor, its
+      // sum and O: bytes cannot say so.
       float k_scale[2], scale[2][2], top[2];  // [half of the tile], [half of the tile][row], [row]
       load(k_scale[0], at + offsetof(KeyValueRecord<Dp>, k_scale) + 4 * t), load(k_scale[1], at + offsetof(KeyValueRecord<Dp>, k_scale) + 16 + 4 * t);
 #pragma unroll
@@ -261,10 +262,10 @@ struct Consumer {
         const WorkTile<Dp>& again = shared.work[known_later(number) % 2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float own = n_first[r] == HIDDEN ? -INFINITY : __int2float_rn(n_first[r]) * scale[0][r];
+          const float own = n_first[r] == HIDDEN ? -INFINITY : __fmul_rd(__int2float_rn(n_first[r]), scale[0][r]);
           const float score = __shfl_sync(~0u, own, lane & ~3);
           if (score == -INFINITY) continue;  // sees no key
-          reference[r] = score - LOG255, sum[r] = t == 0 ? 255.f : 0.f;
+          reference[r] = __fsub_rd(score, LOG255), sum[r] = t == 0 ? 255.f : 0.f;  // as top of an equal key
 #pragma unroll
           for (int i = 0; i < channel_tiles; ++i) {
             const float2 v = *reinterpret_cast<const float2*>(again.v_first + i * 8 + 2 * t);

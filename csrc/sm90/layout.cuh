@@ -18,7 +18,7 @@ template <int Dp>
 struct __align__(128) KeyValueRecord {  // TILE keys
   static constexpr bool scale_by_group = true;
   int8_t k8[TILE * Dp];              // [key][channel]
-  int8_t v8t[Dp * TILE];             // [channel][key], permuted: v - v_mean, one scale per channel
+  int8_t v8t[Dp * TILE];             // [channel][key], permuted: v - v_mean, one scale per channel; 0 of a sequence's first key
   float2 v_scale[Dp / 2];            // channels 2i and 2i + 1
   float k_scale[KEY_GROUPS];         // of the first half, of the second
 

@@ -175,11 +175,12 @@ def test_large_random_inputs_never_give_nan(magnitude):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_non_finite_input_shows_where_it_matters(bad, which):
+@pytest.mark.parametrize("token", [0, 40])
+def test_non_finite_input_shows_where_it_matters(bad, which, token):
     """What it makes NaN in exact attention is not finite here either; other batch entries and heads are untouched."""
     q, k, v, _ = Case(b=2, hq=2, hkv=2, tq=80, tk=80).tensors()
     clean = sagetrain.attention(q, k, v, is_causal=True)
-    (q, k, v)[which][0, 1, 40, 3] = bad
+    (q, k, v)[which][0, 1, token, 3] = bad
     o = sagetrain.attention(q, k, v, is_causal=True)
     truth, _ = reference.exact(q, k, v, is_causal=True)
     assert not truth.isfinite().all() and not o[~truth.isfinite()].isfinite().any()
@@ -193,6 +194,9 @@ def test_rows_that_see_nothing():
     o, lse = sagetrain.attention(*inputs, is_causal=True, return_lse=True)
     o.backward(d_o)
     assert (o[:, :, :50] == 0).all() and (lse[:, :, :50] == -torch.inf).all() and (q.grad[:, :, :50] == 0).all()
+    k.detach()[:, :, 20, 3] = torch.nan
+    o, lse = sagetrain.attention(q, k, v, is_causal=True, return_lse=True)
+    assert (o[:, :, :50] == 0).all() and (lse[:, :, :50] == -torch.inf).all() and not o[:, :, 70:].isfinite().any()
 
 
 def test_empty_batch_queries_or_keys():

@@ -368,12 +368,13 @@ def test_tokens_of_no_sequence_and_rows_that_see_nothing(case, attend):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["q", "k", "v", "d_o"])
 @pytest.mark.parametrize("case", [replace(BASE, tq=300, tk=300), packed(BASE, [100, 101, 99], [100, 101, 99])], ids=str)
+@pytest.mark.parametrize("token", [0, 50])
 @both_backwards
-def test_non_finite_input_shows_where_it_matters_and_nowhere_else(case, which, bad, attend):
+def test_non_finite_input_shows_where_it_matters_and_nowhere_else(case, which, bad, token, attend):
     """In head 1 of the last batch entry (of the middle sequence). Query heads 0 and 1 share key head 0, 2 and 3 key
     head 1."""
     clean, tensors = run(attend, case), dict(zip(("q", "k", "v", "d_o"), case.tensors(), strict=True))
-    tensors[which][-1, 1, 150, 3] = bad
+    tensors[which][-1, 1, (case.cu_q[1] if case.cu_q else 0) + token, 3] = bad
     broken = given(case, *tensors.values())
     got, truth = run(attend, broken), exact(broken)
     heads_q, heads_kv = ([1], [0]) if which in ("q", "d_o") else ([2, 3], [1])
@@ -395,6 +396,18 @@ def test_non_finite_tokens_show_between_the_samples_of_the_means(which):
     tensors[which][:, :, 4001] = math.nan
     o = sagetrain.attention(tensors["q"], tensors["k"], tensors["v"], is_causal=True)
     assert not o[:, :, 4001:].isfinite().any()
+
+
+def test_a_key_that_is_not_finite_reaches_no_row_that_sees_neither_it_nor_keys_of_its_scale():
+    """Rows that see no key at all, though others of their block do, and rows before a key that no mean has."""
+    q, k, v, _ = replace(ONE, tq=200, tk=100).tensors()
+    k[0, 0, 50, 3] = math.nan
+    o, lse = sagetrain.attention(q, k, v, is_causal=True, return_lse=True)
+    assert not o[0, :, :100].any() and (lse[0, :, :100] == -math.inf).all() and not o[0, 0, 150:].isfinite().any()
+    q, k, v, _ = case_of(5000, d=128).tensors()
+    k[:, :, 4039] = math.nan
+    o = sagetrain.attention(q, k, v, is_causal=True)
+    assert o[:, :, :4038].isfinite().all() and not o[:, :, 4039:].isfinite().any()
 
 
 @pytest.mark.parametrize("d", [64, 128])
