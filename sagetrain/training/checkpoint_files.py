@@ -26,8 +26,6 @@ from torch.utils._pytree import tree_leaves
 from sagetrain.terminal import console
 from sagetrain.training.folder import global_rank
 
-PINNING = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"  # for PYTORCH_ALLOC_CONF
-
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, the newest first."""
@@ -171,20 +169,8 @@ def _parts(x: Tensor) -> list[Tensor]:
     return [x]
 
 
-def pin_with_threads() -> None:
-    """Has torch pin memory in two steps, unless the environment says how it allocates: eight threads have the pages,
-    and only then the driver registers them. In one step (cudaHostAlloc) the driver keeps its lock while it has the
-    pages, and no kernel starts: 7 s for the state of a model of 1.2 billion weights.
-
-    By torch's setter, though it is not public: the environment is read when CUDA begins, and some imports begin it.
-    """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        torch._C._accelerator_setAllocatorSettings(PINNING)
-
-
 def pin(sizes: list[int]) -> None:
     """Pin memory in pieces of these `sizes`, which torch then keeps for whoever asks for as much. Without the GIL."""
-    pin_with_threads()
     held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
     del held  # all at once: a piece that is let go serves the next request
 

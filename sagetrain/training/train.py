@@ -45,6 +45,7 @@ from sagetrain.ops import schemes
 from sagetrain.paths import CONF_DIR, PACKAGE_DIR, groups, settings
 from sagetrain.terminal import console
 from sagetrain.training import loggers
+from sagetrain.training.allocator import set_allocator
 from sagetrain.training.attention_record import AttentionRecord
 from sagetrain.training.callbacks import Bar, LastValidation, Probe, RunLog, probe_columns
 from sagetrain.training.checkpoint import Checkpoint
@@ -62,7 +63,7 @@ from sagetrain.training.folder import global_rank, locked, quoted, write
 from sagetrain.training.full import enough
 from sagetrain.training.layers import compiled, compiled_anew
 from sagetrain.training.module import CausalLM, check_length, model_config
-from sagetrain.training.signals import LAUNCHER, Stopped, Watch, alone, follow_launcher, is_helper
+from sagetrain.training.signals import LAUNCHER, Stopped, Watch, alone, follow_launcher
 
 # What may change between the two commands of one run without making it another run.
 FREE = ("out", "resume", "logger", "checkpoint", "compare", "eval", "trainer.enable_progress_bar")
@@ -75,8 +76,9 @@ def run(cfg: DictConfig) -> list[Path]:
     Raises ValueError, TypeError, NotImplementedError, OSError and their kin with one line that says what to do.
     """
     follow_launcher()
-    if not is_helper():
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the others are started by this one or by another launcher
         os.environ[LAUNCHER] = str(os.getpid())
+    set_allocator()
     _quiet()
     check_settings(cfg)
     cfg = at_home(cfg)

@@ -274,20 +274,6 @@ def test_a_run_goes_on_where_no_memory_can_be_pinned(train, monkeypatch) -> None
     assert saved(out) == [STEPS] and info(out)["status"] == "finished" and info(out)["saves"] == 4
 
 
-@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_threads_pin_unless_the_user_says_how_memory_is_allocated(monkeypatch, name: str) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
-    for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, "expandable_segments:True")
-    pin([])
-    assert told == []
-    monkeypatch.delenv(name)
-    pin([])
-    assert told == ["pinned_use_cuda_host_register:True,pinned_num_register_threads:8"]
-
-
 @pytest.mark.parametrize(
     ("steps", "minutes", "keep", "first_rank", "in_one_file", "pins"),
     [

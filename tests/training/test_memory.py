@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sagetrain.__main__ import compose
 from sagetrain.training import train
+from sagetrain.training.allocator import SETTINGS
 from sagetrain.training.callbacks import RunLog
 from sagetrain.training.module import model_config, prepare
 from sagetrain.training.train import run
@@ -125,6 +126,31 @@ def test_moments_in_8_bits_under_ddp(tmp_path: Path) -> None:
         finally:
             torch.distributed.destroy_process_group()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 2
+
+
+def test_segments_grow_and_threads_pin_unless_the_user_says_how_memory_is_allocated(monkeypatch, tmp_path) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train, "check_settings", lambda cfg: 1 / 0)  # nothing is allocated before it
+
+    def begin() -> list[str]:
+        with pytest.raises(ZeroDivisionError):
+            run(compose([*RUN, f"out={tmp_path}"]))
+        return told
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        with monkeypatch.context() as said:
+            said.setenv(name, "max_split_size_mb:64")
+            assert begin() == []
+    assert begin() == ["expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"]
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch has no CUDA")
+def test_torch_knows_the_settings_of_its_allocator() -> None:
+    torch._C._accelerator_setAllocatorSettings(SETTINGS)
 
 
 def test_a_gpu_that_is_full_names_the_knobs_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

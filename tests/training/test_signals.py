@@ -10,8 +10,10 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 
+from sagetrain.__main__ import compose
 from sagetrain.paths import PACKAGE_DIR
-from sagetrain.training.signals import Watch, alone, requeue
+from sagetrain.training import train
+from sagetrain.training.signals import LAUNCHER, Watch, alone, is_helper, requeue
 from tests.launch import SAGETRAIN, Program
 from tests.tiny import MODEL
 
@@ -287,3 +289,18 @@ def test_lightning_has_what_alone_replaces() -> None:
     before = [getattr(owner, name) for owner, name in zip(owners, names, strict=True)]
     alone(trainer)
     assert all(getattr(o, n) is not b for o, n, b in zip(owners, names, before, strict=True))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_of_another_launcher_run_more_than_once(monkeypatch, tmp_path: Path, rank: str) -> None:
+    """torchrun starts them, and a sweep runs twice in each: the second time is no reason to look for a parent."""
+    monkeypatch.delenv(LAUNCHER, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"ended with {status}"))
+    monkeypatch.setattr(train, "check_settings", lambda cfg: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            train.run(compose([*ENDLESS, f"out={tmp_path}"]))
+    assert not is_helper()
+    assert (LAUNCHER in os.environ) == (rank == "0")
+    os.environ.pop(LAUNCHER, None)
