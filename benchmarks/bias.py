@@ -19,16 +19,20 @@ between. Noise of n micro-batches grows with the root of n, the sums with n, and
 
 MODEL is a folder or hub id of transformers, or what sagetrain.export reads. An attention is a scheme, `bf16` (torch's
 SDPA), or a preset of sagetrain/ops/reference.py, of which operands may be `exact`, `dithered` or rounded to the
-`nearest` instead of as the preset has them: `sage_sm90:p=exact`, `sage_sm90:ds_dq=nearest,ds_dk=nearest`.
+`nearest` instead of as the preset has them: `sage_sm90:p=exact`, `sage_sm90:ds_dq=nearest,ds_dk=nearest`. What of it
+comes from where: NAME@forward has the output of NAME and the gradients of exact attention, NAME@backward the exact
+output and the gradients of NAME; `noise=0.015` is exact attention with Gaussian noise in its output, 0.015 of the root
+mean square of a head's, and so what a model makes of any error of that size that is right on average.
 Choice: rows of T tokens, causal over all of the row, cut from the text as pre-training cuts them.
 Cost: a forward and backward in FP32 for each attention; presets hold T x T scores of all heads. Memory: a copy of the
-gradient for each attention, and two more. Rows go to benchmarks/results/bias-<kernel>.csv.
+gradient for each attention, and two more. Rows go to benchmarks/results/bias-<kernel>.csv at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -60,15 +64,38 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return scaled_dot_product_attention(q, *(x.repeat_interleave(group, 1) for x in (k, v)), **options)
 
 
+def exact(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return sdpa(q.float(), k.float(), v.float(), **options)
+
+
+def noisy(q: Tensor, k: Tensor, v: Tensor, *, size: float, **options: Any) -> Tensor:
+    o = exact(q, k, v, **options)
+    return o + size * o.detach().square().mean((-2, -1), keepdim=True).sqrt() * torch.randn_like(o)
+
+
+def half(q: Tensor, k: Tensor, v: Tensor, *, attend: Attend, forward: bool, **options: Any) -> Tensor:
+    """The output of `attend` with the gradients of exact attention, or (not `forward`) the other way round."""
+    found, truth = attend(q, k, v, **options), exact(q, k, v, **options)
+    value, gradient = (found, truth) if forward else (truth, found)
+    return gradient + (value - gradient).detach()
+
+
 def attention(name: str) -> Attend:
     """The attention of a name (module docstring). Raises ValueError for any other."""
+    whole, at, part = name.partition("@")
+    if at and part in ("forward", "backward"):
+        return partial(half, attend=attention(whole), forward=part == "forward")
+    if re.fullmatch(r"noise=\d*\.?\d+", name):
+        return partial(noisy, size=float(name.removeprefix("noise=")))
     if name == "bf16":
         return sdpa
     if name in schemes.SCHEMES:
         return partial(sagetrain.attention, scheme=name)
     base, _, changes = name.partition(":")
     if base not in reference.PRESETS:
-        raise ValueError(f"attention {name!r}: choose from {', '.join(['bf16', *schemes.SCHEMES, *reference.PRESETS])}")
+        raise ValueError(
+            f"attention {name!r}: choose from {', '.join(['bf16', 'noise=SIZE', *schemes.SCHEMES, *reference.PRESETS])}"
+        )
     preset = reference.PRESETS[base]
     for change in filter(None, changes.split(",")):
         operand, _, how = change.partition("=")
@@ -135,14 +162,14 @@ def measure(
     """Rows {tokens, arm, part, error, bias, along, noise, each} (module docstring) after 1, 2, 4, ... of the batches
     and the last; batches of ids `[rows, tokens]`, at least two. dtype: of what the arms get and give.
     """
-    for name, attend in {EXACT: lambda *x, **o: sdpa(*(y.float() for y in x), **o), **arms}.items():
+    for name, attend in {EXACT: exact, **arms}.items():
         causal = partial(attend, is_causal=True)
         register(f"bias_{name}", lambda _, q, k, v, scale, of=causal: of(q, k, v, scale=scale), dtype)
     parameters = {name: x for name, x in model.named_parameters() if x.requires_grad}
     parts = PARTS | {f"layer {i}": f"layers.{i}." for i in range(model.config.num_hidden_layers if layers else 0)}
     chosen = {part: torch.tensor([word in name for name in parameters]) for part, word in parts.items()}
     like = list(parameters.values())
-    exact, errors = Sum(like), {name: Sum(like) for name in arms}
+    sum_of_exact, errors = Sum(like), {name: Sum(like) for name in arms}
 
     def gradient(name: str, ids: Tensor) -> list[Tensor]:
         model.set_attn_implementation(f"bias_{name}")
@@ -154,13 +181,13 @@ def measure(
             if not these.any():
                 continue
             for name, error in errors.items():
-                found = estimates(n, *exact.of(these, exact)[:2], *error.of(these, exact))
+                found = estimates(n, *sum_of_exact.of(these, sum_of_exact)[:2], *error.of(these, sum_of_exact))
                 yield {"tokens": tokens, "arm": name, "part": part} | found
 
     n = tokens = 0
     for ids in batches:
         truth = gradient(EXACT, ids)
-        exact.add(truth, truth)
+        sum_of_exact.add(truth, truth)
         for name, error in errors.items():
             found = gradient(name, ids)
             torch._foreach_sub_(found, truth)
@@ -219,12 +246,14 @@ def main(arguments: list[str] | None = None) -> None:
         "model": args.name or Path(args.model).name, "text": " ".join(Path(file).name for file in args.text),
         "seq_len": args.seq_len, "batch_size": args.batch_size,
     }  # fmt: skip
+    torch.manual_seed(0)
+    found = measure(model.to(args.device), source, arms, layers=args.layers)
     saved = []
-    for row in measure(model.to(args.device), source, arms, layers=args.layers):
+    for row in found:
         row = {key: f"{value:.3e}" if isinstance(value, float) else value for key, value in row.items()}
         saved.append(start | row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    if not args.no_save:
+    if not args.no_save:  # all of them: the first rows of a commit take the place of all of the one before
         write(saved, kernel_file("bias", args.device))
 
 

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "passes": (("shape", "direction"), ("pass",)),
     "pretrain": (("recipe", "tokens", "data", "checkpointing", "precision", "linear", "optimizer", "attention"), ()),
     "finetune": (("model", "task", "steps"), ("arm", "seed", "metric")),
+    "losses": (("name", "lr", "arm", "seed"), ()),
     "accuracy": (("case", "d", "tokens", "dtype"), ("result",)),
     "bias": (("model", "text", "seq_len", "batch_size", "arm"), ("tokens", "part")),
     "ablation": (("case", "d", "tokens"), ("variant",)),
@@ -438,6 +439,23 @@ def finetune(file: str, of: str, **wanted: str) -> str:
     return markdown(["", "questions", "before", "BF16", "INT8", "INT8 - BF16", *other], lines)
 
 
+def losses(file: str, **wanted: str) -> str:
+    """Table of runs by learning rate and arm: losses, mean and standard deviation over seeds, and the median of the
+    gradient norm. The gap is that of validation to BF16 of the same rate, over the seeds that both have."""
+    cases: dict[tuple[float, str], dict[str, Row]] = {}
+    for row in chosen(file, wanted):
+        cases.setdefault((float(row["lr"]), row["arm"]), {})[row["seed"]] = row
+    lines = []
+    for (lr, arm), runs in sorted(cases.items()):
+        base = {} if arm == "bf16" else cases.get((lr, "bf16"), {})
+        both = [seed for seed in sorted(runs) if seed in base]
+        gap = spread([runs[seed] for seed in both], "val_loss", [base[seed] for seed in both]) if both else ""
+        cells = [NAMES.get(arm, arm), f"{lr:g}", ", ".join(sorted(runs))]
+        cells += [spread(list(runs.values()), column) for column in ("train_loss", "val_loss")]
+        lines.append([*cells, gap, digits(median(float(row["grad_norm"]) for row in runs.values()))])
+    return markdown(["", "learning rate", "seeds", "training loss", "validation loss", "gap", "gradient norm"], lines)
+
+
 def spread(rows: list[Row], column: str, base: list[Row] | None = None) -> str:
     """`31.2 ± 0.4`: mean and standard deviation of a column, or of what it is above `base`; of one value only that.
 
@@ -460,7 +478,7 @@ KINDS: dict[str, Callable[..., str]] = {
     f.__name__: f
     for f in (
         speed, ratios, ratio, value, over, passes, step, breakdown, errors, accuracy, bias, overlap, loss,
-        finetune, typical,
+        finetune, losses, typical,
     )
 }  # fmt: skip
 

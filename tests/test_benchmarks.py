@@ -1,5 +1,6 @@
 """The benchmark of a recipe's step measures the recipe: its arms, its data, one loss for all of them."""
 
+import csv
 import itertools
 import json
 import lzma
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import finetune, pretrain
+from benchmarks import finetune, losses, pretrain
+from sagetrain.__main__ import compose
 from sagetrain.evaluation import scores
-from tests.tiny import MODEL
+from sagetrain.training.train import run
+from tests.tiny import MODEL, RUN
 
 
 def test_a_recipes_step_arm_by_arm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,3 +222,33 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
         for part in ("train", "eval")
     )
     assert len(train | asked) == 50 and not train & asked and 3 < len(asked) < 20
+
+
+def test_losses_of_runs_give_rows_and_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "RESULTS", tmp_path / "results")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{i} and {i} is {i + i}. " * 5}) + "\n" for i in range(300)))
+    short = ["trainer.max_steps=12", "probe.every=4", "attention=sage_int8", f"data.path={text}"]
+    short += ["data.val_documents=20", "trainer.val_check_interval=6", "trainer.limit_val_batches=2"]
+    for lr in ("1e-3", "2e-3"):
+        run(compose([*RUN, *short, "seed=3", f"optim.lr={lr}", f"out={tmp_path / 'runs' / lr}"]))
+    monkeypatch.setattr(losses, "conditions", lambda device: {"date": "today", "kernel": "cpu/x", "commit": "here"})
+    losses.main(["tiny", str(tmp_path / "runs"), "--commit", "abc"])
+
+    rows = list(csv.DictReader((tmp_path / "results" / "losses-cpu-x.csv").open()))
+    assert [(row["name"], row["lr"], row["seed"], row["steps"]) for row in rows] == [
+        ("tiny", "0.001", "3", "12"), ("tiny", "0.002", "3", "12"),
+    ]  # fmt: skip
+    assert {row["commit"] for row in rows} == {"abc"} and rows[0]["arm"] == "sage_int8" and rows[0]["device"]
+    curves = list(csv.DictReader((tmp_path / "results" / "tiny-cpu-x" / "metrics.csv").open()))
+    assert len(curves) == 24 and "probe/ds_rowsum" in curves[0] and not any("_layer" in column for column in curves[0])
+    for row, curve in zip(rows, (curves[:12], curves[12:]), strict=True):
+        validated = [float(step["val_loss"]) for step in curve if step["val_loss"]]
+        trained = [float(step["loss"]) for step in curve]
+        assert row["train_loss"] == f"{sum(trained[-5:]) / 5:.5f}" and row["val_loss"] == f"{validated[-1]:.5f}"
+        assert row["tokens"] == curve[-1]["tokens"]
+
+    facts = tmp_path / "runs" / "1e-3" / "run.json"
+    facts.write_text(facts.read_text().replace('"finished"', '"stopped"'))
+    with pytest.raises(ValueError, match="1e-3 has not finished: its status is stopped"):
+        losses.main(["tiny", str(tmp_path / "runs")])

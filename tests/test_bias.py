@@ -105,7 +105,7 @@ def test_most_of_it_is_small_probabilities_that_become_zero(learnt) -> None:
 
 @pytest.mark.parametrize("name", [
     "paper", "sage:p=exact", "sage_sm90:p=nearest,ds_dq=dithered", "sage_int8", "bf16",
-    "sage:q=dithered,k=dithered,v=dithered,do_dv=dithered",
+    "sage:q=dithered,k=dithered,v=dithered,do_dv=dithered", "sage_int8@forward", "sage:p=exact@backward", "noise=0.01",
 ])  # fmt: skip
 def test_names_of_attentions(name: str) -> None:
     q = torch.randn(1, 2, 40, 64, requires_grad=True)
@@ -113,12 +113,33 @@ def test_names_of_attentions(name: str) -> None:
     assert q.grad.isfinite().all()
 
 
+def test_a_half_has_one_ones_output_and_the_others_gradients() -> None:
+    q, k, v, d_o = torch.randn(4, 1, 2, 100, 64, generator=torch.Generator().manual_seed(0))
+
+    def results(name: str) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        attend = bias.exact if name == "exact" else bias.attention(name)
+        o = attend(*inputs, is_causal=True, scale=0.125)
+        return [o.detach(), *torch.autograd.grad(o, inputs, d_o)]
+
+    exact, paper = results("exact"), results("paper")
+    for name, output, gradients in (("paper@forward", paper, exact), ("paper@backward", exact, paper)):
+        for found, wanted in zip(results(name), [output[0], *gradients[1:]], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert (exact[0] - paper[0]).abs().max() > 1e-3 and (exact[1] - paper[1]).abs().max() > 1e-3
+
+    noise = bias.noisy(q, k, v, size=0.02, is_causal=True) - bias.exact(q, k, v, is_causal=True)
+    assert float(noise.norm() / exact[0].norm()) == pytest.approx(0.02, rel=0.05) and abs(float(noise.mean())) < 2e-4
+
+
 def test_an_operand_is_rounded_as_its_name_says() -> None:
     found = bias.attention("sage_sm90:p=nearest,ds_dq=exact,q=dithered").keywords["preset"]
     assert found.dithered == reference.SAGE_SM90.dithered - {"p", "ds_dq"} | {"q"} and found.exact == {"ds_dq"}
 
 
-@pytest.mark.parametrize("name", ["sdpa", "sage:p", "sage:x=exact", "paper2", "sage_int8:p=exact"])
+@pytest.mark.parametrize(
+    "name", ["sdpa", "sage:p", "sage:x=exact", "paper2", "sage_int8:p=exact", "paper@both", "noise"]
+)
 def test_other_names_are_refused_with_the_choices(name: str) -> None:
     with pytest.raises(ValueError, match=r"choose from .*paper|one of q, k"):
         bias.attention(name)

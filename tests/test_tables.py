@@ -283,3 +283,17 @@ def test_biases_after_the_most_tokens(tmp_path: Path, monkeypatch: pytest.Monkey
     said = tables.made("bias", "bias-x model=m")
     assert "| bias, all | bias, q |" in said and "4,096 tokens, at commit abc" in said
     assert "| INT8 | 0.00200 | 0.00200 | 0.0300 |" in said and "| `paper` | 0.00200" in said
+
+
+def test_runs_by_learning_rate_and_their_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head = "device,commit,name,lr,arm,seed,train_loss,val_loss,grad_norm\n"
+    rows = ["H200,a,p,0.002,bf16,1,3.1,3.20,0.1\n", "H200,b,p,0.002,bf16,2,3.3,3.40,0.3\n"]
+    rows += ["H200,c,p,0.002,sage_int8,2,3.3,3.41,0.2\n", "H200,a,p,1e-3,bf16,1,3.5,3.60,0.25\n"]
+    (tmp_path / "losses-x.csv").write_text(head + "".join(rows))
+    said = tables.made("losses", "losses-x name=p").strip().splitlines()[2:]
+    assert said == [
+        "| BF16 | 0.001 | 1 | 3.5000 | 3.6000 |  | 0.250 |",
+        "| BF16 | 0.002 | 1, 2 | 3.2000 ± 0.1414 | 3.3000 ± 0.1414 |  | 0.200 |",
+        "| INT8 | 0.002 | 2 | 3.3000 | 3.4100 | +0.0100 | 0.200 |",
+    ]

@@ -1,0 +1,96 @@
+"""Runs of training by their losses: a row for each, and the curves of all in one file.
+
+    python -m sagetrain recipe=parity_120m compare.arms=null attention=bf16 seed=1 out=RUN ...
+    python -m benchmarks.losses NAME RUN [RUN ...]           # runs, or parents of them
+    python -m benchmarks.plot benchmarks/results/NAME-<kernel>
+
+Rows go to results/losses-<kernel>.csv: what a run was, and its losses: train_loss is the mean of the last tenth of the
+steps (five at least), as in sagetrain.compare, val_loss the last that was measured. Curves go to
+results/NAME-<kernel>/metrics.csv: what sagetrain.compare writes, less the columns of single layers, in eight digits. So
+name all runs of NAME, also those of the last time.
+Choice: runs of hours are made one at a time, on whatever machine there is. So all a row says of the machine is what
+run.json has; the commit is that of this checkout (or SAGETRAIN_COMMIT), unless --commit says with which they were made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from statistics import mean, median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from benchmarks.common import RESULTS, conditions, write
+from sagetrain.compare import report
+from sagetrain.compare.runs import Run, find_runs
+from sagetrain.compare.stats import LEAST_ROWS, TAIL
+
+
+def row(name: str, run: Run) -> dict[str, Any]:
+    """What one run was and came to. Raises ValueError for one that has not finished."""
+    if not run.finished:
+        raise ValueError(f"{run.path} has not finished: its status is {run.info['status']}")
+    settings, versions = OmegaConf.create(run.config), run.info.get("versions", {})
+    losses = run.columns["loss"][1]
+    validated = run.columns.get("val_loss", ((), ()))[1]
+    return {
+        "device": run.info["device"], "torch": versions.get("torch", ""), "sagetrain": versions.get("sagetrain", ""),
+        "name": name, "recipe": run.recipe, "model_type": OmegaConf.select(settings, "model.config.model_type"),
+        "parameters": run.info["parameters"], "tokens_per_step": run.info["tokens_per_step"],
+        "lr": OmegaConf.select(settings, "optim.lr"), "arm": run.kind, "attention": run.info["attention"],
+        "seed": run.seed, "steps": run.last_step, "tokens": int(run.columns["tokens"][1][-1]),
+        "train_loss": f"{mean(losses[-max(LEAST_ROWS, len(losses) // TAIL):]):.5f}",
+        "val_loss": f"{validated[-1]:.5f}" if len(validated) else "",
+        "grad_norm": f"{median(run.columns['grad_norm'][1]):.4g}",
+        "tokens_per_s": f"{median(run.columns['tokens_per_s'][1]):.0f}", "peak_gib": run.info.get("peak_gib", ""),
+    }  # fmt: skip
+
+
+def slim(source: Path, target: Path) -> None:
+    """Copies a metrics.csv without the columns of single layers, floats to eight digits."""
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = [column for column in rows[0] if "_layer" not in column]
+    with target.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _short(value) for key, value in each.items()} for each in rows)
+
+
+def _short(cell: str) -> str:
+    try:
+        return cell if cell.lstrip("-").isdigit() else f"{float(cell):.8g}"
+    except ValueError:
+        return cell
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("name", help="of the runs together")
+    parser.add_argument("runs", nargs="+", help="run directories, or parents of them")
+    parser.add_argument("--kernel", help="that the device of the runs has, e.g. sm90; default: this machine's")
+    parser.add_argument("--commit", help="with which the runs were made; default: this one")
+    options = parser.parse_args(arguments)
+    here = conditions("cuda" if torch.cuda.is_available() else "cpu")
+    held = {
+        "date": here["date"],
+        "kernel": options.kernel or here["kernel"],
+        "commit": options.commit or here["commit"],
+    }
+    runs = find_runs(options.runs)
+    folder = RESULTS / f"{options.name}-{held['kernel'].replace('/', '-')}"
+    rows = [held | row(options.name, run) for run in runs]
+    with TemporaryDirectory() as compared:
+        report(options.runs, compared)
+        folder.mkdir(parents=True, exist_ok=True)
+        slim(Path(compared) / "metrics.csv", folder / "metrics.csv")
+    write(rows, RESULTS / f"losses-{held['kernel'].replace('/', '-')}.csv")
+    print(f"curves of {len(runs)} runs -> {folder / 'metrics.csv'}")
+
+
+if __name__ == "__main__":
+    main()
