@@ -46,7 +46,8 @@ class Stopped(SystemExit):
 
 def is_helper() -> bool:
     """Whether Lightning started this process for a rank of a run that another process leads."""
-    return int(os.environ.get("LOCAL_RANK", 0)) > 0 and LAUNCHER in os.environ
+    env = os.environ
+    return int(env.get("LOCAL_RANK", 0)) > 0 and LAUNCHER in env and "TORCHELASTIC_RUN_ID" not in env
 
 
 def follow_launcher() -> None:

@@ -292,15 +292,20 @@ def test_lightning_has_what_alone_replaces() -> None:
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_ranks_of_another_launcher_run_more_than_once(monkeypatch, tmp_path: Path, rank: str) -> None:
-    """torchrun starts them, and a sweep runs twice in each: the second time is no reason to look for a parent."""
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_ranks_of_another_launcher_run_more_than_once(monkeypatch, tmp_path: Path, torchrun: bool, rank: str) -> None:
+    """torchrun starts them, and a sweep runs twice in each: the second time is no reason to look for a parent. Nor is
+    it that torchrun was started by a process that had run something itself."""
     monkeypatch.delenv(LAUNCHER, raising=False)
     monkeypatch.setenv("LOCAL_RANK", rank)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv(LAUNCHER, "1")
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"ended with {status}"))
     monkeypatch.setattr(train, "check_settings", lambda cfg: 1 / 0)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             train.run(compose([*ENDLESS, f"out={tmp_path}"]))
     assert not is_helper()
-    assert (LAUNCHER in os.environ) == (rank == "0")
+    assert torchrun or (LAUNCHER in os.environ) == (rank == "0")
     os.environ.pop(LAUNCHER, None)
