@@ -15,7 +15,7 @@ The bars: `sage` at most 0.6x of `paper` at sigma 1 and 0.8x at sigma 3, of chan
 (judged in FP32); the kernel at most 1.5x of the plain reference of its preset. The `sage_*` columns are of the preset
 that the kernel computes: `sage_sm90` from commit de9119df602f on, `sage_sm80` from 7d99bbec711c on; before, `sage`.
 Their tiles of the forward have 128 keys after commit 4f84559b1e52, before 32, and the first key in none of them from
-4f733db87c89 on: in no row of a GPU yet.
+4f733db87c89 on.
 
 FILE is read by torch.load: {layer: {"q" [1, Hq, T, D], "k", "v" [1, Hkv, T, D], "d_o" [1, Hq, T, D]}}, as a causal
 attention got them; dO with its own scale and zero rows. Goals there, times the error of `paper`: dV 0.37 in the median

@@ -67,7 +67,7 @@ struct ForwardParams {
   float* k_scale;            // [B, Hkv, Tk]     rotated key = k_scale * k8
   float* lse_smooth;         // [B, Hq, Tq]      lse - scale * q . k_mean: what the backward exponentiates against
   float* k_mean;             // [N, Hkv, D]      mean key of the sequence
-  float* v_mean;             // [N, Hkv, D]      mean value of the sequence
+  float* v_centre;           // [N, Hkv, D]      what v is less in the backward: its mean, where that leaves no rounding, else 0
 };
 
 struct BackwardParams {
@@ -89,7 +89,7 @@ struct BackwardParams {
   const float* k_scale;
   const float* lse_smooth;
   const float* k_mean;
-  const float* v_mean;
+  const float* v_centre;
 
   // results, every element written
   void* d_q;                 // [B, Hq, Tq, D]

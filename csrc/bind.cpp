@@ -222,7 +222,7 @@ Forward attention_forward(Tensor q, Tensor k, Tensor v, double scale, bool is_ca
   p.o = o.mutable_data_ptr(), p.o_strides = strides_of(o);
   p.lse = f32(lse), p.q8 = i8(q8), p.q_scale = f32(q_scale), p.k8 = i8(k8), p.k_scale = f32(k_scale);
   p.lse_smooth = f32(lse_smooth);
-  p.k_mean = f32(kv_mean), p.v_mean = p.k_mean + s.num_sequences * s.heads_kv * s.head_dim;
+  p.k_mean = f32(kv_mean), p.v_centre = p.k_mean + s.num_sequences * s.heads_kv * s.head_dim;
   Tensor scratch;
   p.workspace = workspace(q, kernel.forward_workspace(p), scratch);
   if (const char* error = kernel.forward(p)) check(false, error);
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor d_o, OptionalTensor
   p.v = v_read.const_data_ptr(), p.o = o_read.const_data_ptr();
   p.d_o_strides = strides_of(d_o), p.v_strides = strides_of(v_read), p.o_strides = strides_of(o_read);
   p.q8 = i8(q8), p.q_scale = f32(q_scale), p.k8 = i8(k8), p.k_scale = f32(k_scale), p.lse_smooth = f32(lse_smooth);
-  p.k_mean = f32(kv_mean), p.v_mean = p.k_mean + s.num_sequences * s.heads_kv * s.head_dim;
+  p.k_mean = f32(kv_mean), p.v_centre = p.k_mean + s.num_sequences * s.heads_kv * s.head_dim;
   p.d_q = d_q.mutable_data_ptr(), p.d_k = d_k.mutable_data_ptr(), p.d_v = d_v.mutable_data_ptr();
   p.d_q_strides = strides_of(d_q), p.d_k_strides = strides_of(d_k), p.d_v_strides = strides_of(d_v);
   Tensor scratch;

@@ -14,7 +14,9 @@ namespace sagetrain {
 struct ForwardScratch {
   float* k_partial;   // [Hkv][tiles_k][Dp] sums of the samples of k, TILE each, from the first tile of a sequence on
   float* v_partial;   // [Hkv][tiles_k][Dp] the same of v
+  float* v_mean;      // [N][Hkv][D] mean value of the sequence
   float* v_residual;  // [Hkv][tiles_k][Dp] sum over the tile of v - v_mean - v_scale * v8
+  float* v_amax;      // [Hkv][tiles_k][Dp] largest |v - v_mean| of the tile, but for the sequence's first key
   void* keys;         // [Hkv][tiles_k] KeyValueRecord<Dp>
 };
 
@@ -65,7 +67,9 @@ std::pair<ForwardArgs, size_t> forward_arguments(const ForwardParams& p, void* w
   Carver c{static_cast<char*>(workspace)};
   c.take(a.w.k_partial, tiles * dim);
   c.take(a.w.v_partial, tiles * dim);
+  c.take(a.w.v_mean, p.shape.num_sequences * p.shape.heads_kv * p.shape.head_dim);
   c.take(a.w.v_residual, tiles * dim);
+  c.take(a.w.v_amax, tiles * dim);
   c.take(a.w.keys, tiles, dim == 64 ? sizeof(Keys<64>) : sizeof(Keys<128>));
   return {a, c.used};
 }

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(THREADS) backward_rest_kernel(const __grid_con
   zero_rest<T>(a);
 }
 
-// Of the keys of a sequence, a warp's share of the largest ||v_j - v_mean|| and of the largest scale, as `magnitude`.
+// Of the keys of a sequence, a warp's share of the largest ||v_j - v_centre|| and of the largest scale, as `magnitude`.
 template <typename Args>
 __device__ __forceinline__ void bounds_of_keys(uint32_t (&norms)[WARPS], uint32_t (&bounds)[WARPS], const Args& a, const Span& keys, int head_kv) {
   const int t = threadIdx.x, warp = t / 32;

@@ -3,7 +3,7 @@
 //
 //   barriers        __syncthreads between the parts of a block's work, no other
 //   shared memory   sums 2 KiB (D = 64), 4 (D = 128); keys and values 13, 21.5: V of the tile, transposed, and 5 of scales and maxima;
-//                   queries 5.5, 6
+//                   queries 5.75, 6.5
 //   tile size       TILE tokens of a head, all channels, 256 threads (rows.cuh). Registers limit the blocks of a multiprocessor: three with
 //                   80; sums, keys and values at D = 128: two with 128
 //

@@ -32,12 +32,13 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
   const int64_t first = static_cast<int64_t>(head) * a.keys.tiles + keys.first_tile;
   Keys& record = static_cast<Keys*>(a.w.keys)[first + tile];
   const int samples = mean_samples(keys.length);
-  sum_rows<Dp>(mean, folded, (is_value ? a.w.v_partial : a.w.k_partial) + first * Dp, (samples + TILE - 1) / TILE, down * mean_factor(samples));
+  fold_rows<Dp>(mean, folded, (is_value ? a.w.v_partial : a.w.k_partial) + first * Dp, (samples + TILE - 1) / TILE, Add{});
+  if (t < Dp) mean[t] *= down * mean_factor(samples);
   if (t < dim && keys.length)
     mean[t] = fmaf(to_float(row_at<T>(is_value ? a.p.v : a.p.k, strides, keys.batch, head, keys.begin)[t]), down, mean[t]);
   if (t < dim) {
     const float saved = mean[t] * (1.f / down);
-    if (tile == 0) (is_value ? a.p.v_mean : a.p.k_mean)[(static_cast<int64_t>(keys.sequence) * heads + head) * dim + t] = saved;
+    if (tile == 0) (is_value ? a.w.v_mean : a.p.k_mean)[(static_cast<int64_t>(keys.sequence) * heads + head) * dim + t] = saved;
     if (!is_value && t < 2) shared.draw[t] = saved;
   }
   __syncthreads();
@@ -127,6 +128,7 @@ __device__ __forceinline__ void quantise_tile(const ForwardArgs& a, KeyValueShar
     const Scale s = int8_scale(2.f * amax, is_finite(amax));
     scale[t] = s.scale, inverse[t] = s.inverse;
     record.write_value_scale(t, s.scale);
+    a.w.v_amax[(first + tile) * Dp + t] = 2.f * amax;
   }
   __syncthreads();
 #pragma unroll

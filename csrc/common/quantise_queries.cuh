@@ -7,13 +7,13 @@
 namespace sagetrain {
 namespace {  // see quantise.cuh
 
-// Also completes v_mean: what rounding V lost on average is added to it, by the first block of each sequence and q_per_kv.
+// Also completes v_mean: what rounding V lost on average is added to it, by the first block of each sequence and q_per_kv. And v_centre from it.
 template <typename T, int Dp>
 __global__ void __launch_bounds__(THREADS, 3) query_kernel(const __grid_constant__ ForwardArgs a) {
   after_previous();
   constexpr int n = Dp / 64;
   constexpr float down = 0x1p-64f;  // k_mean is clamped to AMAX_MAX and scaled by this: no product with q overflows
-  __shared__ __align__(16) float slices[4 * THREADS], total[Dp], k_mean[Dp], scale[TILE], dot[TILE];
+  __shared__ __align__(16) float slices[4 * THREADS], total[Dp], amax[Dp], k_mean[Dp], scale[TILE], dot[TILE];
   const int heads = a.p.shape.heads_q, head = blockIdx.x % heads, slot = blockIdx.x / heads;
   const int heads_kv = a.p.shape.heads_kv, q_per_kv = heads / heads_kv, head_kv = head / q_per_kv;
   const Span queries = span_of_tile(a.queries, slot);
@@ -21,17 +21,24 @@ __global__ void __launch_bounds__(THREADS, 3) query_kernel(const __grid_constant
   if (tile < 0) return;
 
   const int dim = a.p.shape.head_dim, t = threadIdx.x;
-  uint4 x[ROWS][n];
-  load_rows(x, row_at<T>(a.p.q, a.p.q_strides, queries.batch, head, queries.begin + begin), a.p.q_strides.token, rows, dim);
   const int64_t means = (static_cast<int64_t>(queries.sequence) * heads_kv + head_kv) * dim;
   if (tile == 0 && head % q_per_kv == 0) {
     const Span keys = span_of(a.keys, queries.sequence);
-    sum_rows<Dp>(total, slices, a.w.v_residual + (static_cast<int64_t>(head_kv) * a.keys.tiles + keys.first_tile) * Dp,
-                 (keys.length + TILE - 1) / TILE, keys.length ? 1.f / static_cast<float>(keys.length) : 0.f);
-    if (t < dim) a.p.v_mean[means + t] += total[t];
+    const int64_t first_tile = (static_cast<int64_t>(head_kv) * a.keys.tiles + keys.first_tile) * Dp;
+    const int tiles = (keys.length + TILE - 1) / TILE;
+    fold_rows<Dp>(total, slices, a.w.v_residual + first_tile, tiles, Add{});
+    fold_rows<Dp>(amax, slices, a.w.v_amax + first_tile, tiles, Max{});
+    if (t < dim) {
+      const float v_mean = a.w.v_mean[means + t] + (keys.length ? total[t] / static_cast<float>(keys.length) : 0.f);
+      const float first = keys.length ? to_float(row_at<T>(a.p.v, a.p.v_strides, keys.batch, head_kv, keys.begin)[t]) : 0.f;
+      a.w.v_mean[means + t] = v_mean;
+      a.p.v_centre[means + t] = centre_of<T>(v_mean, fmaxf(amax[t], fabsf(first - v_mean)));
+    }
   }
   if (rows <= 0) return;
 
+  uint4 x[ROWS][n];  // not before, or registers spill
+  load_rows(x, row_at<T>(a.p.q, a.p.q_strides, queries.batch, head, queries.begin + begin), a.p.q_strides.token, rows, dim);
   const Signs signs = device_signs(a.p.k_mean + means);
   if (t < Dp) k_mean[t] = t < dim ? change_sign(clamp(a.p.k_mean[means + t], AMAX_MAX) * down, signs, t) : 0.f;
   change_signs(x, signs);

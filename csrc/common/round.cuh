@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "numbers.cuh"
+
 namespace sagetrain {
 
 // An INT32 accumulator that starts at MAGIC has, read as a float, the value 12582912 + n: no conversion is needed.
@@ -103,6 +105,14 @@ struct Scale {
 __device__ __forceinline__ Scale int8_scale(float amax, bool finite) {
   const float scale = scale22(fminf(fmaxf(amax, AMAX_MIN), AMAX_MAX) * (1.f / 127.f));
   return {finite ? scale : nan_float(), 1.f / scale};
+}
+
+// What values about `mean`, at most amax away from it, are centred by in 16 bits: the mean in 16 bits where it is so large beside amax that all
+// values are 1/2 to 2 of it, for then every difference is exact (Sterbenz), else 0. A rounding error that values have in common is no noise.
+template <typename T>
+__device__ __forceinline__ float centre_of(float mean, float amax) {
+  const uint32_t rounded = pack16<T>(mean, 0.f);
+  return amax <= 0.45f * fabsf(mean) ? to_float(reinterpret_cast<const T&>(rounded)) : 0.f;
 }
 
 // Low bytes of four floats that are MAGIC_FLOAT + integer: the integers.

@@ -104,24 +104,24 @@ __device__ __forceinline__ X fold_warps(const X* x, int channel, F fold) {
   return all;
 }
 
-// factor * the sum of `count` rows of [Dp] floats, to total [Dp] in shared memory; always in the same order.
-template <int Dp>
-__device__ __forceinline__ void sum_rows(float* total, float* slices, const float* from, int count, float factor) {
+// Sum or largest (fold: Add, Max) of `count` rows of [Dp] floats, or 0 where that is larger, to total [Dp] in shared memory; always in the same order.
+template <int Dp, typename Fold>
+__device__ __forceinline__ void fold_rows(float* total, float* slices, const float* from, int count, Fold fold) {
   constexpr int lanes = Dp / 4, all_slices = THREADS / lanes;  // slices: [all_slices][Dp] = 4 * THREADS floats
   const int slice = threadIdx.x / lanes, channel = threadIdx.x % lanes * 4;
-  float4 sum = {0.f, 0.f, 0.f, 0.f};
+  float4 folded = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 4
   for (int i = slice; i < count; i += all_slices) {
     const float4 x = *reinterpret_cast<const float4*>(from + static_cast<int64_t>(i) * Dp + channel);
-    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    folded = {fold(folded.x, x.x), fold(folded.y, x.y), fold(folded.z, x.z), fold(folded.w, x.w)};
   }
-  *reinterpret_cast<float4*>(slices + slice * Dp + channel) = sum;
+  *reinterpret_cast<float4*>(slices + slice * Dp + channel) = folded;
   __syncthreads();
   if (threadIdx.x < Dp) {
     float all = 0.f;
 #pragma unroll
-    for (int i = 0; i < all_slices; ++i) all += slices[i * Dp + threadIdx.x];
-    total[threadIdx.x] = all * factor;
+    for (int i = 0; i < all_slices; ++i) all = fold(all, slices[i * Dp + threadIdx.x]);
+    total[threadIdx.x] = all;
   }
   __syncthreads();
 }

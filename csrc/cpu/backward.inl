@@ -221,18 +221,18 @@ static void backward_item(const BackwardParams& p, const BackwardScratch<kDim>& 
   const int64_t query_tiles = ceil_div(q.tq, T), key_tiles = ceil_div(q.tk, kKeys), q_per_kv = s.heads_q / s.heads_kv;
   const int64_t first = key_tiles * chunk / w.chunks, last = key_tiles * (chunk + 1) / w.chunks;
   const int64_t tile_floats = kDim * T, all_tiles = w.query_tiles[s.num_sequences];
-  const float* v_mean = p.v_mean + (n * s.heads_kv + head_kv) * s.head_dim;
+  const float* v_centre = p.v_centre + (n * s.heads_kv + head_kv) * s.head_dim;
   const float* k_mean = p.k_mean + (n * s.heads_kv + head_kv) * s.head_dim;
   TilePair<kDim>& t = w.pairs[worker];
   QuerySide<kDim>* queries = w.queries + worker * w.max_query_tiles;
   KeySide<kDim>* keys = w.keys + worker * ceil_div(w.max_key_tiles, w.chunks);
-  for (int64_t j = first; j < last; ++j) pack_key_side<kDim, kHalf>(p, q, head_kv, j * kKeys, v_mean, keys[j - first]);
+  for (int64_t j = first; j < last; ++j) pack_key_side<kDim, kHalf>(p, q, head_kv, j * kKeys, v_centre, keys[j - first]);
   for (int64_t head = head_kv * q_per_kv; head < (head_kv + 1) * q_per_kv; ++head) {
     float* d_q = w.chunks > 1 ? w.partial + ((chunk * s.heads_q + head) * all_tiles + w.query_tiles[n]) * tile_floats
                               : w.d_q + worker * w.max_query_tiles * tile_floats;
     __builtin_memset(d_q, 0, query_tiles * tile_floats * 4);
     for (int64_t i = 0; i < query_tiles; ++i)
-      pack_query_side<kDim, kHalf>(p, q, head, i * T, v_mean, t, queries[i]);
+      pack_query_side<kDim, kHalf>(p, q, head, i * T, v_centre, t, queries[i]);
     for (int64_t j = first; j < last; ++j)
       for (int64_t i = 0; i < query_tiles; ++i) {
         const int64_t last_query = smaller<int64_t>((i + 1) * T, q.tq) - 1, j0 = j * kKeys;

@@ -92,7 +92,7 @@ static inline float exp2_int(int n) {  // of kExponentMin to kExponentMax
 
 // ---- packing ---------------------------------------------------------------------------------------------------
 template <int kDim, bool kHalf>
-static void pack_key_side(const BackwardParams& p, const Sequence& q, int64_t head, int64_t j0, const float* v_mean,
+static void pack_key_side(const BackwardParams& p, const Sequence& q, int64_t head, int64_t j0, const float* v_centre,
                           KeySide<kDim>& k) {
   typedef typename Score<kHalf>::type score;
   const Shape& s = p.shape;
@@ -116,7 +116,7 @@ static void pack_key_side(const BackwardParams& p, const Sequence& q, int64_t he
     float v[128];
     read_row(s.dtype, p.v, q.batch * p.v_strides.batch + head * p.v_strides.head +
                                (q.k0 + j0 + j) * p.v_strides.token, s.head_dim, v);
-    for (int64_t d = 0; d < s.head_dim; ++d) v[d] = clamp(v[d] - v_mean[d], limit);
+    for (int64_t d = 0; d < s.head_dim; ++d) v[d] = clamp(v[d] - v_centre[d], limit);
     if (s.dtype == DType::float16) {  // V' is kept in the 16-bit type of the inputs
       uint16_t half[128];
       write_row(s.dtype, half, 0, s.head_dim, v);
@@ -130,7 +130,7 @@ static void pack_key_side(const BackwardParams& p, const Sequence& q, int64_t he
 }
 
 template <int kDim, bool kHalf>
-static void pack_query_side(const BackwardParams& p, const Sequence& q, int64_t head, int64_t i0, const float* v_mean,
+static void pack_query_side(const BackwardParams& p, const Sequence& q, int64_t head, int64_t i0, const float* v_centre,
                             TilePair<kDim>& t, QuerySide<kDim>& out) {
   typedef typename Score<kHalf>::type score;
   constexpr int group = Score<kHalf>::group;
@@ -182,7 +182,7 @@ static void pack_query_side(const BackwardParams& p, const Sequence& q, int64_t 
     float delta = (p.d_lse ? -p.d_lse[row + i] * to_row * up : 0.0f) + largest[i] * 0.0f;  // NaN if dO has an infinity
     for (int64_t d = 0; d < s.head_dim; ++d) {
       const float y = x[d] * to_row * up;
-      delta += y * clamp(output[d] - v_mean[d]);
+      delta += y * clamp(output[d] - v_centre[d]);
       packed[(d / group * T + i) * group + d % group] = kHalf ? (score)float_to_bf16(y) : (score)y;
       x[d] = x[d] * to_tile * up;
     }

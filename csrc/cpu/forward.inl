@@ -29,6 +29,7 @@ struct ForwardScratch {
   float* k_scale;    // [B * Hkv][Tk + 32]       key scale, with the sign of the softmax scale
   elem* v;           // [B * Hkv][padded_values / G][D][G]  V8^T as broadcast operand
   float* v_scale;    // [B * Hkv][key_tiles][D]  sV / 255
+  float* v_mean;     // [N][Hkv][D]              mean value of the sequence
   QueryTile* tiles;  // [workers]
 };
 constexpr int kValuePad = 8;  // a ragged tile's keys are rounded up to this
@@ -50,6 +51,7 @@ static ForwardScratch forward_scratch(const Shape& s, const Parallel& parallel, 
   w.k_scale = arena.take<float>(heads * (s.tokens_k + kKeyTileForward));
   w.v = arena.take<elem>(heads * padded_values * s.head_dim);
   w.v_scale = arena.take<float>(heads * key_tiles * s.head_dim);
+  w.v_mean = arena.take<float>(n * s.heads_kv * s.head_dim);
   w.tiles = arena.take<QueryTile>(workers(parallel));
   return w;
 }
@@ -103,11 +105,13 @@ static void pack_keys(const ForwardParams& p, const Sequence& q, int64_t head, c
   }
 }
 
-static void pack_values(const ForwardParams& p, const Sequence& q, int64_t head, float* mean, const PackedKeys& out) {
+static void pack_values(const ForwardParams& p, const Sequence& q, int64_t head, float* mean, float* centre,
+                        const PackedKeys& out) {
   const Shape& s = p.shape;
   const int64_t dim = s.head_dim;
   const int64_t offset = q.batch * p.v_strides.batch + head * p.v_strides.head + q.k0 * p.v_strides.token;
-  float x[kKeyTileForward * 128], residual[128] = {};
+  float x[kKeyTileForward * 128], first[128], residual[128] = {}, amax[128] = {};
+  if (q.tk) read_row(s.dtype, p.v, offset, dim, first);
   for (int64_t j = 0; j < q.tk; j += kKeyTileForward) {
     const int64_t count = smaller<int64_t>(kKeyTileForward, q.tk - j), padded = round_up(count, kValuePad);
     float largest[128 + W] = {}, finite[128 + W] = {}, inverse[128 + W], scale[128 + W];
@@ -126,6 +130,7 @@ static void pack_values(const ForwardParams& p, const Sequence& q, int64_t head,
       store(inverse + d, inverse_scale(load(largest + d), load(finite + d), scale + d));
     float* v_scale = out.v_scale + j / kKeyTileForward * dim;
     for (int64_t d = 0; d < dim; ++d) {
+      amax[d] = larger(amax[d], largest[d]);
       elem* v8 = out.v + j * dim + d * G;
       for (int64_t i = 0; i < padded; ++i) {
         float rounded = 0.0f;
@@ -140,7 +145,12 @@ static void pack_values(const ForwardParams& p, const Sequence& q, int64_t head,
       v_scale[d] = scale[d] * (1.0f / 255.0f);
     }
   }
-  for (int64_t d = 0; d < dim; ++d) mean[d] += q.tk ? residual[d] / (float)q.tk : 0.0f;
+  for (int64_t d = 0; d < dim; ++d) {
+    mean[d] += q.tk ? residual[d] / (float)q.tk : 0.0f;
+    const float from_first = q.tk ? first[d] - mean[d] : 0.0f;
+    amax[d] = larger(amax[d], from_first < 0 ? -from_first : from_first);
+  }
+  centre_row(s.dtype, mean, amax, dim, centre);
 }
 
 // ---- phase 2: one query tile against its keys ------------------------------------------------------------------
@@ -348,13 +358,13 @@ static void run_forward(const ForwardParams& p) {
     const int64_t n = item / s.heads_kv, head = item % s.heads_kv;
     const Sequence q = sequence(s, n);
     const PackedKeys out = packed_keys(w, s, n, q, head);
-    float *k_mean = p.k_mean + item * s.head_dim, *v_mean = p.v_mean + item * s.head_dim;
+    float *k_mean = p.k_mean + item * s.head_dim, *v_mean = w.v_mean + item * s.head_dim;
     mean_row(s.dtype, p.k, q.batch * p.k_strides.batch + head * p.k_strides.head + q.k0 * p.k_strides.token,
              p.k_strides.token, q.tk, s.head_dim, k_mean);
     mean_row(s.dtype, p.v, q.batch * p.v_strides.batch + head * p.v_strides.head + q.k0 * p.v_strides.token,
              p.v_strides.token, q.tk, s.head_dim, v_mean);
     pack_keys(p, q, head, k_mean, w.tiles[worker], out);
-    pack_values(p, q, head, v_mean, out);
+    pack_values(p, q, head, v_mean, p.v_centre + item * s.head_dim, out);
     if (!s.cu_seqlens_k || n == s.num_sequences - 1) {  // the last tile reads up to 32 rows past the last key
       __builtin_memset(out.k + q.tk * s.head_dim_padded, 0, kKeyTileForward * s.head_dim_padded * sizeof(elem));
       __builtin_memset(out.bias + q.tk, 0, kKeyTileForward * 4);
@@ -374,7 +384,7 @@ static void run_forward(const ForwardParams& p) {
     const int64_t head = index / tiles, tile = tiles - 1 - index % tiles, head_kv = head / (s.heads_q / s.heads_kv);
     const Sequence q = sequence(s, n);
     const float* k_mean = p.k_mean + (n * s.heads_kv + head_kv) * s.head_dim;
-    const float* v_mean = p.v_mean + (n * s.heads_kv + head_kv) * s.head_dim;
+    const float* v_mean = w.v_mean + (n * s.heads_kv + head_kv) * s.head_dim;
     const PackedKeys k = packed_keys(w, s, n, q, head_kv);
     (s.head_dim_padded == 64 ? attend_tile<64> : attend_tile<128>)(p, q, head, tile * T, k, k_mean, v_mean,
                                                                     w.tiles[worker]);

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
     last -= TILE, diagonal -= TILE;
     if (tile == 0) {  // the first key, at which many rows look alone, goes no further: O begins with its value, which is not rounded
       const T* v = block.template first_key<T>(a.p.v, a.p.v_strides);
-      const float* v_mean = a.p.v_mean + (static_cast<int64_t>(block.queries.sequence) * a.p.shape.heads_kv + block.head_kv) * a.p.shape.head_dim;
+      const float* v_mean = a.w.v_mean + (static_cast<int64_t>(block.queries.sequence) * a.p.shape.heads_kv + block.head_kv) * a.p.shape.head_dim;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float own = x[0][2 * r] == -INFINITY ? -INFINITY : x[0][2 * r] * q_scale[r];  // the scale may be NaN
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(32 * BLOCK_WARPS, BLOCKS<Dp>) forward_kernel(c
 
   const QueryRows<rows> again(a.p.shape, a.queries, a.keys, block_number());
   const int head_dim = a.p.shape.head_dim;
-  const float* v_mean = a.p.v_mean + (static_cast<int64_t>(again.queries.sequence) * a.p.shape.heads_kv + again.head_kv) * head_dim;
+  const float* v_mean = a.w.v_mean + (static_cast<int64_t>(again.queries.sequence) * a.p.shape.heads_kv + again.head_kv) * head_dim;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int query = again.first + threadIdx.x / 32 * 16 + group + 8 * r;

@@ -39,7 +39,7 @@ template <int Dp>
 struct __align__(16) DqKeyRecord {  // DQ_KEYS keys
   int8_t k8[DQ_KEYS * Dp];                         // [key][channel]
   int8_t k8t[Dp * DQ_KEYS];                        // [channel][key], permuted
-  int16_t v[DQ_KEYS * Dp];                         // [key][channel] v - v_mean, rounded to 16 bits
+  int16_t v[DQ_KEYS * Dp];                         // [key][channel] v - v_centre, rounded to 16 bits
   float2 k_scale[DQ_KEYS / 2], k_bias[DQ_KEYS / 2];  // columns of S
 };
 
@@ -52,7 +52,7 @@ struct __align__(8) KeyScale {
 };
 template <int Dp>
 struct __align__(16) KeyRecord {  // TILE keys
-  int16_t v[TILE * Dp];                            // [key][channel] v - v_mean, rounded to 16 bits
+  int16_t v[TILE * Dp];                            // [key][channel] v - v_centre, rounded to 16 bits
   int8_t k8t[Dp * TILE];                           // [channel][key]; only for `fused`, like all below
   KeyScale scale[TILE];
   float k_bound[4];                                // the first; three of padding
@@ -81,7 +81,7 @@ struct __align__(16) QueryRecord {  // QUERIES queries; the formulas are below
 struct BackwardScratch {
   void* blocks;       // [Hkv][tiles_k] KeyRecord<Dp>
   void* keys;         // not fused: [Hkv][tiles_k][TILE / DQ_KEYS] DqKeyRecord<Dp>
-  float* v_norm;      // [Hkv][tiles_k] largest ||v_j - v_mean|| of the tile (0 where empty)
+  float* v_norm;      // [Hkv][tiles_k] largest ||v_j - v_centre|| of the tile (0 where empty)
   float* k_bound;     // [Hkv][tiles_k] largest k_scale of the tile (0 where empty)
   void* queries;      // [Hq][tiles_q][TILE / QUERIES] QueryRecord<Dp>
   float4* q_rows;     // [Hq][tiles_q][TILE] {q_scale * scale * log2(e) * Dp, L', delta16, out}; out differs where fused
@@ -104,7 +104,7 @@ struct BackwardScratch {
 //   P'   = exp2(s - L'_i) = 2^k_i P,          k_i = 15 - ceil(log2(bound_i * max k_scale)), clamped to +-100;  L'_i = lse2_i - k_i
 //         (+inf past the end and for rows that see no key)
 //   dS' k_scale_j = P' (dP16 - delta16_i) k_scale_j, at most 2^15;  out_i = scale * 2^(e_i - k_i) undoes it
-// delta16 = (rowsum(dO (o - v_mean)) - d_lse) / 2^e, and v in bound_j is v - v_mean. Where dO, o or d_lse is not finite the constants are NaN, and so are the gradients.
+// delta16 = (rowsum(dO (o - v_centre)) - d_lse) / 2^e, and v in bound_j is v - v_centre. Where dO, o or d_lse is not finite the constants are NaN, and so are the gradients.
 
 struct BackwardArgs {
   BackwardParams p;

@@ -40,12 +40,12 @@ __global__ void __launch_bounds__(THREADS, 3) prepare_keys_kernel(const __grid_c
   load_rows(k8, a.p.k8 + row * Dp, rows);
   const int dim = a.p.shape.head_dim;
   load_rows(v, row_at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + begin), a.p.v_strides.token, rows, dim);
-  const float* v_mean = a.p.v_mean + (static_cast<int64_t>(keys.sequence) * heads + head) * dim;
+  const float* v_centre = a.p.v_centre + (static_cast<int64_t>(keys.sequence) * heads + head) * dim;
 #pragma unroll
   for (int j = 0; j < ROWS; ++j)
 #pragma unroll
     for (int i = 0; i < n; ++i)
-      if (tile_row(j) < rows && channel_of(i) < dim) v[j][i] = centre<T>(v[j][i], v_mean + channel_of(i));
+      if (tile_row(j) < rows && channel_of(i) < dim) v[j][i] = centre<T>(v[j][i], v_centre + channel_of(i));
   const float k_scale = t < rows ? a.p.k_scale[row + t] : 0.f;
   transpose_rows(tile8, k8, a.fused);
 
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
       for (int i = 0; i < n; ++i) write_chunk<Dp>(records[tile_row(j) / QUERIES].q8, tile_row(j) % QUERIES, i, q8[j][i]);
   }
   {
-    const float* v_mean = a.p.v_mean + (static_cast<int64_t>(queries.sequence) * static_cast<int>(a.p.shape.heads_kv) + head_kv) * dim;
+    const float* v_centre = a.p.v_centre + (static_cast<int64_t>(queries.sequence) * static_cast<int>(a.p.shape.heads_kv) + head_kv) * dim;
     const T* o_tile = row_at<T>(a.p.o, a.p.o_strides, queries.batch, head, queries.begin + begin);
 #pragma unroll
     for (int j = 0; j < ROWS; ++j) {
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
         for (int d = 0; d < 8; ++d) {
           x[d] = element<T>(d_o[j][i], d) * up * up_more;
           norm2 = fmaf(x[d], x[d], norm2);
-          if (lse != -infinity() && channel_of(i) < dim) dot = fmaf(x[d], element<T>(o[i], d) - v_mean[channel_of(i) + d], dot);
+          if (lse != -infinity() && channel_of(i) < dim) dot = fmaf(x[d], element<T>(o[i], d) - v_centre[channel_of(i) + d], dot);
         }
         write_chunk<Dp>(records[tile_row(j) / QUERIES].do16, tile_row(j) % QUERIES, i,
                         uint4{pack16<T>(x[0], x[1]), pack16<T>(x[2], x[3]), pack16<T>(x[4], x[5]), pack16<T>(x[6], x[7])});

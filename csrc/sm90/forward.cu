@@ -417,7 +417,7 @@ __device__ __forceinline__ void fetch(const ForwardArgs& a, Shared<Dp>& shared) 
         copy16(shared_address(work.q8[row / 64]) + swizzle<Dp>(row % 64, chunk), q8 + min(row, rows - 1) * Dp + 16 * chunk);  // later rows are nobody's
       }
       commit_copies();
-      const float *q_scale = a.p.q_scale + work.first, *lse = a.p.lse + work.first, *v_mean = a.p.v_mean + work.means;
+      const float *q_scale = a.p.q_scale + work.first, *lse = a.p.lse + work.first, *v_mean = a.w.v_mean + work.means;
 #pragma unroll 1
       for (int row = t; row < BLOCK_QUERIES; row += FETCHERS) {
         work.q_scale[row] = row < rows ? q_scale[row] * (a.p.shape.scale * LOG2E * Dp) : 0.f;

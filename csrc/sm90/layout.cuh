@@ -60,7 +60,7 @@ __host__ __device__ __forceinline__ constexpr int key_of_row(int row) { return (
 
 template <int Dp>
 struct __align__(128) KeyRecord {  // KEYS keys, by rows
-  int16_t v[KEYS * Dp];            // [channel / 64][row][64 channels] v - v_mean, rounded to 16 bits
+  int16_t v[KEYS * Dp];            // [channel / 64][row][64 channels] v - v_centre, rounded to 16 bits
   int8_t k8[KEYS * Dp];            // [row][channel]
   int8_t k8t[Dp * KEYS];           // [channel][row], permuted
   float scale[4], padding[28];     // k_scale of a warp's rows
@@ -83,7 +83,7 @@ struct __align__(128) QueryRecord {  // QUERIES queries
 
 struct BackwardScratch {
   void* keys;         // [Hkv][tiles_k][TILE / KEYS] KeyRecord<Dp>
-  float* v_norm;      // [Hkv][tiles_k] largest ||v_j - v_mean|| of the tile (0 where empty)
+  float* v_norm;      // [Hkv][tiles_k] largest ||v_j - v_centre|| of the tile (0 where empty)
   float* k_bound;     // [Hkv][tiles_k] largest k_scale of the tile (0 where empty)
   void* queries;      // [Hq][tiles_q][TILE / QUERIES] QueryRecord<Dp>
   float* fine;        // [Hq][tiles_q][TILE]

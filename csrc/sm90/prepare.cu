@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_keys_kernel
   uint2 k8[ROWS][n];
   uint4 v[ROWS][n];
   const T* v_tile = row_at<T>(a.p.v, a.p.v_strides, keys.batch, head, keys.begin + begin);
-  const float* v_mean = a.p.v_mean + (static_cast<int64_t>(keys.sequence) * heads + head) * dim;
+  const float* v_centre = a.p.v_centre + (static_cast<int64_t>(keys.sequence) * heads + head) * dim;
 #pragma unroll
   for (int j = 0; j < ROWS; ++j) {
     const int key = key_of_row(tile_row(j));
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_keys_kernel
     for (int i = 0; i < n; ++i) {
       const int channel = channel_of(i);
       k8[j][i] = key < rows ? *reinterpret_cast<const uint2*>(a.p.k8 + (row + key) * Dp + channel) : uint2{};
-      v[j][i] = key < rows && channel < dim ? centre<T>(*reinterpret_cast<const uint4*>(v_tile + key * a.p.v_strides.token + channel), v_mean + channel) : uint4{};
+      v[j][i] = key < rows && channel < dim ? centre<T>(*reinterpret_cast<const uint4*>(v_tile + key * a.p.v_strides.token + channel), v_centre + channel) : uint4{};
     }
   }
   const int key = key_of_row(t % TILE);  // of this thread's row
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
   // What all exponents of the sequence are raised by: rows of dO are shorter than 2 sqrt(Dp) 2^e, 2^5 at most. Not so small that do16 leaves a half.
   const int shift = min(max(ceil_log2(v_norm, 1.f) + 5 - DP_MAX, -13), 100);
   const float v_shift = exp2_int(-shift);
-  const float* v_mean = a.p.v_mean + (static_cast<int64_t>(queries.sequence) * static_cast<int>(a.p.shape.heads_kv) + head_kv) * dim;
+  const float* v_centre = a.p.v_centre + (static_cast<int64_t>(queries.sequence) * static_cast<int>(a.p.shape.heads_kv) + head_kv) * dim;
   uint2 do8[ROWS][n];
 #pragma unroll
   for (int j = 0; j < ROWS; ++j) {
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
 #pragma unroll
       for (int d = 0; d < 8; ++d) {
         norm2 = fmaf(x[i][d], x[i][d], norm2);
-        if (lse != -infinity() && channel_of(i) < dim) dot = fmaf(x[i][d], element<T>(o[j][i], d) - v_mean[channel_of(i) + d], dot);
+        if (lse != -infinity() && channel_of(i) < dim) dot = fmaf(x[i][d], element<T>(o[j][i], d) - v_centre[channel_of(i) + d], dot);
       }
       write_panel(records[row / QUERIES].do16, row % QUERIES, i,
                        uint4{pack16<T>(x[i][0] * v_shift, x[i][1] * v_shift), pack16<T>(x[i][2] * v_shift, x[i][3] * v_shift),

@@ -4,10 +4,11 @@ Method: a scheme is two ops, a forward and a backward, of one signature each. `d
 autograd, which is what makes them pass `opcheck` and work under `torch.compile(fullgraph=True)`, activation
 checkpointing and CUDA graphs. What the forward saves is the scheme's own affair: opaque tensors, whose shapes its
 `saved` states. The INT8 ops (`sagetrain::attention_forward`, `sagetrain::attention_backward`) are defined in
-csrc/bind.cpp; its schema is their documentation.
+csrc/bind.cpp; its schema is their documentation. Shapes are in torch.compile's caches on the disks of users, which do
+not ask with which version of an op they were made: other shapes want an op of another name.
 
-Saved by INT8 for the backward: Q8, K8 (1 byte an element), their scales and LSE (4 bytes a token), the means of K
-and V, V and O (16 bits).
+Saved by INT8 for the backward: Q8, K8 (1 byte an element), their scales and LSE (4 bytes a token), K's mean and
+what V is centred by, V and O (16 bits).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _no_double_backward(ctx: Any, *_: Any) -> tuple[None, ...]:
 
 
 def _int8_saved(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None) -> tuple[Tensor, ...]:
-    """Q8, its scales, K8, its scales, LSE of the smoothed scores, means of K and V."""
+    """Q8, its scales, K8, its scales, LSE of the smoothed scores, K's mean and what the backward centres V by."""
     (b, hq, tq, d), (hkv, tk) = q.shape, k.shape[1:3]
     width = 64 if d <= 64 else 128
     sequences = b if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1

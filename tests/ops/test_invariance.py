@@ -168,6 +168,35 @@ def test_what_training_makes_of_d_o_is_as_accurate_as_the_preset(compiled, kind)
         check_lse(attend, case)
 
 
+CENTRED = Case(b=2, hq=4, hkv=2, tq=T, tk=T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [CENTRED, replace(CENTRED, d=40), replace(CENTRED, d=128)], ids=["64", "40", "128"])
+def test_what_the_backward_centres_v_by_leaves_no_rounding(compiled, case, dtype):
+    """V less its mean, in 16 bits, would be off by the same for many values: an error of dP that delta has not, so rows
+    of dS would no longer sum to zero, in the same way in every sequence. Channels of large means are centred, of small
+    ones not, and where one value alone is far from the mean, the first or the last, not either."""
+    device = compiled[1]
+    if device == "cuda" and dtype == torch.float32:
+        pytest.skip("float32 is for the CPU")
+    q, k, v, _ = replace(case, dtype=dtype, device=device).tensors()
+    kind = torch.arange(case.d, device=device) % 5
+    v = (v + torch.tensor([0.3, 20.0, -30.0, 40.0, 40.0], device=device)[kind]).to(dtype)
+    v[:, :, 0, kind == 3] = 0.01
+    v[1, 1, -1, kind == 4] = -1.0
+    saved = torch.ops.sagetrain.attention_forward(q, k, v, 0.125, True, None, None, False)[-1]
+    centre = saved[1, :, :, None]
+    mean = v.float().mean(-2, keepdim=True)  # the kernel's is not saved, and other in its last digits
+    rtol = max(torch.finfo(dtype).eps, 1e-3)
+    torch.testing.assert_close(centre, reference.centre_of(v.float(), mean, dtype), rtol=rtol, atol=0)
+    small, large, negative, first, last = (centre[..., kind == i] for i in range(5))
+    assert not small.any() and not first.any() and not last[1, 1].any()
+    assert (large > 15).all() and (negative < -25).all() and (last[0] > 35).all()
+    centred = v.float() - centre
+    assert dtype == torch.float32 or torch.equal(centred.to(dtype).float(), centred)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(bool(os.environ.get("SAGETRAIN_GPU_KERNEL")), reason="this is the run with one kernel")
 @pytest.mark.parametrize("which", GPU_KERNELS)
