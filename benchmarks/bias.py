@@ -246,10 +246,9 @@ def main(arguments: list[str] | None = None) -> None:
         "model": args.name or Path(args.model).name, "text": " ".join(Path(file).name for file in args.text),
         "seq_len": args.seq_len, "batch_size": args.batch_size,
     }  # fmt: skip
-    torch.manual_seed(0)
-    found = measure(model.to(args.device), source, arms, layers=args.layers)
+    torch.manual_seed(0)  # of `noise`
     saved = []
-    for row in found:
+    for row in measure(model.to(args.device), source, arms, layers=args.layers):
         row = {key: f"{value:.3e}" if isinstance(value, float) else value for key, value in row.items()}
         saved.append(start | row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
