@@ -19,7 +19,8 @@ from sagetrain.paths import PACKAGE_DIR
 
 def launch(script: str, *arguments: str) -> None:
     """Run a script to its end, which must be a good one. What it started ends with it."""
-    env = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    left_by_runs = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")  # in this process; the last shuffles data
+    env = {name: value for name, value in os.environ.items() if name not in left_by_runs}
     roots = (str(PACKAGE_DIR.parent), str(Path(__file__).parents[1]))
     env |= {"PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
