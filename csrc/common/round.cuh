@@ -108,7 +108,8 @@ __device__ __forceinline__ Scale int8_scale(float amax, bool finite) {
 }
 
 // What values about `mean`, at most amax away from it, are centred by in 16 bits: the mean in 16 bits where it is so large beside amax that all
-// values are 1/2 to 2 of it, for then every difference is exact (Sterbenz), else 0. A rounding error that values have in common is no noise.
+// values are 1/2 to 2 of it (0.45: the mean is rounded), for then every difference is exact (Sterbenz), else 0. A rounding error that values have in
+// common is no noise.
 template <typename T>
 __device__ __forceinline__ float centre_of(float mean, float amax) {
   const uint32_t rounded = pack16<T>(mean, 0.f);

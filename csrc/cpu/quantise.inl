@@ -84,8 +84,8 @@ static void mean_row(DType type, const void* base, int64_t offset, int64_t strid
 }
 
 // What the channels of values about `mean`, at most amax away from it, are centred by in the backward: the mean in their
-// own type where it is so large beside amax that all values are 1/2 to 2 of it, for then every difference is exact
-// (Sterbenz), else 0. A rounding error that values have in common is no noise.
+// own type where it is so large beside amax that all values are 1/2 to 2 of it (0.45: the mean is rounded), for
+// then every difference is exact (Sterbenz), else 0. A rounding error that values have in common is no noise.
 static void centre_row(DType type, const float* mean, const float* amax, int64_t dim, float* centre) {
   alignas(4) char stored[4 * 128];
   float rounded[128];

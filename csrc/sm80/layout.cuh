@@ -39,7 +39,7 @@ template <int Dp>
 struct __align__(16) DqKeyRecord {  // DQ_KEYS keys
   int8_t k8[DQ_KEYS * Dp];                         // [key][channel]
   int8_t k8t[Dp * DQ_KEYS];                        // [channel][key], permuted
-  int16_t v[DQ_KEYS * Dp];                         // [key][channel] v - v_centre, rounded to 16 bits
+  int16_t v[DQ_KEYS * Dp];                         // [key][channel] v - v_centre, which 16 bits hold
   float2 k_scale[DQ_KEYS / 2], k_bias[DQ_KEYS / 2];  // columns of S
 };
 
@@ -52,7 +52,7 @@ struct __align__(8) KeyScale {
 };
 template <int Dp>
 struct __align__(16) KeyRecord {  // TILE keys
-  int16_t v[TILE * Dp];                            // [key][channel] v - v_centre, rounded to 16 bits
+  int16_t v[TILE * Dp];                            // [key][channel] v - v_centre, which 16 bits hold
   int8_t k8t[Dp * TILE];                           // [channel][key]; only for `fused`, like all below
   KeyScale scale[TILE];
   float k_bound[4];                                // the first; three of padding

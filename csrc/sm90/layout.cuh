@@ -60,7 +60,7 @@ __host__ __device__ __forceinline__ constexpr int key_of_row(int row) { return (
 
 template <int Dp>
 struct __align__(128) KeyRecord {  // KEYS keys, by rows
-  int16_t v[KEYS * Dp];            // [channel / 64][row][64 channels] v - v_centre, rounded to 16 bits
+  int16_t v[KEYS * Dp];            // [channel / 64][row][64 channels] v - v_centre, which 16 bits hold
   int8_t k8[KEYS * Dp];            // [row][channel]
   int8_t k8t[Dp * KEYS];           // [channel][row], permuted
   float scale[4], padding[28];     // k_scale of a warp's rows

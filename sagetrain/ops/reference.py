@@ -141,8 +141,8 @@ def floor_log2(x: Tensor) -> Tensor:
 
 def centre_of(v: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
     """What `v [.., T, D]` is centred by in the backward: its mean `[.., 1, D]` in `dtype` where that is so large beside
-    what values are away from it that all are 1/2 to 2 of it, for then every difference is exact (Sterbenz), else 0.
-    A rounding error that values have in common is no noise."""
+    what values are away from it that all are 1/2 to 2 of it (0.45: the mean is rounded), for then every difference
+    is exact (Sterbenz), else 0. A rounding error that values have in common is no noise."""
     return torch.where((v - mean).abs().amax(-2, keepdim=True) <= 0.45 * mean.abs(), mean.to(dtype).to(v.dtype), 0.0)
 
 
