@@ -25,7 +25,8 @@ output and the gradients of NAME; `noise=0.015` is exact attention with Gaussian
 mean square of a head's, and so what a model makes of any error of that size that is right on average.
 Choice: rows of T tokens, causal over all of the row, cut from the text as pre-training cuts them.
 Cost: a forward and backward in FP32 for each attention; presets hold T x T scores of all heads. Memory: a copy of the
-gradient for each attention, and two more. Rows go to benchmarks/results/bias-<kernel>.csv at the end.
+gradient for each attention, and two more. Rows go to benchmarks/results/bias-<kernel>.csv at the end, and where it is
+interrupted (Ctrl-C) those that there are.
 """
 
 from __future__ import annotations
@@ -248,12 +249,14 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     torch.manual_seed(0)  # of `noise`
     saved = []
-    for row in measure(model.to(args.device), source, arms, layers=args.layers):
-        row = {key: f"{value:.3e}" if isinstance(value, float) else value for key, value in row.items()}
-        saved.append(start | row)
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    if not args.no_save:  # all of them: the first rows of a commit take the place of all of the one before
-        write(saved, kernel_file("bias", args.device))
+    try:
+        for row in measure(model.to(args.device), source, arms, layers=args.layers):
+            row = {key: f"{value:.3e}" if isinstance(value, float) else value for key, value in row.items()}
+            saved.append(start | row)
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    finally:
+        if saved and not args.no_save:  # at once: the first rows of a commit take the place of all of the one before
+            write(saved, kernel_file("bias", args.device))
 
 
 if __name__ == "__main__":
