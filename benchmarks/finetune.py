@@ -50,6 +50,9 @@ ARMS = {"bf16": "sage_int8", "sage_int8": "sdpa"}  # and what else it is evaluat
 # A small model has room for larger micro-batches than the recipes', which are for a billion weights: examples in one,
 # and how many make a step (together as the recipe has it).
 MICRO = {"gsm8k": (32, 1), "hellaswag": (128, 1), "mmlu": (128, 1), "drop": (32, 4)}
+# Questions asked at once: of answers that are written the more, the faster; of choices 512 are too many for a GPU's
+# memory with --jobs 4.
+ASKED = {"gsm8k": 512, "hellaswag": 64, "mmlu": 64, "drop": 512}
 EVALUATED = 0.2  # of a file that is split
 
 
@@ -74,6 +77,7 @@ class Work:
 
     def __init__(self, task: str, options: argparse.Namespace, slots: Queue[str]) -> None:
         self.task, self.options, self.slots = task, options, slots
+        self.batch_size = options.batch_size or ASKED[task]
         self.out = options.out / task
         self.out.mkdir(parents=True, exist_ok=True)
         self.train, self.asked = split(task, options.data, self.out)
@@ -96,7 +100,7 @@ class Work:
         limit = ["--limit", str(self.options.limit)] if self.options.limit else []
         self.command(
             name, "sagetrain.evaluate", str(model), "--tasks", self.task, "--data", f"{self.task}={self.asked}",
-            "--attention", attention, "--batch-size", str(self.options.batch_size), "--out", str(out),
+            "--attention", attention, "--batch-size", str(self.batch_size), "--out", str(out),
             *template, *limit,
         )  # fmt: skip
 
@@ -118,7 +122,7 @@ class Work:
                 name, "sagetrain", f"recipe={self.task}_finetune", f"attention={arm}", f"seed={seed}", f"out={run}",
                 f"model.path={self.options.model}", f"data.path={self.train}", f"data.chat_template={template}",
                 f"eval.tasks=[{self.task}]", f"eval.data={{{self.task}: {self.asked}}}", f"eval.limit={limit}",
-                f"eval.batch_size={self.options.batch_size}", "checkpoint.keep=weights",
+                f"eval.batch_size={self.batch_size}", "checkpoint.keep=weights",
                 *(f"{key}={value}" for key, value in step.items() if key not in given), *self.options.settings,
             )  # fmt: skip
         step = str(json.loads(facts.read_text())["steps"])
@@ -176,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
     parser.add_argument("--jobs", type=int, default=1, help="at a time, on each GPU")
     parser.add_argument("--limit", type=int, help="the first questions only (of MMLU of each subject)")
-    parser.add_argument("--batch-size", type=int, default=64, help="of the evaluation")
+    parser.add_argument("--batch-size", type=int, help="of the evaluation; default: ASKED has it for each task")
     parser.add_argument("--chat-template", action="store_true", help="examples and questions as conversations")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for all runs")
     options = parser.parse_args(arguments)

@@ -200,6 +200,7 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
     assert len(said) == 2 * (2 * 2 + 1) and {gpu for gpu, _ in said} <= {"2", "3"}
     runs = [words for _, (kind, *words) in said if kind == "sagetrain"]
     assert all(words.count("data.batch_size=1") == 1 and "data.batch_size=64" not in words for words in runs)
+    assert all("eval.batch_size=512" in words for words in runs)
     assert len(written) == 2 * 2 * 2
     row = next(row for row in written if row["arm"] == "sage_int8" and row["metric"] == "em")
     assert (row["before"], row["after"], row["other"], row["val_loss"], row["train_loss"]) == (0.5, 0.5, 0.25, 1.5, 1)
