@@ -248,6 +248,7 @@ def _layers_of(arm: Arm, names: Iterable[str]) -> Draw:
             style["hovertemplate"] = "%{x}: %{y}"
             text = f"layer {layer}"
             data.append(_trace(curve, runs[0], text, text, arm.name, showlegend=i in named, **style))
-        return {"data": data, "layout": {"showlegend": True, "hovermode": "closest"}}
+        # below the buttons of the panel
+        return {"data": data, "layout": {"showlegend": True, "hovermode": "closest", "legend": {"y": 0.88}}}
 
     return draw
