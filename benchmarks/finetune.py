@@ -10,11 +10,10 @@ Method: every run is a command of its own, `python -m sagetrain recipe=TASK_fine
 own attention; then its weights are evaluated with the attention of the other arm (BF16 there is SDPA). The model before
 is evaluated with each arm's own. --jobs of them run at a time on each GPU; `key=value` goes to all runs. The same
 command goes on where it was stopped, and does not repeat what is done. The rows of a task are written when all its
-runs are done.
+runs are done, and the curves of all to results/MODEL-TASK-<kernel>/metrics.csv (python -m benchmarks.plot draws them).
 Choice: one row for each run and metric, in results/finetune-<kernel>.csv: settings (those given), n (questions),
 train_loss (mean of the last tenth of the steps), val_loss (the last), before and after (own attention), other (after,
-with the other arm's). What the commands said is in FOLDER of --out, TASK/ARM-seedN.txt; `python -m sagetrain.compare`
-draws the curves.
+with the other arm's). What the commands said is in FOLDER of --out, TASK/ARM-seedN.txt.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import conditions, kernel_file, write
+from benchmarks.losses import curves
 from benchmarks.tables import TAIL
 from sagetrain.evaluation.scores import METRICS, read
 
@@ -159,9 +159,10 @@ class Work:
         ]
 
 
-def same_as_before(options: argparse.Namespace) -> None:
-    """Raises ValueError where --out has runs of another model, other data or other settings."""
+def same_as_before(options: argparse.Namespace, held: dict[str, Any]) -> None:
+    """Raises ValueError where --out has runs of another model, other data, settings, device or commit."""
     asked = {name: str(getattr(options, name)) for name in ("model", "data", "limit", "chat_template", "settings")}
+    asked |= {name: str(held.get(name)) for name in ("device", "commit")}
     path = options.out / "asked.json"
     if not path.exists():
         options.out.mkdir(parents=True, exist_ok=True)
@@ -186,7 +187,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for name in ("model", "data", "out"):
         setattr(options, name, getattr(options, name).expanduser().absolute())
-    same_as_before(options)
     gpus = [str(gpu) for gpu in range(torch.cuda.device_count())]
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",")
     slots: Queue[str] = Queue()
@@ -194,6 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
         slots.put(slot)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     held = conditions(device)
+    same_as_before(options, held)
     runs = list(product(range(options.seeds), ARMS))
     with ThreadPoolExecutor(slots.qsize()) as pool:
         begun = []
@@ -205,7 +206,10 @@ def main(arguments: list[str] | None = None) -> None:
             for promise in promises:
                 promise.result()
             rows = [held | row for seed, arm in runs for row in work.rows(arm, seed)]
-            write(rows, kernel_file("finetune", device))
+            file = kernel_file("finetune", device)
+            write(rows, file)
+            name = file.stem.replace("finetune", f"{options.model.name.lower()}-{work.task}", 1)
+            curves([str(work.out / f"{arm}-seed{seed}") for seed, arm in runs], file.with_name(name))
 
 
 if __name__ == "__main__":

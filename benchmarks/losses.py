@@ -50,6 +50,15 @@ def row(name: str, run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def curves(runs: list[str], folder: Path) -> None:
+    """Writes metrics.csv of a folder: the curves of all runs."""
+    with TemporaryDirectory() as compared:
+        report(runs, compared)
+        folder.mkdir(parents=True, exist_ok=True)
+        slim(Path(compared) / "metrics.csv", folder / "metrics.csv")
+    print(f"curves of {len(runs)} runs -> {folder / 'metrics.csv'}")
+
+
 def slim(source: Path, target: Path) -> None:
     """Copies a metrics.csv without the columns of single layers, floats to eight digits."""
     with source.open(newline="") as file:
@@ -84,12 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     runs = find_runs(options.runs)
     folder = RESULTS / f"{options.name}-{held['kernel'].replace('/', '-')}"
     rows = [held | row(options.name, run) for run in runs]
-    with TemporaryDirectory() as compared:
-        report(options.runs, compared)
-        folder.mkdir(parents=True, exist_ok=True)
-        slim(Path(compared) / "metrics.csv", folder / "metrics.csv")
+    curves([str(run.path) for run in runs], folder)
     write(rows, RESULTS / f"losses-{held['kernel'].replace('/', '-')}.csv")
-    print(f"curves of {len(runs)} runs -> {folder / 'metrics.csv'}")
 
 
 if __name__ == "__main__":

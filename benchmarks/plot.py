@@ -116,6 +116,8 @@ def loss(folder: Path) -> Path:
     for row in read(folder / "metrics.csv"):
         runs[row["arm"]][row["seed"]].append(float(row["loss"]))
     first = "bf16" if "bf16" in runs else next(iter(runs))
+    if len(runs) != 2:
+        raise SystemExit(f"{folder} has the arms {', '.join(runs)}: two are drawn against each other")
     (other,) = (arm for arm in runs if arm != first)
     width = max(5, len(next(iter(runs[first].values()))) // TAIL)
     smooth = {

@@ -387,8 +387,9 @@ def trained(folder: str) -> dict[str, dict[int, dict[str, float]]]:
     return found
 
 
-def loss(folder: str) -> str:
-    """Table: final loss of the arms, the gap by seeds, how far BF16 is from itself with another seed, tokens/s.
+def loss(folder: str, speed: str = "yes") -> str:
+    """Table: final loss of the arms, the gap by seeds, how far BF16 is from itself with another seed, tokens/s (not
+    with speed=no: of runs that shared a GPU).
 
     Without BF16 the first arm is what the others are held against.
     """
@@ -402,14 +403,16 @@ def loss(folder: str) -> str:
         cells = [" ".join([NAMES.get(attention, attention), *settings]), str(len(runs)), f"{run['steps']:.0f}"]
         cells += [f"{mean(run['loss'] for run in runs.values()):.4f}", "" if arm == first else f"{gap:+.4f}"]
         seeds = f"{band:.4f}" if arm == first and len(base) > 1 else ""
-        lines.append([*cells, seeds, f"{run['speed']:,.0f}"])
-    return markdown(["", "seeds", "steps", "final loss", "gap", "seed to seed", "tokens/s"], lines)
+        lines.append([*cells, seeds, *([f"{run['speed']:,.0f}"] if speed == "yes" else [])])
+    head = ["", "seeds", "steps", "final loss", "gap", "seed to seed", *(["tokens/s"] if speed == "yes" else [])]
+    return markdown(head, lines)
 
 
 def finetune(file: str, of: str, **wanted: str) -> str:
     """Table of fine-tuned models by task: `of` is `score` (in percent, by metric) or `loss` (of validation).
 
-    Mean and standard deviation over seeds; the gap is INT8's to BF16's of the same seed.
+    Mean and standard deviation over seeds; the gap is INT8's to BF16's of the same seed, of scores with both evaluated
+    by BF16 attention: what training made, and not what the attention adds while it is asked.
     """
     cases: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for row in sorted(chosen(file, wanted), key=lambda row: int(row["seed"])):
@@ -431,12 +434,12 @@ def finetune(file: str, of: str, **wanted: str) -> str:
         else:
             before = [f"{100 * float(rows[0]['before']):.1f}" for rows in (bf16, int8)]
             cells = [f"{task}, {metric[0]}", f"{int(int8[0]['n']):,}", " / ".join(dict.fromkeys(before))]
-            cells += [spread(bf16, "after"), spread(int8, "after"), spread(int8, "after", bf16)]
-            lines.append([*cells, spread(bf16, "other"), spread(int8, "other")])
+            cells += [spread(bf16, "after"), spread(int8, "after"), spread(bf16, "other"), spread(int8, "other")]
+            lines.append([*cells, spread(int8, "other", bf16, "after")])
     if of == "loss":
         return markdown(["", "seeds", "BF16", "INT8", "INT8 - BF16"], lines)
-    other = ["BF16, evaluated with INT8", "INT8, evaluated with SDPA"]
-    return markdown(["", "questions", "before", "BF16", "INT8", "INT8 - BF16", *other], lines)
+    other = ["BF16, evaluated with INT8", "INT8, evaluated with SDPA", "INT8 - BF16, neither evaluated with INT8"]
+    return markdown(["", "questions", "before", "BF16", "INT8", *other], lines)
 
 
 def losses(file: str, **wanted: str) -> str:
@@ -456,15 +459,16 @@ def losses(file: str, **wanted: str) -> str:
     return markdown(["", "learning rate", "seeds", "training loss", "validation loss", "gap", "gradient norm"], lines)
 
 
-def spread(rows: list[Row], column: str, base: list[Row] | None = None) -> str:
-    """`31.2 ± 0.4`: mean and standard deviation of a column, or of what it is above `base`; of one value only that.
+def spread(rows: list[Row], column: str, base: list[Row] | None = None, of_base: str | None = None) -> str:
+    """`31.2 ± 0.4`: mean and standard deviation of a column, or of what it is above that (or `of_base`) of `base`; of
+    one value only that.
 
     Scores are in percent.
     """
     scale, places = (1, 4) if column.endswith("loss") else (100, 1)
     values = [scale * float(row[column]) for row in rows]
     if base:
-        values = [value - scale * float(row[column]) for value, row in zip(values, base, strict=True)]
+        values = [value - scale * float(row[of_base or column]) for value, row in zip(values, base, strict=True)]
     text = f"{mean(values):{'+' if base else ''}.{places}f}"
     return f"{text} ± {stdev(values):.{places}f}" if len(values) > 1 else text
 

@@ -8,6 +8,7 @@ sagetrain/evaluation/scores.py describes. The same command goes on where it was 
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ def evaluate_model(
     run = run_of(model)
     cfg = OmegaConf.load(run / "config.yaml") if run else None
     arm = attention or (cfg.attention.name if cfg else "sage_int8")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device: {device!r} is none of cpu, cuda, cuda:1")
+    where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: torch sees no CUDA device; python -m sagetrain.doctor says why")
     implementation = bf16.choose(_implementation(arm), where)
@@ -103,6 +107,11 @@ def evaluate_model(
 def _load(model: str) -> Any:
     folder = Path(model).expanduser()
     if folder.is_dir() and not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise ValueError(
+                f"{model} holds adapters and no model: name the run they are of, or what "
+                "python -m sagetrain.export RUN FOLDER --merge wrote"
+            )
         runs = ", ".join(path.parent.name for path in sorted(folder.glob("*/run.json")))
         raise ValueError(f"{model} holds no model{f'; it holds the runs {runs}: name one' if runs else ''}")
     with asked_for(model):

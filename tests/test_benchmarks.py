@@ -180,7 +180,14 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
             given = dict(word.split("=", 1) for word in words[3:])
             out, arm, step = Path(given["out"]), given["attention"], 3
             out.mkdir()
-            (out / "run.json").write_text('{"status": "finished", "steps": 3}')
+            facts = {
+                "recipe": "drop_finetune",
+                "arm": arm,
+                "seed": int(given["seed"]),
+                "status": "finished",
+                "steps": 3,
+            }
+            (out / "run.json").write_text(json.dumps(facts))
             (out / "metrics.csv").write_text("step,loss,val_loss\n1,3,\n2,2,2.5\n3,1,1.5\n")
         else:
             given = dict(zip(words[4::2], words[5::2], strict=False))
@@ -192,6 +199,7 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
     monkeypatch.setattr(finetune.subprocess, "run", command)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr(finetune, "conditions", lambda device: {"device": device})
+    monkeypatch.setattr(finetune, "kernel_file", lambda name, device: tmp_path / "results" / f"{name}-cpu.csv")
     written: list[dict[str, Any]] = []
     monkeypatch.setattr(finetune, "write", lambda rows, path: written.extend(rows))
     words = ["--model", str(tmp_path), "--data", str(data), "--out", str(tmp_path / "out"), "--tasks", "drop"]
@@ -199,13 +207,20 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
     finetune.main(words)
     assert len(said) == 2 * (2 * 2 + 1) and {gpu for gpu, _ in said} <= {"2", "3"}
     runs = [words for _, (kind, *words) in said if kind == "sagetrain"]
-    assert all(words.count("data.batch_size=1") == 1 and "data.batch_size=64" not in words for words in runs)
+    assert all(words.count("data.batch_size=1") == 1 and "data.batch_size=32" not in words for words in runs)
     assert all("eval.batch_size=512" in words for words in runs)
     assert len(written) == 2 * 2 * 2
     row = next(row for row in written if row["arm"] == "sage_int8" and row["metric"] == "em")
     assert (row["before"], row["after"], row["other"], row["val_loss"], row["train_loss"]) == (0.5, 0.5, 0.25, 1.5, 1)
+    drawn = list(csv.DictReader((tmp_path / "results" / f"{tmp_path.name.lower()}-drop-cpu" / "metrics.csv").open()))
+    assert [(row["arm"], row["seed"], row["loss"]) for row in drawn[:7:3]] == [
+        ("bf16", "0", "3"), ("bf16", "1", "3"), ("sage_int8", "0", "3")]  # fmt: skip
     finetune.main(words)
     assert len(said) == 10  # nothing was run again
+    with monkeypatch.context() as later:
+        later.setattr(finetune, "conditions", lambda device: {"device": device, "commit": "another"})
+        with pytest.raises(ValueError, match="has runs of commit None: choose another folder"):
+            finetune.main(words)
     for others in ([*words[:-1], "data.batch_size=2"], [*words, "--limit", "5"], ["--model", "/other", *words[2:]]):
         with pytest.raises(ValueError, match="has runs of .*: choose another folder"):
             finetune.main(others)

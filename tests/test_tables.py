@@ -247,6 +247,7 @@ def test_loss_without_bf16_is_held_against_the_first_arm(tmp_path: Path, monkeyp
     assert "| INT8 a=1 | 1 | 2 | 2.0000 |  |  | 10 |\n| INT8 a=2 | 1 | 2 | 2.5000 | +0.5000 |  | 20 |" in tables.made(
         "loss", "run"
     )
+    assert "| INT8 a=1 | 1 | 2 | 2.0000 |  |  |\n" in tables.made("loss", "run speed=no")
     assert tables.made("typical", "run column=data_wait") == "0.150"
 
 
@@ -263,7 +264,7 @@ def test_fine_tuned_models_by_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     said = tables.made("finetune", "finetune-x of=loss")
     assert "| drop | 3 | 1.5100 ± 0.0100 | 1.5120 ± 0.0100 | +0.0020 ± 0.0000 |" in said and said.count("drop") == 1
     said = tables.made("finetune", "finetune-x of=score")
-    cells = "| 1,600 | 10.0 / 11.0 | 31.0 ± 1.0 | 32.0 ± 1.0 | +1.0 ± 0.0 | 25.0 ± 0.0 | 27.0 ± 0.0 |"
+    cells = "| 1,600 | 10.0 / 11.0 | 31.0 ± 1.0 | 32.0 ± 1.0 | 25.0 ± 0.0 | 27.0 ± 0.0 | -4.0 ± 1.0 |"
     assert f"| drop, em {cells}" in said and f"| drop, f1 {cells}" in said
     (tmp_path / "finetune-x.csv").write_text(head + "".join(lines[:-2]))
     with pytest.raises(ValueError, match="drop: the arms have other seeds"):

@@ -2,7 +2,8 @@
 
 Method: the runs are there already (logger=wandb, or `wandb sync` of what ran offline) and are found by the ids that
 their run.json hold. The gaps and the seed band over the steps, and the tables, go up as one more run; the dashboard
-overlays the arms, mean and range over their seeds, and the report says the verdict above the same panels.
+overlays the arms, mean and range over their seeds (where settings tell arms apart, each run), and the report says the
+verdict above the same panels.
 Limits: tested are the dashboard as it is built and what an offline run holds. A report cannot even be built without a
 login, and only the service can prove that it takes both and shows them as meant.
 """
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import wandb
 import wandb_workspaces.reports.v2 as wr
@@ -36,6 +39,7 @@ CURVES = {  # section of the dashboard -> its panels, title by metric
         "probe/dq_error_max": "Largest error of dQ", "probe/dk_error_max": "Largest error of dK",
     },
 }  # fmt: skip
+SYMBOLS = ("So", "Sk", "Sm", "Sc", "Cs")  # in the name of a dashboard the package refuses them, '=' too
 BY_LAYER = [f"{name}_by_layer" for name in OF_LAYERS]
 
 
@@ -47,6 +51,9 @@ def publish(comparison: Comparison, target: str) -> list[str]:
     entity, _, project = target.partition("/")
     if not entity or not project or "/" in project:
         raise ValueError(f"--wandb: {target!r} is not ENTITY/PROJECT")
+    loggers = {run.name: (run.config.get("logger") or {}).get("_target_") for run in comparison.runs if run.config}
+    if elsewhere := [name for name, logger in loggers.items() if not str(logger).endswith("WandbLogger")]:
+        raise ValueError(f"--wandb: {', '.join(elsewhere)} did not log to Weights & Biases (logger=wandb)")
     with _refusals():
         own = send(comparison, entity, project)
     if own.offline:
@@ -105,17 +112,19 @@ def sections(comparison: Comparison) -> dict[str, list[Any]]:
         line_colors=drawn, line_marks=dict.fromkeys(("band/above", "band/below"), "dashed"),
     )  # fmt: skip
     found = {"Verdict": [wr.MarkdownPanel(markdown=tables.markdown(comparison)), gap]}
-    found |= {title: [_overlaid(*panel) for panel in panels.items()] for title, panels in CURVES.items()}
+    overlaid = partial(_overlaid, by_arm=not comparison.named)
+    found |= {title: [overlaid(*panel) for panel in panels.items()] for title, panels in CURVES.items()}
     found["Probe"].append(wr.MediaBrowser(media_keys=BY_LAYER))
     if names := dict.fromkeys(score.name for score in comparison.scores):
-        found["Scores"] = [_overlaid(EVAL + name, name) for name in names]
+        found["Scores"] = [overlaid(EVAL + name, name) for name in names]
     return found
 
 
 def workspace(comparison: Comparison, entity: str, project: str, own: str) -> ws.Workspace:
     """The dashboard. own: the id of the comparison's run."""
     made = [ws.Section(name=title, panels=panels, is_open=True) for title, panels in sections(comparison).items()]
-    name = f"SageTrain: {', '.join(comparison.short(arm.name) for arm in comparison.arms)}"
+    arms = ", ".join(comparison.short(arm.name) for arm in comparison.arms)
+    name = "SageTrain: " + "".join(" " if category(char) in SYMBOLS else char for char in arms)
     chosen = ws.RunsetSettings(filters=expr.And(ws.Metric("ID").isin(ids(comparison, own))))
     settings = ws.WorkspaceSettings(x_axis="tokens")
     return ws.Workspace(entity, project, name=name, sections=made, settings=settings, runset_settings=chosen)
@@ -133,7 +142,8 @@ def report(comparison: Comparison, entity: str, project: str, own: str) -> wr.Re
     return wr.Report(project=project, entity=entity, title=title, blocks=blocks)
 
 
-def _overlaid(metric: str, title: str) -> wr.LinePlot:
-    """One line for each arm: mean over its seeds, shaded from the least to the most."""
-    by_arm = {"groupby": wr.Config("attention.name"), "groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
-    return wr.LinePlot(title=title, x="tokens", y=[metric], **by_arm)
+def _overlaid(metric: str, title: str, by_arm: bool) -> wr.LinePlot:
+    """One line for each arm: mean over its seeds, shaded from the least to the most. Else one for each run: attention
+    alone would average arms that settings tell apart."""
+    grouped = {"groupby": wr.Config("attention.name"), "groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
+    return wr.LinePlot(title=title, x="tokens", y=[metric], **(grouped if by_arm else {}))

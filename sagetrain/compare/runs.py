@@ -1,8 +1,9 @@
-"""Reads run directories: `run.json`, `config.yaml` and `metrics.csv` of one training run.
+"""Reads run directories: `run.json`, `config.yaml`, `metrics.csv` and `eval.json` of one training run.
 
 Method: every cell that the comparison uses is parsed once, at reading time, so that a corrupt file is named with its
 line before anything is computed. An empty cell means "not measured" and is left out of its series; `nan` and `inf`
-are values.
+are values. Scores of a run's own attention that only eval.json has (of `python -m sagetrain.evaluate RUN`) count like
+those in metrics.csv.
 Choice: a step that was logged twice (a run killed and resumed) counts once, the later row. A torn last line is normal
 for a run that was killed or still runs, so it is dropped and noted there; in a finished run it is an error.
 Cost: all rows are held in memory as text, about 10 MB per 100,000 rows of 10 columns.
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from sagetrain.evaluation import scores
 from sagetrain.ops.schemes import SCHEMES
 from sagetrain.training.folder import RENAMED
 
@@ -29,6 +31,7 @@ EVAL = "eval/"  # TASK/METRIC
 NUMERIC = ("tokens", "loss", "grad_norm", "tokens_per_s", "step_ms", "data_wait", "val_loss")
 NUMERIC_GROUPS = ("probe/", EVAL)
 REQUIRED = {"recipe": str, "arm": str, "seed": int, "status": str, "steps": int}
+ASKED = {"n": "number of questions", "few_shot": "examples before a question", "chat_template": "chat template"}
 EMPTY: Series = (np.empty(0, np.int64), np.empty(0))
 
 
@@ -36,7 +39,8 @@ class Run:
     """One run directory. Raises FileNotFoundError or ValueError that names the file, the line and what is wrong.
 
     `info` is run.json, `config` config.yaml ({} if there is none); `rows` maps a step to its cells, as in `header`.
-    `kind` is the attention, `arm` what the run counts as in a comparison (see arms.py).
+    `kind` is the attention, `arm` what the run counts as in a comparison (see arms.py). `asked`: of each task it was
+    evaluated on last, how (ASKED).
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,6 +53,9 @@ class Run:
         self.planned = plan if plan > 0 else self.info["steps"] if self.finished else None
         self.config = self._read_config(self.path / "config.yaml")
         self._read_metrics(self.path / "metrics.csv")
+        self.asked: dict[str, dict[str, Any]] = {}
+        if (file := self.path / scores.FILE).exists():
+            self._read_scores(file)
         self.last_step = int(self.columns["loss"][0][-1])
         self.progress = f"{self.last_step:,}" + (f" of {self.planned:,}" if self.planned else "")
 
@@ -116,6 +123,22 @@ class Run:
                     self.columns[column] = (np.array([step for step, *_ in filled]), np.array(values))
         if "loss" not in self.columns:
             raise ValueError(f"{file}: no loss was logged yet; compare the run once it has trained a few steps")
+
+    def _read_scores(self, file: Path) -> None:
+        held, found = _read_mapping(file, json.loads), dict[str, dict[int, float]]()
+        try:
+            for step, arms in sorted(held.items(), key=lambda item: int(item[0])):
+                for task, of in arms.get(self.kind, {}).items():
+                    self.asked[task] = {key: of.get(key) for key in ASKED}
+                    for metric, value in of["scores"].items():
+                        found.setdefault(f"{EVAL}{task}/{metric}", {})[int(step)] = float(value)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: no scores as evaluate.py writes them: {error!r}") from error
+        for column, values in found.items():
+            steps, there = self.columns.get(column, EMPTY)
+            values |= dict(zip(steps.tolist(), there.tolist(), strict=True))
+            ordered = sorted(values.items())
+            self.columns[column] = (np.array([s for s, _ in ordered]), np.array([x for _, x in ordered]))
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from sagetrain.compare.arms import FREE, name_arms
-from sagetrain.compare.runs import EMPTY, EVAL, Run, Series
+from sagetrain.compare.runs import ASKED, EMPTY, EVAL, Run, Series
 from sagetrain.ops.schemes import SCHEMES
 from sagetrain.paths import settings
 
@@ -156,12 +156,13 @@ class Score:
 class Comparison:
     """What a set of runs says about its arms, up to the last step that all of them reached.
 
+    `named`: the settings that tell arms of one attention apart.
     `baseline=None` takes the arm `bf16`, else the first that is no scheme of ours, else the first; ValueError for an
     arm that is not there, and for two runs that no setting tells apart.
     """
 
     def __init__(self, runs: list[Run], baseline: str | None = None) -> None:
-        self._named, numbered = name_arms(runs)
+        self.named, numbered = name_arms(runs)
         self.runs = runs
         self.baseline = self._baseline(baseline)
         names = sorted(dict.fromkeys(run.arm for run in runs), key=lambda name: name != self.baseline)
@@ -391,8 +392,12 @@ class Comparison:
             if len(steps):
                 seen = {run.name: int(count) for run, count in zip(same, tokens[:, -1], strict=True)}
                 yield from self._difference(f"number of tokens up to step {steps[-1]:,}", seen)
+        for task in dict.fromkeys(score.name.partition("/")[0] for score in self.scores):
+            how = {run.name: run.asked[task] for run in self.runs if task in run.asked}
+            for key, what in ASKED.items():
+                yield from self._difference(f"{what} of {task}", {name: asked[key] for name, asked in how.items()})
         given = {run.name: settings(run.config, FREE) for run in self.runs if run.config}
-        told = {name for name in self._named if not name.startswith(DATA_SETTINGS)}  # by the names of the arms
+        told = {name for name in self.named if not name.startswith(DATA_SETTINGS)}  # by the names of the arms
         keys = {key for flat in given.values() for key in flat if not key.startswith(NOT_LISTED)} - told
         keys = sorted(keys, key=lambda key: (key != TOKENIZER, key))  # first, so that it is never left out
         each = ({name: flat.get(key) for name, flat in given.items()} for key in keys)

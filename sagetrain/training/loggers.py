@@ -63,6 +63,7 @@ def start(cfg: DictConfig, facts: dict[str, Any], group: str | None) -> Logger |
     options = {k: v for k, v in cfg.logger.items() if k not in ("mode", "group")}
     options |= {"name": facts["name"], "group": cfg.logger.group or group}
     if target.endswith("TrackioLogger"):
+        options["name"] += f"-{facts['wandb_id']}"  # trackio goes on with the run of a project that has this name
         logger = TrackioLogger(**{name: value for name, value in options.items() if name != "_target_"})
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
         return logger

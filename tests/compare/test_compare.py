@@ -28,6 +28,7 @@ from sagetrain.compare.__main__ import main
 from sagetrain.compare.figures import SMOOTHING, looks
 from sagetrain.compare.stats import T975, is_inside, mean_interval, window_mean
 from sagetrain.compare.tables import arm_cells, score_cells
+from sagetrain.evaluation.scores import keep
 
 STEPS = 20  # so that a tenth is 2 rows and the rule "at least 5 rows" decides
 
@@ -567,10 +568,14 @@ def test_command_line_names_mistakes(parent: Path, tmp_path: Path, capsys: pytes
         ("metrics.csv", "step,loss\nnan,2.0\n", "line 2: step nan is not a count"),
         ("metrics.csv", "step,loss\n1,2.0\n2,1.", "the last line is cut off"),
         ("metrics.csv", b"step,loss\n\xff\xfe", "metrics.csv: not UTF-8"),
+        ("eval.json", "{", "eval.json: not valid JSON"),
+        ("eval.json", '{"5": {"sage_int8": {"drop": {}}}}', "eval.json: no scores as evaluate.py writes them"),
+        ("eval.json", '{"x": {}}', "eval.json: no scores as evaluate.py writes them"),
     ],
 )
 def test_corrupt_files_are_named(parent: Path, capsys: pytest.CaptureFixture, file: str, content, expected: str):
     target = parent / "sage_int8-seed1" / file
+    target.touch()
     target.unlink() if content is None else target.write_bytes(
         content if isinstance(content, bytes) else content.encode()
     )
@@ -578,11 +583,11 @@ def test_corrupt_files_are_named(parent: Path, capsys: pytest.CaptureFixture, fi
     assert expected in error and str(target) in error
 
 
-def scored(parent: Path, arm: str, seed: int, *scores: float | None) -> Path:
-    """A run with an accuracy at steps 10 and 20, or at 10 alone."""
+def scored(parent: Path, arm: str, seed: int, *scores: float | None, **changes) -> Path:
+    """A run with an accuracy at steps 10 and 20, or at 10 alone; changes as `write_run`."""
     at = dict(zip((9, 19), scores, strict=False))
     column = [at.get(index) for index in range(STEPS)]
-    return write_run(parent, arm, seed, falling(2.0), columns={"eval/gsm8k/strict_match": column})
+    return write_run(parent, arm, seed, falling(2.0), columns={"eval/gsm8k/strict_match": column}, **changes)
 
 
 def test_scores_by_hand(tmp_path: Path):
@@ -607,6 +612,43 @@ def test_scores_by_hand(tmp_path: Path):
     assert numbers["gsm8k/strict_match"]["gap"] == int8.gap and numbers["gsm8k/strict_match"]["inside_band"] is True
     curve = curves(tmp_path / "out")["Score: gsm8k/strict_match"].data[-1].meta
     assert curve["x"][0] == [10, 20] and curve["y"][0] == pytest.approx([0.1, 0.97 / 3], abs=1e-5)
+
+
+def asked(run: Path, step: int, score: float, arm: str = "sage_int8", **how: object) -> None:
+    """What `python -m sagetrain.evaluate RUN` leaves."""
+    of = {"scores": {"em": score}, "n": 100, "few_shot": 0, "chat_template": False} | how
+    keep(run, step, arm, {"drop": of})
+
+
+def test_scores_of_the_command_count_as_those_of_the_recipe(tmp_path: Path):
+    for arm, score in (("bf16", 0.2), ("sage_int8", 0.3)):
+        for seed in range(2):
+            run = scored(tmp_path / "runs", arm, seed, 0.1, 0.4)
+            asked(run, 10, 0.9, arm)
+            asked(run, 20, score + seed / 2, arm)
+            asked(run, 20, 0.8, "sdpa")  # not the run's own
+            keep(run, 20, arm, {"gsm8k": {"scores": {"strict_match": 0.7}, "n": 7}})  # metrics.csv has it already
+    comparison = report([tmp_path / "runs"], tmp_path / "out")
+    found = {(score.name, score.arm): list(score.values.values()) for score in comparison.scores}
+    assert found["drop/em", "bf16"] == [0.2, 0.7] and found["drop/em", "sage_int8"] == [0.3, 0.8]
+    assert found["gsm8k/strict_match", "bf16"] == [0.4, 0.4]
+    assert comparison.mismatches == [] and comparison.notes == Comparison(find_runs([tmp_path / "runs"])).notes
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"n": 50}, "number of questions of drop differs: 100 (bf16-seed0); 50 (sage_int8-seed0)"),
+        ({"few_shot": 3}, "examples before a question of drop differs: 0 (bf16-seed0); 3 (sage_int8-seed0)"),
+        ({"chat_template": True}, "chat template of drop differs: False (bf16-seed0); True (sage_int8-seed0)"),
+    ],
+)
+def test_scores_of_other_questions_are_another_experiment(tmp_path: Path, how: dict, said: str):
+    for arm, changes in (("bf16", {}), ("sage_int8", how)):
+        asked(write_run(tmp_path, arm, 0, falling(2.0)), STEPS, 0.5, arm, **changes)
+    comparison = Comparison(find_runs([tmp_path]))
+    assert comparison.mismatches == [said]
+    assert comparison.sentences()[0].startswith("These runs are not the same experiment")
 
 
 def test_an_arm_that_diverged_is_not_better(tmp_path: Path):

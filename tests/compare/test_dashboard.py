@@ -15,12 +15,14 @@ from sagetrain.training.callbacks import COLUMNS, probe_columns
 from sagetrain.training.loggers import named
 from tests.compare.test_compare import STEPS, scored
 
+LOGGED = {"logger": {"_target_": "lightning.pytorch.loggers.WandbLogger"}}
+
 
 @pytest.fixture
 def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, scores in enumerate([(0.30, 0.31), (0.34, 0.33)]):
         for arm, score in zip(("bf16", "sage_int8"), scores, strict=True):
-            scored(tmp_path / "runs", arm, seed, 0.1, score)
+            scored(tmp_path / "runs", arm, seed, 0.1, score, config=LOGGED)
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
@@ -57,6 +59,23 @@ def test_the_dashboard_needs_no_arm_bf16(tmp_path: Path):
         scored(tmp_path, arm, 0, 0.1, 0.3)
     made = workspace(Comparison(find_runs([tmp_path])), "someone", "sagetrain", "own")
     assert made.sections[0].panels[1].y[0] == "gap/INT8"
+
+
+def test_arms_that_settings_tell_apart_are_not_averaged(tmp_path: Path):
+    for lr in (0.1, 0.2):
+        for arm in ("bf16", "sage_int8"):
+            scored(tmp_path / str(lr), arm, 0, 0.1, 0.3, config={"optim": {"lr": lr}})
+    comparison = Comparison(find_runs([tmp_path]))
+    assert len(comparison.arms) == 4
+    panels = [panel for section in workspace(comparison, "a", "b", "own").sections[1:3] for panel in section.panels]
+    assert panels and all(panel.groupby is None for panel in panels)
+
+
+def test_runs_that_did_not_log_there_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for arm, config in (("bf16", {"logger": {"_target_": None}}), ("sage_int8", LOGGED), ("sdpa", {})):
+        scored(tmp_path, arm, 0, 0.1, 0.3, config=config)
+    assert main([str(tmp_path), "--wandb", "someone/sagetrain"]) == 2
+    assert "--wandb: bf16-seed0, sdpa-seed0 did not log to Weights & Biases (logger=wandb)" in capsys.readouterr().err
 
 
 def test_an_offline_run_holds_gaps_band_and_tables(parent: Path, capsys: pytest.CaptureFixture):

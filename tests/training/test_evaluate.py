@@ -9,6 +9,7 @@ import lzma
 import math
 import os
 import random
+import re
 import signal
 from collections.abc import Iterator
 from itertools import islice
@@ -241,6 +242,22 @@ def test_what_is_missing_is_named(data: Path) -> None:
         find(["drop"], str(data), 2)
     with pytest.raises(ValueError, match="--data: name the file of drop: drop=FILE"):
         find(["drop"], {"drop": None}, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "gpu"], "--device: 'gpu' is none of cpu, cuda, cuda:1"),
+        (["--device", "meta"], "--device: 'meta' is none of cpu, cuda, cuda:1"),
+        ([], "holds adapters and no model: name the run they are of, or what python -m sagetrain.export RUN FOLDER "),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(
+    words: list[str], said: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    assert command.main([str(tmp_path), "--tasks", "drop", "--data", str(data), *words]) == 2
+    assert re.fullmatch(f"sagetrain: error: .*{said}.*\n", capsys.readouterr().err)
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -636,7 +653,7 @@ def test_recipe_evaluates_and_trains_as_without(task: str, train, data: Path, ca
     assert f"{100 * next(iter(found['scores'].values())):.2f}%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("chat", "precision"), [(False, "32-true"), (True, "32-true"), (False, "bf16-true")])
+@pytest.mark.parametrize(("chat", "precision"), [(False, "32-true"), (True, "bf16-mixed"), (False, "bf16-true")])
 def test_run_with_adapters_is_asked_as_it_was_trained(chat: bool, precision: str, data: Path, tmp_path: Path) -> None:
     base = pretrained(tmp_path / "base")
     (folder,) = run(compose([

@@ -108,8 +108,9 @@ def test_trackio_gets_the_same_rows(train, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "trackio", module)
     (out,) = train("logger=trackio", "logger.group=mine")
     (_, options), *logged, last = calls
+    own = json.loads((out / "run.json").read_text())["wandb_id"]  # other runs of this seed have other names
     assert {k: options[k] for k in ("project", "name", "group", "resume")} == {
-        "project": "sagetrain", "name": "sage_int8-seed0", "group": "mine", "resume": "allow"}  # fmt: skip
+        "project": "sagetrain", "name": f"sage_int8-seed0-{own}", "group": "mine", "resume": "allow"}  # fmt: skip
     assert options["config"]["optim"]["lr"] == 0.005 and last == ("finish",)
     losses = [(step, row["train/loss"]) for step, row in logged if "train/loss" in row]
     assert losses == [(int(row["step"]), float(row["loss"])) for row in rows(out)]
