@@ -40,6 +40,7 @@ struct __align__(128) KeyValueRecord {  // TILE keys
 //          rho_j = amax_j / 2^E, 2^E > the record's largest |dO|; amax_j the row's largest |dO|, do8_j = dO_j / (amax_j / 127), rounded
 //   dV_i = sum_j P''_ij do8_j * dv_scale,                  dv_scale = 2^-15 2^E / 127
 //   u    = c_j dP16 - d_j:    c_j = lift_j q_scale_j 2^e_j / rho_j / W,  d_j = c_j delta16_j,    dO = 2^e_j do16_j
+//          as halves: d_j of c_j as it is rounded, c_j by a unit so that d_j loses least (prepare.cu)
 //          e_j = floor(log2(amax_j)) + a number for all queries of a sequence that keeps |dP16| below 2^10: it fits a half
 //          W = 2^ceil(log2(max over the record of q_scale_j 2^e_j bound_j max(1, 2^-12 / rho_j))), bound_j = ||do16_j|| max ||v|| + |delta16_j|
 //          lift_j >= 1, a power of two: brings small rows to 1/4 of the largest, as far as |u| <= 2^12; q8t_j = q8_j / lift_j, rounded

@@ -112,6 +112,25 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_keys_kernel
 
 // ---------------------------------------------------------------------------------------------------- queries
 
+// {c 2^shift, -c delta}: what they are rounded by is the same for all keys of the row, and where V has a mean both terms of u are large beside it, so
+// that rows of dS would not sum to zero. So the second is made from the first as it is rounded, which is that of the three nearest halves of which the
+// second loses least. Not of a c that a half cannot hold: there dP is nothing, or next to it beside delta.
+__device__ __forceinline__ __half2 in_halves(float c, float delta, int shift) {
+  const __half nearest = __float2half_rn(scale_by(c, shift));
+  __half2 best = __halves2half2(nearest, __float2half_rn(-c * delta));
+  const int bits = __half_as_ushort(nearest);
+  float least = bits > 0x400 && bits < 0x7bff ? FLT_MAX : -1.f;
+#pragma unroll
+  for (int i = -1; i <= 1; ++i) {
+    const __half near = __ushort_as_half(static_cast<unsigned short>(bits + i));
+    const float offset = -scale_by(__half2float(near), -shift) * delta;
+    const __half rounded = __float2half_rn(offset);
+    const float lost = fabsf(__half2float(rounded) - offset);
+    if (lost < least) least = lost, best = __halves2half2(near, rounded);
+  }
+  return best;
+}
+
 // In three parts with barriers between them: the largest row of V and scale of K in the sequence; rows of dO and o (eight lanes each); the
 // constants of each row (one thread each).
 template <typename T, int Dp>
@@ -245,7 +264,8 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_queries_ker
     float* s = reinterpret_cast<float*>(record.s) + i;
     __half* u = reinterpret_cast<__half*>(record.u) + i;
     s[0] = scale, s[2] = takes_part ? static_cast<float>(log2_rho + 15) + log2f(mantissa_of_row) - lse2 : -infinity();
-    u[0] = __float2half_rn(scale_by(c, shift)), u[2] = __float2half_rn(-c * delta16);
+    const __half2 factor_and_offset = in_halves(c, delta16, shift);
+    u[0] = __low2half(factor_and_offset), u[2] = __high2half(factor_and_offset);
     if (row % QUERIES) record.padding[row % QUERIES - 1] = 0.f;
     if (row % QUERIES < 32) {
       const uint32_t content = __reduce_add_sync(~0u, __float_as_uint(lse)) & THRESHOLD_BITS;
