@@ -67,7 +67,7 @@ struct ForwardParams {
   float* k_scale;            // [B, Hkv, Tk]     rotated key = k_scale * k8
   float* lse_smooth;         // [B, Hq, Tq]      lse - scale * q . k_mean: what the backward exponentiates against
   float* k_mean;             // [N, Hkv, D]      mean key of the sequence
-  float* v_centre;           // [N, Hkv, D]      what v is less in the backward: its mean, where that leaves no rounding, else 0
+  float* v_centre;           // [N, Hkv, D]      what v is less in the backward: its mean or near it, where that leaves no rounding, else 0
 };
 
 struct BackwardParams {

@@ -17,6 +17,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 template <typename T>
+constexpr float LARGEST = std::is_same_v<T, __half> ? 65504.f : 0x1.fep127f;
+template <typename T>
 __device__ __forceinline__ uint32_t pack16(float lo, float hi) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);

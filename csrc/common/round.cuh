@@ -107,13 +107,14 @@ __device__ __forceinline__ Scale int8_scale(float amax, bool finite) {
   return {finite ? scale : nan_float(), 1.f / scale};
 }
 
-// What values about `mean`, at most amax away from it, are centred by in 16 bits: the mean in 16 bits where it is so large beside amax that all
-// values are 1/2 to 2 of it (0.45: the mean is rounded), for then every difference is exact (Sterbenz), else 0. A rounding error that values have in
-// common is no noise.
+// What values about `mean`, at most amax away from it, are centred by in 16 bits: the mean, or what is nearest to it of the numbers of which all
+// values are 1/2 to 2, for then every difference is exact (Sterbenz); 0 where there is none. These are (|mean| + amax) / 2 to 2 (|mean| - amax), there
+// are some up to amax = 0.6 |mean|, and rounding wants a margin. A rounding error that values have in common is no noise.
 template <typename T>
 __device__ __forceinline__ float centre_of(float mean, float amax) {
-  const uint32_t rounded = pack16<T>(mean, 0.f);
-  return amax <= 0.45f * fabsf(mean) ? to_float(reinterpret_cast<const T&>(rounded)) : 0.f;
+  const float size = fabsf(mean), centre = fminf(fminf(size, 1.95f * (size - amax)), LARGEST<T>);  // a mean of samples may be larger than any value
+  const uint32_t rounded = pack16<T>(copysignf(centre, mean), 0.f);
+  return amax <= 0.58f * size ? to_float(reinterpret_cast<const T&>(rounded)) : 0.f;
 }
 
 // Low bytes of four floats that are MAGIC_FLOAT + integer: the integers.

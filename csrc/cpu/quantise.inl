@@ -83,16 +83,18 @@ static void mean_row(DType type, const void* base, int64_t offset, int64_t strid
   __builtin_memcpy(mean, sum, dim * 4);
 }
 
-// What the channels of values about `mean`, at most amax away from it, are centred by in the backward: the mean in their
-// own type where it is so large beside amax that all values are 1/2 to 2 of it (0.45: the mean is rounded), for
-// then every difference is exact (Sterbenz), else 0. A rounding error that values have in common is no noise.
+// What the channels of values about `mean`, at most amax away from it, are centred by in the backward, in their own type:
+// the mean, or what is nearest to it of the numbers of which all values are 1/2 to 2, for then every difference is exact
+// (Sterbenz); 0 where there is none. These are (|mean| + amax) / 2 to 2 (|mean| - amax), there are some up to amax =
+// 0.6 |mean|, and rounding wants a margin. A rounding error that values have in common is no noise.
 static void centre_row(DType type, const float* mean, const float* amax, int64_t dim, float* centre) {
   alignas(4) char stored[4 * 128];
-  float rounded[128];
-  write_row(type, stored, 0, dim, mean);
-  read_row(type, stored, 0, dim, rounded);
+  float nearest[128];
   for (int64_t d = 0; d < dim; ++d) {
     const float size = mean[d] < 0 ? -mean[d] : mean[d];
-    centre[d] = amax[d] <= 0.45f * size ? rounded[d] : 0.0f;
+    const float c = amax[d] <= 0.58f * size ? smaller(smaller(size, 1.95f * (size - amax[d])), largest_finite(type)) : 0.0f;
+    nearest[d] = mean[d] < 0 ? -c : c;
   }
+  write_row(type, stored, 0, dim, nearest);
+  read_row(type, stored, 0, dim, centre);
 }

@@ -140,10 +140,13 @@ def floor_log2(x: Tensor) -> Tensor:
 
 
 def centre_of(v: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `v [.., T, D]` is centred by in the backward: its mean `[.., 1, D]` in `dtype` where that is so large beside
-    what values are away from it that all are 1/2 to 2 of it (0.45: the mean is rounded), for then every difference
-    is exact (Sterbenz), else 0. A rounding error that values have in common is no noise."""
-    return torch.where((v - mean).abs().amax(-2, keepdim=True) <= 0.45 * mean.abs(), mean.to(dtype).to(v.dtype), 0.0)
+    """What `v [.., T, D]` is centred by in the backward, in `dtype`: its mean `[.., 1, D]`, or what is nearest to it of
+    the numbers of which all values are 1/2 to 2, for then every difference is exact (Sterbenz); 0 where there is none.
+    These are (|mean| + amax) / 2 to 2 (|mean| - amax), there are some up to amax = 0.6 |mean|, and rounding wants a
+    margin. A rounding error that values have in common is no noise."""
+    size, amax = mean.abs(), (v - mean).abs().amax(-2, keepdim=True)
+    centre = torch.minimum(size, 1.95 * (size - amax)).clamp(max=torch.finfo(dtype).max)
+    return torch.where(amax <= 0.58 * size, (mean.sign() * centre).to(dtype).to(v.dtype), 0.0)
 
 
 def hadamard(size: int, like: Tensor) -> Tensor:
