@@ -4,6 +4,7 @@ A mean loss leaves d_o of 1e-3 to 1e-7, and every last token, masked prompt and 
 same tests judge every scheme of the reference and every kernel.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -168,33 +169,130 @@ def test_what_training_makes_of_d_o_is_as_accurate_as_the_preset(compiled, kind)
         check_lse(attend, case)
 
 
+# ----------------------------------------------------------------------------------------------- what V is centred by
+
+DTYPES = {"cpu": (torch.bfloat16, torch.float16, torch.float32), "cuda": (torch.bfloat16, torch.float16)}
 CENTRED = Case(b=2, hq=4, hkv=2, tq=T, tk=T)
+LONG = Case(hq=4, hkv=2, tq=2600, tk=2600)  # the CUDA kernels' means are of samples, and a block has many tiles to add
+LENGTHS = [130, 0, 200, 5]
+PACKED = packed(Case(hq=4, hkv=2, d=80), LENGTHS, LENGTHS, 3, 5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", [CENTRED, replace(CENTRED, d=40), replace(CENTRED, d=128)], ids=["64", "40", "128"])
-def test_what_the_backward_centres_v_by_leaves_no_rounding(compiled, case, dtype):
+def sequences(case: Case, x: Tensor) -> list[Tensor]:
+    """`[H, T, D]` of each sequence, of what belongs to its keys."""
+    return list(x) if case.cu_k is None else [x[0, :, a:b] for a, b in itertools.pairwise(case.cu_k)]
+
+
+def sequence_of_key(case: Case) -> Tensor:
+    """`[Tk, 1]`: its number, of a packed case."""
+    inner = torch.tensor((case.cu_k or ())[1:-1], dtype=torch.int64, device=case.device)
+    return torch.bucketize(torch.arange(case.tk, device=case.device), inner, right=True)[:, None]
+
+
+def centres(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What the kernel saves for the backward to centre V by, `[sequences, Hkv, 1, D]`."""
+    edges = case.options["cu_seqlens_q"], case.options["cu_seqlens_k"]
+    return torch.ops.sagetrain.attention_forward(q, k, v, 0.125, True, *edges, False)[-1][1, :, :, None]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [CENTRED, replace(CENTRED, d=40), replace(CENTRED, d=128), LONG, PACKED],
+    ids=["64", "40", "128", "long", "packed"],
+)
+def test_what_the_backward_centres_v_by_leaves_no_rounding(compiled, case):
     """V less its mean, in 16 bits, would be off by the same for many values: an error of dP that delta has not, so rows
     of dS would no longer sum to zero, in the same way in every sequence. Channels of large means are centred, of small
     ones not, and where one value alone is far from the mean, the first or the last, not either."""
     device = compiled[1]
-    if device == "cuda" and dtype == torch.float32:
-        pytest.skip("float32 is for the CPU")
-    q, k, v, _ = replace(case, dtype=dtype, device=device).tensors()
-    kind = torch.arange(case.d, device=device) % 5
-    v = (v + torch.tensor([0.3, 20.0, -30.0, 40.0, 40.0], device=device)[kind]).to(dtype)
-    v[:, :, 0, kind == 3] = 0.01
-    v[1, 1, -1, kind == 4] = -1.0
-    saved = torch.ops.sagetrain.attention_forward(q, k, v, 0.125, True, None, None, False)[-1]
-    centre = saved[1, :, :, None]
-    mean = v.float().mean(-2, keepdim=True)  # the kernel's is not saved, and other in its last digits
-    rtol = max(torch.finfo(dtype).eps, 1e-3)
-    torch.testing.assert_close(centre, reference.centre_of(v.float(), mean, dtype), rtol=rtol, atol=0)
-    small, large, negative, first, last = (centre[..., kind == i] for i in range(5))
-    assert not small.any() and not first.any() and not last[1, 1].any()
-    assert (large > 15).all() and (negative < -25).all() and (last[0] > 35).all()
-    centred = v.float() - centre
-    assert dtype == torch.float32 or torch.equal(centred.to(dtype).float(), centred)
+    for dtype in DTYPES[device]:
+        of_type = replace(case, dtype=dtype, device=device)
+        q, k, v, _ = of_type.tensors()
+        kind = torch.arange(case.d, device=device) % 5
+        v = (v + torch.tensor([0.3, 20.0, -30.0, 40.0, 40.0], device=device)[kind]).to(dtype)
+        for x in sequences(of_type, v):
+            x[:, :1, kind == 3] = 0.01
+            x[1, -1:, kind == 4] = -1.0
+        for x, centre in zip(sequences(of_type, v.float()), centres(of_type, q, k, v), strict=True):
+            if not x.numel():
+                assert not centre.any()
+                continue
+            mean = x.mean(-2, keepdim=True)  # the kernel's is not saved, and other in its last digits
+            rtol = max(torch.finfo(dtype).eps, 1e-3)
+            torch.testing.assert_close(centre, reference.centre_of(x, mean, dtype), rtol=rtol, atol=0)
+            small, large, negative, first, last = (centre[..., kind == i] for i in range(5))
+            assert not small.any() and not first.any() and not last[1].any()
+            assert (large > 15).all() and (negative < -25).all() and (last[0] > 35).all()
+            centred = x - centre
+            assert dtype == torch.float32 or torch.equal(centred.to(dtype).float(), centred)
+
+
+def test_v_is_centred_by_its_mean_or_near_it_or_not_at_all(compiled):
+    """As far away as all of its values are between half and twice of what it is centred by, the reference alike."""
+    device = compiled[1]
+    alternating = torch.arange(T) % 2 * 2 - 1.0
+    spread, wanted = [14, 18.5, 19], [32, 1.95 * (32 - 18.5), 0]
+    channels = [sign * (32 + x * alternating) for sign in (1, -1) for x in spread]
+    for tiny in (0, T // 2, T - 1):
+        channels.append(torch.full((T,), 40.0))
+        channels[-1][tiny] = 0.01
+    wanted = torch.tensor([*wanted, *(-x for x in wanted), 0, 0, 0, *15 * [0]], device=device)
+    for dtype in DTYPES[device]:
+        v = torch.nn.functional.pad(torch.stack(channels, -1), (0, 15))[None, None].to(device, dtype)
+        of_reference = reference.centre_of(v.float(), v.float().mean(-2, keepdim=True), dtype).flatten()
+        assert torch.equal(of_reference.to(dtype).float(), of_reference)
+        of_kernel = centres(Case(), torch.zeros_like(v), torch.zeros_like(v), v).flatten()
+        for found in (of_reference, of_kernel):  # FP32: a sum has its own last digits
+            torch.testing.assert_close(found, wanted.to(dtype).float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("ratio", [1.65, 2.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [CENTRED, replace(CENTRED, d=128), PACKED], ids=["64", "128", "packed"])
+def test_gradients_where_v_has_a_large_mean(compiled, case, dtype, ratio):
+    """So many times the largest distance from it: just too small to be centred by, too small to be centred by itself,
+    and large. dO has a mean too: all that a row of dP and delta have in common adds up, and has to cancel."""
+    attend, device = compiled
+    case = replace(case, dtype=dtype, device=device)
+    q, k, v, d_o = (x.float() for x in case.tensors())
+    mean = ratio * v.abs().amax(-2, keepdim=True)
+    mean[:, 1] *= -1
+    v = torch.where(sequence_of_key(case) < 2, v + mean, v - mean)
+    check(attend, given(case, *(x.to(dtype) for x in (q, k, v, 1 + 0.05 * d_o))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_v_is_centred_by_head_and_sequence(compiled, dtype):
+    """Each as if it were alone. What one is centred by would round values of another."""
+    attend, device = compiled
+    case = replace(PACKED, dtype=dtype, device=device)
+    q, k, v, d_o = case.tensors()
+    large = 0.5 / torch.finfo(dtype).eps  # normal values beside it have a step of 1/2
+    means = torch.tensor([[large, 0, 0, 0], [0, 0, -large, 0.0]], device=device)  # [head, sequence]
+    v = (v + means[:, sequence_of_key(case)]).to(dtype)
+    got = run(attend, given(case, q, k, v, d_o))
+    for (start, end), head in itertools.product(itertools.pairwise(case.cu_k), range(2)):
+        if start == end:
+            continue
+        heads = {"q": slice(2 * head, 2 * head + 2), "kv": slice(head, head + 1)}
+        tensors = [x[:, heads[which], start:end] for x, which in ((q, "q"), (k, "kv"), (v, "kv"), (d_o, "q"))]
+        one = Case(hq=2, hkv=1, tq=end - start, tk=end - start, d=case.d, dtype=dtype, device=device)
+        for name, alone in run(attend, given(one, *tensors)).items():
+            found = got[name][:, heads["q" if name in ("o", "d_q") else "kv"], start:end]
+            assert same(found, alone, to_the_bit=False), f"{name} of head {head} and tokens {start} to {end}"
+
+
+def test_a_mean_beyond_the_largest_half_is_taken_for_that(compiled):
+    """A mean of samples, with what rounding lost in each tile, may be larger than every value."""
+    attend, device = compiled
+    case = Case(hq=1, tq=64, tk=4096, dtype=torch.float16, device=device, is_causal=False)
+    q, k, v, d_o = case.tensors()
+    v[:] = 65504 - 96
+    v[:, :, ::8] = 65504  # the samples
+    v[:, :, 5::128] -= 4864
+    check(attend, given(case, q, k, v, d_o / 1024))
+    one = torch.full((1, 1), 65504.0)
+    assert reference.centre_of(one, one + 20, torch.float16) == 65504
 
 
 @pytest.mark.gpu
