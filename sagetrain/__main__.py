@@ -6,11 +6,12 @@ Exit status: 0; 2 after such a line; 1 after the traceback of what nobody expect
 ended the run.
 Choice: the configuration folder is passed as an absolute path and each recipe is put into Hydra's ConfigStore as an
 option of the group `recipe`, so that all works from a checkout, an editable install and a wheel, in any directory.
-Cost: the configuration is composed twice (0.2 s each).
+Cost: the configuration is composed twice (0.2 s each); in one process the groups that were chosen before, once.
 """
 
 import contextlib
 import difflib
+import functools
 import inspect
 import itertools
 import os
@@ -64,6 +65,7 @@ def usage() -> str:
     return USAGE.format(recipes=listed(recipes()), groups=listed(options))
 
 
+@functools.cache
 def register() -> None:
     """Put the recipes into Hydra's ConfigStore, each knowing its own name."""
     for name in recipes():
@@ -99,7 +101,7 @@ def _checked(arguments: list[str], sweep: bool) -> tuple[list[str], DictConfig]:
     names = [o.key_or_group for o in chosen]
     ready: list[str] = []
     for options in itertools.product(*(_lines(o) if sweep else [o.input_line] for o in chosen)):
-        known = OmegaConf.to_container(_compose(list(options)), resolve=False)
+        known = _keys(options)
         ready = [_known(override, known) for override in rest]
         single = [line for line, o in zip(ready, rest, strict=True) if not (sweep and o.is_sweep_override())]
         cfg = _compose([*options, *single])
@@ -129,6 +131,12 @@ def compose(arguments: list[str]) -> DictConfig:
 def _compose(overrides: list[str]) -> DictConfig:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
         return hydra.compose("train", overrides=overrides)
+
+
+@functools.cache
+def _keys(options: tuple[str, ...]) -> dict[Any, Any]:
+    """The configuration of the chosen options as it is before any other override."""
+    return OmegaConf.to_container(_compose(list(options)), resolve=False)  # type: ignore[return-value]
 
 
 def _known(override: Override, cfg: Any) -> str:
