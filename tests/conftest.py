@@ -1,6 +1,7 @@
 """Tests marked `gpu` are skipped where torch sees no CUDA GPU; token tables go to a cache that ends with the tests;
-files that take long begin first."""
+files that take long begin first. What has been imported is no garbage: a collection need not go through it."""
 
+import gc
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,3 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="torch sees no CUDA GPU here"))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # each run ends with a collection, which else takes as long as its two steps

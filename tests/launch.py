@@ -4,12 +4,16 @@ Each is a process like any other all the same, in a session of its own.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
 import sagetrain.training.train  # noqa: F401 (what is imported here is there in every program)
+
+gc.freeze()  # else every collection of every program goes through all of it
 
 SAGETRAIN = "import runpy; runpy.run_module('sagetrain', run_name='__main__', alter_sys=True)"
 """What `python -m sagetrain` does."""
