@@ -36,6 +36,8 @@ class Program(forks.Process):
 
     def run(self) -> None:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as below `nohup` and `&` of a script
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         for number, path in (1, self.stdout), (2, self.stderr):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ |= self.environment
