@@ -1,41 +1,44 @@
-"""Runs on several ranks with few imports, because to start a process takes longer than to train in it.
+"""Runs on several ranks, forked from a process that has imported what they need: that takes longer than they train.
 
-Lightning starts the second rank of `train_each` by running this script again: python ranks.py COMMANDS.
+A script: python ranks.py COMMANDS trains each of them on two ranks.
 """
 
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from sagetrain.paths import PACKAGE_DIR
+from tests.launch import Program
+
+LEFT_BY_RUNS = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")  # in this process; the last shuffles data
+SCRIPT = f"""
+import os, runpy, sys
+for name in {LEFT_BY_RUNS}:
+    os.environ.pop(name, None)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def launch(script: str, *arguments: str) -> None:
-    """Run a script to its end, which must be a good one. What it started ends with it."""
-    left_by_runs = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")  # in this process; the last shuffles data
-    env = {name: value for name, value in os.environ.items() if name not in left_by_runs}
-    roots = (str(PACKAGE_DIR.parent), str(Path(__file__).parents[1]))
-    env |= {"PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([sys.executable, script, *arguments], env=env, start_new_session=True, **pipes)
-    try:
-        said, _ = process.communicate(timeout=500)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, f"exit {process.returncode}\n{said[-6000:]}"
+def launch(script: str, folder: Path, *arguments: str) -> None:
+    """Run a script to its end, which must be a good one; what it says goes to files in `folder`. What it started ends
+    with it."""
+    process = Program(SCRIPT, script, *arguments, folder=folder, OMP_NUM_THREADS="1")
+    code = process.ends(500)
+    if code is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert code == 0, f"exit {code}\n{process.stdout.read_text()[-3000:]}\n{process.stderr.read_text()[-6000:]}"
 
 
-def train_each(commands: list[list[str]]) -> None:
-    """Run command lines with trainer.devices=2, one after the other; the last checkpoint of each stays."""
-    launch(__file__, json.dumps(commands))
+def train_each(commands: list[list[str]], folder: Path) -> None:
+    """Run command lines with trainer.devices=2, one after the other; the last checkpoint of each stays. What they say
+    goes to files in `folder`."""
+    launch(__file__, folder, json.dumps(commands))
 
 
 def fork(counts: Iterable[int], work: Callable[[int], Any]) -> None:
@@ -65,9 +68,10 @@ def fork(counts: Iterable[int], work: Callable[[int], Any]) -> None:
 
 
 if __name__ == "__main__":
+    import deepspeed  # noqa: F401 (once, for all ranks)
+
     from sagetrain.__main__ import compose
     from sagetrain.training import checkpoint, train
 
     checkpoint.Checkpoint.clear = lambda self: None
-    for each in json.loads(sys.argv[1]):
-        train.run(compose(each))
+    fork([2], lambda ranks: [train.run(compose(each)) for each in json.loads(sys.argv[1])])

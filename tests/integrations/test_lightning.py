@@ -22,7 +22,7 @@ ranks_1_and_2 = pytest.mark.parametrize("ranks", [1, 2])
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each rank wrote, by number of ranks: [1] -> one result, [2] -> two."""
     out = tmp_path_factory.mktemp("ranks")
-    launch(worker.__file__, str(out))
+    launch(worker.__file__, out, str(out))
     return {n: [json.loads((out / f"{n}.{rank}.json").read_text()) for rank in range(n)] for n in (1, 2)}
 
 

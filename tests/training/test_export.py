@@ -27,7 +27,7 @@ TINY = [
 ]
 
 
-STRATEGIES = {"deepspeed0": ["strategy=deepspeed", "strategy.stage=0"]}  # the first one starts the ranks
+STRATEGIES = {"deepspeed0": ["strategy=deepspeed", "strategy.stage=0"]}
 STRATEGIES |= {name: [f"strategy={name}"] for name in ("ddp", "fsdp2")}
 STRATEGIES |= {f"deepspeed{stage}": ["strategy=deepspeed", f"strategy.stage={stage}"] for stage in (2, 3)}
 
@@ -86,7 +86,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [*TINY, documents(folder), "trainer.devices=2", "data.batch_size=1"]
     command += ["checkpoint.keep=weights", "checkpoint.every_n_steps=2"]
     command += ["resume=never"]  # the other rank comes when the leading one has written its config.yaml already
-    train_each([[*command, *how, f"out={folder / name}"] for name, how in STRATEGIES.items()])
+    train_each([[*command, *how, f"out={folder / name}"] for name, how in STRATEGIES.items()], folder)
     return folder
 
 

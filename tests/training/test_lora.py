@@ -25,7 +25,7 @@ from tests.ranks import train_each
 from tests.tiny import pretrained
 
 LORA = ["model.lora.r=4", "model.lora.alpha=16"]
-STRATEGIES = {  # the first one starts the ranks
+STRATEGIES = {
     "fsdp2": ["strategy=fsdp2"],
     "ddp": ["strategy=ddp"],
     "zero2": ["strategy=deepspeed", "strategy.stage=2"],
@@ -268,7 +268,7 @@ def test_layers_by_name(base: Path, tmp_path: Path) -> None:
 def test_every_strategy_trains_and_saves_the_same_adapters(base: Path, trained: Path, tmp_path: Path) -> None:
     """Two ranks. Of each run both the weights that it gathers and the checkpoint of its last step are read."""
     more = ["trainer.devices=2", "data.batch_size=2", "checkpoint.keep=weights", "checkpoint.every_n_steps=4"]
-    train_each([command(base, *more, *how, f"out={tmp_path / name}") for name, how in STRATEGIES.items()])
+    train_each([command(base, *more, *how, f"out={tmp_path / name}") for name, how in STRATEGIES.items()], tmp_path)
     for name in STRATEGIES:
         for what in ("loss", "grad_norm", "val_loss"):
             assert column(tmp_path / name, what) == pytest.approx(column(trained, what), rel=1e-4), (name, what)

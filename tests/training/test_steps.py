@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the worker left its runs."""
     out = tmp_path_factory.mktemp("steps")
     worker.config(out)  # writes the data, before there are several who would
-    launch(worker.__file__, str(out))
+    launch(worker.__file__, out, str(out))
     return out
 
 
