@@ -29,7 +29,7 @@ class Tab:
         """One command and its answer; events that come before it are noted."""
         own = next(self.ids)
         await self.socket.send_json({"id": own, "method": method, "params": params})
-        while (message := await self.socket.receive_json(timeout=60)).get("id") != own:
+        while (message := await self.socket.receive_json(timeout=240)).get("id") != own:
             self._note(message.get("method"), message.get("params", {}))
         assert "error" not in message, message
         return message["result"]
@@ -52,7 +52,7 @@ class Tab:
 
     async def until(self, expression: str) -> Any:
         """The value of an expression once it is true."""
-        for _ in range(200):
+        for _ in range(2400):
             if value := await self.ask(expression):
                 return value
             await asyncio.sleep(0.1)
@@ -90,7 +90,7 @@ def drive(profile: Path, use: Callable[[Tab], Awaitable[None]]) -> None:
 
     async def session() -> None:
         port = profile / "DevToolsActivePort"
-        for _ in range(600):
+        for _ in range(2400):
             if port.exists() and port.read_text().count("\n"):
                 break
             await asyncio.sleep(0.1)
@@ -107,5 +107,5 @@ def drive(profile: Path, use: Callable[[Tab], Awaitable[None]]) -> None:
         asyncio.run(session())
     finally:
         browser.terminate()
-        browser.wait(timeout=30)
+        browser.wait(timeout=120)
         time.sleep(0.2)

@@ -78,19 +78,22 @@ import datasets, sys, time
 from sagetrain.data import ByteTokenizer, build, pretrain, tables
 datasets.config.HF_DATASETS_CACHE = sys.argv[1]
 encode, pretrain.PART, pretrain.TOGETHER, tables.EVERY = pretrain.encode, 1, (100, 10**9), 0.2
+pauses = iter([float(sys.argv[2])] * int(sys.argv[3]))
 def slowly(tokenizer, texts):
-    time.sleep(float(sys.argv[2]))
+    time.sleep(next(pauses, 600))
     print("encodes", len(texts), flush=True)
     return encode(tokenizer, texts)
 pretrain.encode = slowly
-data = build({'kind': 'pretrain', 'path': sys.argv[3:]}, ByteTokenizer(), 128, 0)
+data = build({'kind': 'pretrain', 'path': sys.argv[4:]}, ByteTokenizer(), 128, 0)
 print("rows", next(iter(data.train_dataloader()))['input_ids'].tolist())
 """
 
 
-def start(name, pause, path, *paths):
+def start(name, pause, path, *paths, stops=1000):
+    """A process that tokenises with a pause before each call, and does not end the one after `stops` of them."""
     (folder := path.parent / name).mkdir()
-    return Program(SLOWLY, str(path.parent / "cache"), str(pause), *map(str, [path, *paths]), folder=folder)
+    words = [path.parent / "cache", pause, stops, path, *paths]
+    return Program(SLOWLY, *map(str, words), folder=folder)
 
 
 @pytest.mark.slow
@@ -107,7 +110,7 @@ def test_what_was_killed_while_it_tokenised_goes_on(path, monkeypatch):
     """Two files, two tables: the first is whole when the kill comes, the second is begun again, and none is half."""
     second, calls = path.with_name("y.jsonl"), []
     second.write_text(path.read_text("utf-8").replace("document", "another"), encoding="utf-8")
-    run = start("killed", 0.05, path, second)
+    run = start("killed", 0.05, path, second, stops=38)
     while run.is_alive() and run.stdout.read_text().count("encodes") < 38:
         time.sleep(0.01)
     run.kill()

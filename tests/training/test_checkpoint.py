@@ -106,7 +106,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_with_what_was_at_its_save_poi
     def slow(content: Any, path: Path) -> None:
         assert not writing  # one at a time
         writing.append(path)
-        begun, end = At.trainer.global_step, time.monotonic() + 60
+        begun, end = At.trainer.global_step, time.monotonic() + 240
         while begun < 60 and At.trainer.global_step < begun + 10 and time.monotonic() < end:
             time.sleep(0.01)  # a disk as slow as ten steps
         live = state(At.trainer)
@@ -139,7 +139,7 @@ def test_how_long_training_stood_still_is_noted(train, monkeypatch) -> None:
     monkeypatch.setattr(torch, "save", lambda content, path: (time.sleep(1.0), SAVE(content, path)))
     facts = info(train(f"checkpoint.every_n_steps={STEPS}"))
     assert facts["saves"] == 1 and facts["save_write_s"] >= 1.0
-    assert 0 < facts["save_stall_max_s"] == facts["save_stall_s"] < 0.2
+    assert 0 < facts["save_stall_max_s"] == facts["save_stall_s"] < 0.8  # without the write
 
 
 def test_a_long_first_save_is_not_hidden_by_later_ones(train, monkeypatch) -> None:
@@ -243,7 +243,7 @@ def test_memory_is_pinned_while_steps_go_on_and_the_first_copy_waits_for_it(trai
     def slow(sizes: list[int]) -> None:
         assert sizes == []  # on a CPU
         happened.append("pin")
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while happened.count("step") < 6 and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(0.3)
@@ -261,7 +261,7 @@ def test_a_run_ends_no_sooner_than_its_pinning(train, monkeypatch) -> None:
     """The next one in this process, of a comparison, would hold as much again."""
     happened, trained = [], threading.Event()
     end, clear = Checkpoint.on_train_end, Checkpoint.clear
-    monkeypatch.setattr(checkpoint, "pin", lambda _: (trained.wait(60), time.sleep(1.0), happened.append("pinned")))
+    monkeypatch.setattr(checkpoint, "pin", lambda _: (trained.wait(240), time.sleep(1.0), happened.append("pinned")))
     monkeypatch.setattr(Checkpoint, "on_train_end", lambda *args: (trained.set(), end(*args))[1])
     monkeypatch.setattr(Checkpoint, "clear", lambda self: (happened.append("ended"), clear(self))[1])
     train("checkpoint.every_n_steps=100", "checkpoint.keep=none")

@@ -35,7 +35,7 @@ from pathlib import Path
 from sagetrain.training.folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -151,7 +151,7 @@ def test_two_commands_of_one_second_have_two_folders() -> None:
 def test_ranks_of_a_launcher_agree_on_a_folder(tmp_path: Path, text: str) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sagetrain"]
     command = [sys.executable, *launch, *RUN, text, "strategy=ddp", "trainer.devices=2"]
-    done = subprocess.run(command, cwd=tmp_path, env=HERE, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, env=HERE, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     (out,) = (tmp_path / "outputs" / "quickstart").iterdir()
     assert json.loads((out / "run.json").read_text())["status"] == "finished"

@@ -41,7 +41,7 @@ def rows(out: Path) -> list[list[str]]:
 
 
 def slow_disk() -> None:
-    """Have every checkpoint lie half written for a while."""
+    """Have a checkpoint lie half written until the end."""
     import torch
 
     save = torch.save
@@ -52,18 +52,35 @@ def slow_disk() -> None:
         half = file.tell() // 2
         with open(path, "wb", buffering=0) as out:
             out.write(file.getvalue()[:half])
-            time.sleep(0.5)
+            time.sleep(600)  # the kill comes
             out.write(file.getvalue()[half:])
 
     torch.save = in_two_halves
 
 
-def in_child(out: Path, *more: str, slow: bool = False) -> int:
+def wait_after(row: int) -> None:
+    """Train no further than the step after this row, so that who would kill it then is never late."""
+    from sagetrain.training.module import CausalLM
+
+    step = CausalLM.training_step
+
+    def training_step(self: CausalLM, *given: Any) -> Any:
+        if self.trainer.global_step > row:
+            time.sleep(600)
+        return step(self, *given)
+
+    CausalLM.training_step = training_step
+
+
+def in_child(out: Path, *more: str, kill_at: int | None = None) -> int:
+    """kill_at: the row after which this one will be killed; each third of them in a write."""
     pid = os.fork()
     if pid == 0:
         try:
-            if slow:
+            if kill_at and kill_at % 3 == 0:
                 slow_disk()
+            elif kill_at:
+                wait_after(kill_at)
             train(out, *more)
         except BaseException as error:
             print(repr(error), file=sys.stderr)
@@ -86,7 +103,7 @@ def killed_again_and_again(folder: Path, data: str) -> None:
     out, chance, kills = folder / "killed", random.Random(0), []
     for row in (1, 3, 5, 6, 8, 9, 11):
         writing, since = row % 3 == 0, time.time()
-        pid = in_child(out, data, slow=writing)
+        pid = in_child(out, data, kill_at=row)
         while os.waitpid(pid, os.WNOHANG)[0] == 0:
             written = (out / "metrics.csv").read_text().count("\n") - 1 if (out / "metrics.csv").exists() else 0
             if half_written(out, since) if writing else written >= row:
@@ -107,7 +124,7 @@ def test_killed_run_repeats_the_losses_of_an_undisturbed_one(tmp_path: Path) -> 
     script = f"import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
     assert Program(script, str(tmp_path), f"data.path={text}", folder=tmp_path).ends() == 0
     kills = json.loads((tmp_path / "kills").read_text())
-    assert kills.count("in a write") == 3 and kills.count("in a step") >= 2
+    assert kills.count("in a write") == 3 and kills.count("in a step") >= 3
     whole, killed = (rows(tmp_path / name) for name in ("whole", "killed"))
     assert [line[0] for line in whole[1:]] == [str(i + 1) for i in range(STEPS)]
     assert killed == whole
