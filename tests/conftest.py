@@ -28,6 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="torch sees no CUDA GPU here"))
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the graphs that torch.compile makes for Inductor run as they are: to make kernels of them takes far longer,
+    and is tested where a test is without this."""
+    real, backend = torch.compile, "aot_eager_decomp_partition"
+    monkeypatch.setattr(torch, "compile", lambda *given, **options: real(*given, **options | {"backend": backend}))
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # each run ends with a collection, which else takes as long as its two steps

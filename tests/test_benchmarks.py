@@ -117,6 +117,7 @@ def packed(*lengths: int) -> dict[str, Any]:
     } | longest
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_layers_run_whole_beside_gradients_of_another_type() -> None:
     """As memory=24gb has them: the second micro-batch, which compiles anew, finds FP32 gradients of BF16 weights."""
     options = ["model.compile=true", "model.checkpointing=full", "compare.arms=null"]

@@ -71,6 +71,7 @@ def test_the_recipes_that_were_promised() -> None:
     assert set(recipes()) >= {"quickstart", "llama1b_pretrain", "parity_120m"} | tasks
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", recipes())
 def test_recipe_trains(name: str, tmp_path: Path) -> None:
     arguments = [f"recipe={name}", *TINY, f"out={tmp_path / 'run'}"]

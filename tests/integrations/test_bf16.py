@@ -97,6 +97,7 @@ def test_sdpa_is_sdpa_with_an_explicit_mask(batch: str) -> None:
     assert bf16.ran("bf16_sdpa")[1] is None
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("batch", ["plain", "packed, two rows"])
 def test_sdpa_compiled(batch: str) -> None:
     check("bf16_sdpa", BATCHES[batch](), CPU, torch.float32, fast=True)

@@ -47,6 +47,7 @@ def test_llama1b_at_16k(tmp_path: Path, memory: str, gib: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("memory", "hidden", "inner"), [("80gb", 2 * 13.9, 2 * 6), ("24gb", 11.9 + 5.4, 6)])
 def test_what_layers_keep_for_the_backward(memory: str, hidden: float, inner: float) -> None:
     """Two layers more, by the arithmetic of docs/pretraining.md: T (`hidden` H + `inner` F) bytes."""
@@ -81,6 +82,7 @@ def test_what_layers_keep_for_the_backward(memory: str, hidden: float, inner: fl
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
 def test_moments_in_8_bits_are_kept_by_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """memory=24gb on a CPU: weights in BF16, and after an interruption the losses of the run without one."""
 
@@ -114,6 +116,7 @@ def test_moments_in_8_bits_are_kept_by_a_checkpoint(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
 def test_moments_in_8_bits_under_ddp(tmp_path: Path) -> None:
     """Its buckets have the type of the weights, so gradients have it too."""
     with mock.patch.dict(os.environ):  # Lightning writes there how its ranks find each other

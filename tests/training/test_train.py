@@ -172,6 +172,7 @@ def test_resume_from_another_model(train) -> None:
     assert is_bad_input(caught.value)
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("kinds", [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
 def test_resume_from_another_optimizer(train, kinds: tuple[str, str]) -> None:
     (first,) = train(f"optim.kind={kinds[0]}")
