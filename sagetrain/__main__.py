@@ -53,7 +53,10 @@ any key of the configuration: key=value, e.g. trainer.max_steps=100 optim.lr=1e-
   compare.arms=[bf16,sage_int8] compare.seeds=3   run several arms and report the differences
   data.path=FILE                                  local data instead of the hub
   --cfg job   show the composed configuration      -m key=a,b   one run per value      --hydra-help   all flags
+  eval.tasks=[gsm8k]                              ask benchmark questions at the end (gsm8k, mmlu, hellaswag, drop)
+  model.lora.r=16                                 train adapters instead of all weights
 python -m sagetrain.doctor says what runs here, python -m sagetrain.compare RUN RUN... compares finished runs,
+python -m sagetrain.evaluate RUN|FOLDER --tasks gsm8k asks benchmark questions of a run or a model,
 python -m sagetrain.export RUN FOLDER writes the weights for transformers' from_pretrained."""
 
 

@@ -18,7 +18,7 @@ import torch
 
 from sagetrain.terminal import print_anything
 
-PACKAGES = ("torch", "transformers", "lightning", "deepspeed", "datasets", "hydra-core")
+PACKAGES = ("torch", "transformers", "peft", "lightning", "deepspeed", "datasets", "lm-eval", "hydra-core")
 # From the fastest down: what a CPU must have, and what the kernel is called with it (csrc/cpu).
 CPU_LEVELS = ("avx512_vnni", "avx2")
 CPU_FLAGS = {*CPU_LEVELS, "avx_vnni", "avx512f", "avx512bw", "avx512_bf16", "amx_int8", "amx_bf16"}

@@ -168,12 +168,12 @@ class Comparison:
         names = sorted(dict.fromkeys(run.arm for run in runs), key=lambda name: name != self.baseline)
         self.runs = sorted(runs, key=lambda run: (names.index(run.arm), run.seed))
         self.common_step = min(run.last_step for run in runs)
+        self.mismatches = list(self._mismatches())
         arms = [self._arm(name) for name in names]
         base = arms[0]
         self.band = spread(base.finals)
         self.arms = [base, *(self._against(arm, base) for arm in arms[1:])]
         self.scores = list(self._scores())
-        self.mismatches = list(self._mismatches())
         self.notes = [*numbered, *self._notes()]
 
     @property
@@ -348,7 +348,8 @@ class Comparison:
 
     def _sentence(self, arm: Arm) -> str:
         name, base, short = self.label(arm.name), self.label(self.baseline), self.short(self.baseline)
-        speed = f" It runs at {arm.speed_ratio:.2f} times the speed of {base}." if arm.speed_ratio else ""
+        once = " (one run of each)" if len(arm.runs) == len(self.arms[0].runs) == 1 else ""
+        speed = f" It runs at {arm.speed_ratio:.2f} times the speed of {base}{once}." if arm.speed_ratio else ""
         for one in (arm, self.arms[0]):
             if not math.isfinite(one.loss):
                 seeds = ", ".join(str(seed) for seed, loss in one.finals.items() if not math.isfinite(loss))
@@ -392,7 +393,7 @@ class Comparison:
             if len(steps):
                 seen = {run.name: int(count) for run, count in zip(same, tokens[:, -1], strict=True)}
                 yield from self._difference(f"number of tokens up to step {steps[-1]:,}", seen)
-        for task in dict.fromkeys(score.name.partition("/")[0] for score in self.scores):
+        for task in dict.fromkeys(task for run in self.runs for task in run.asked):
             how = {run.name: run.asked[task] for run in self.runs if task in run.asked}
             for key, what in ASKED.items():
                 yield from self._difference(f"{what} of {task}", {name: asked[key] for name, asked in how.items()})

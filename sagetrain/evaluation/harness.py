@@ -51,6 +51,7 @@ from sagetrain.ops import schemes
 from sagetrain.terminal import console
 
 SEED = 1234  # the harness's own, for the examples
+TOLD_EVERY = 10.0
 
 
 class Abandoned(Exception):
@@ -58,13 +59,15 @@ class Abandoned(Exception):
 
 
 class Told:
-    """Progress: a bar, or where the output is no terminal a line every tenth. stop: asked after every answer."""
+    """Progress: a bar, or where the output is no terminal a line at the begin, and then one in TOLD_EVERY seconds, with
+    whole batches: their answers come at once. stop: asked after every answer."""
 
     def __init__(self, title: str, quiet: bool = False, stop: Callable[[], Any] = lambda: False) -> None:
         self.title, self.quiet, self.stop = title, quiet, stop
         self.console = console(stderr=True)
         self.console.file = sys.stderr  # of now: later it is where the harness writes
         self.done = self.total = 0
+        self.said = 0.0
 
     @contextlib.contextmanager
     def of(self, what: str, total: int) -> Iterator[None]:
@@ -75,17 +78,24 @@ class Told:
         columns = (*columns, TimeRemainingColumn())
         with Progress(*columns, console=self.console, disable=not live, **apart) as self.bar:
             self.task = self.bar.add_task(self.what, total=total)
+            self.say("")
             yield
+
+    def batch(self) -> None:
+        """One begins."""
+        if self.done and (now := time.monotonic()) - self.said > TOLD_EVERY:
+            self.say(f", {(self.total - self.done) * (now - self.begun) / self.done:.0f} s left")
+
+    def say(self, more: str) -> None:
+        self.said = time.monotonic()
+        if not self.quiet and not self.console.is_terminal:
+            self.console.print(f"{self.what} {self.done:,}/{self.total:,}{more}", soft_wrap=True)
 
     def answered(self) -> None:
         if self.stop():
             raise Abandoned
         self.done += 1
         self.bar.update(self.task, completed=self.done)
-        if self.quiet or self.console.is_terminal or self.done * 10 // self.total == (self.done - 1) * 10 // self.total:
-            return
-        left = (self.total - self.done) * (time.monotonic() - self.begun) / self.done
-        self.console.print(f"{self.what} {self.done:,}/{self.total:,}, {left:.0f} s left", soft_wrap=True)
 
 
 class Model(HFLM):
@@ -120,6 +130,7 @@ class Model(HFLM):
             self.longest = longest
 
     def _model_call(self, ids: torch.Tensor) -> torch.Tensor:
+        self.told.batch()
         # The harness counts from the end, so the last logits will do: as many as the longest choice and the padding of
         # the shortest row have. Padding is 0; a prompt's own zeros before it only keep more.
         padding = int((ids == 0).flip(-1).cumprod(-1).sum(-1).max())
@@ -133,6 +144,7 @@ class Model(HFLM):
             return super().generate_until(requests, disable_tqdm=True)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+        self.told.batch()
         # The end that training taught is the tokenizer's, which the model's configuration need not know: rows would go
         # on after it until all of their batch have stopped.
         known = self.model.generation_config.eos_token_id

@@ -74,6 +74,6 @@ def table(scores: Scores) -> Any:
     shown = Table("task", "metric", "score", "± standard error", "n", "few-shot")
     for task, of in scores.items():
         for metric, value in of["scores"].items():
-            error = f"{100 * of['stderr'][metric]:.2f}" if of["stderr"][metric] is not None else ""
+            error = f"{100 * of['stderr'][metric]:.2f}" if of["stderr"][metric] else "too few to say"
             shown.add_row(task, metric, f"{100 * value:.2f}%", error, f"{of['n']:,}", str(of["few_shot"]))
     return shown

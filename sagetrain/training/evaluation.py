@@ -76,7 +76,10 @@ class Evaluate(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, module: CausalLM) -> None:
         if self._lacks(trainer, module):
             module.to(trainer.strategy.root_device)  # Lightning has put it aside
+            before = self.watch.outside
+            self.watch.outside = "while it was evaluated; it is trained and saved, and the same command goes on"
             self._evaluate(trainer, module)
+            self.watch.outside = before
 
     def _due(self, trainer: L.Trainer) -> bool:
         step = trainer.global_step

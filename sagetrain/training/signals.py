@@ -82,11 +82,13 @@ class Watch:
     """Takes note of signals while it is entered. In other threads than the main one it sees none.
 
     stop, save: the signal that asked for it, 0 when none did. stepping: whether the training loop will look.
+    outside: what is said of an end when it will not.
     on_forced_end: called with what happened when the process has to end here and now.
     """
 
     def __init__(self) -> None:
         self.stop = self.save = 0
+        self.outside = "outside of training"  # what is said of an end there
         self.on_forced_end: Callable[[str], Any] = lambda said: None
         self._stepping, self._left, self._asked = False, 0.0, 0.0
         self._before: dict[int, Any] = {}
@@ -133,7 +135,7 @@ class Watch:
                 if is_helper():  # the leading process cannot know, and would wait for this one
                     with contextlib.suppress(OSError):
                         os.kill(os.getppid(), signum)
-                raise Stopped(signum)
+                raise Stopped(signum, self.outside)
 
     def _follow(self) -> None:
         asked = 0

@@ -295,7 +295,8 @@ def _train_alone(cfg: DictConfig, watch: Watch, group: str | None) -> Path:
     if global_rank() == 0:
         save.clear()
         kept = {"last": f"checkpoint in {out / 'checkpoints'}", "weights": f"weights in {out / 'weights'}"}
-        loss = f"loss {log.row['loss']:.4f}, " if log.row else ""
+        ends = ((name, log.row.get(name) if log.row else None) for name in ("loss", "val_loss"))
+        loss = "".join(f"{name} {value:.4f}, " for name, value in ends if isinstance(value, float))
         console().print(f"{facts['name']}: finished, {loss}{kept.get(save.keep, 'no weights kept')}", soft_wrap=True)
     del trainer, module, data
     gc.collect()

@@ -729,6 +729,8 @@ def test_signal_breaks_an_evaluation_off(train, monkeypatch: pytest.MonkeyPatch)
     every = ["eval.every_n_steps=2", "eval.limit=2"]
     with pytest.raises(Stopped, match="after step 2; its checkpoint"):
         train("drop", *every)
+    with pytest.raises(Stopped, match="SIGTERM while it was evaluated; it is trained and saved, and the same command"):
+        train("drop", "eval.limit=2", "trainer.max_steps=1", out="at the end")
     monkeypatch.setattr(harness.Told, "answered", before)
     folder = train("drop", *every)
     assert list(scores.read(folder)) == ["2", "4"]
@@ -801,9 +803,19 @@ def test_a_folder_of_transformers(data: Path, tmp_path: Path, capsys) -> None:
     held = scores.read(out)["0"]
     assert set(held) == {"sage_int8", "sdpa"} and "SDPA" in held["sdpa"]["hellaswag"]["attention"]
     said = capsys.readouterr()
-    lines = [line for line in said.err.splitlines() if "left" in line]
-    assert "acc_norm" in said.out and lines == said.err.splitlines()
-    assert [line for line in lines if line.startswith("model: choices scored 12/12")] == [lines[9], lines[19]]
+    assert "acc_norm" in said.out and said.err.splitlines() == ["model: choices scored 0/12"] * 2
+
+
+def test_progress_is_told_in_whole_batches_and_not_too_often(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(harness.time, "monotonic", lambda: now[0])
+    told = harness.Told("m")
+    with told.of("answers", 8):
+        for _ in range(4):  # batches of two that take six seconds
+            told.batch()
+            now[0] += 6
+            told.answered(), told.answered()
+    assert capsys.readouterr().err.splitlines() == ["m: answers 0/8", "m: answers 4/8, 12 s left"]
 
 
 @pytest.mark.parametrize("words, said", [
