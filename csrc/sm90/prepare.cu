@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(THREADS, Dp == 64 ? 3 : 2) prepare_keys_kernel
 // that rows of dS would not sum to zero. So the second is made from the first as it is rounded, which is that of the three nearest halves of which the
 // second loses least. Not of a c that a half cannot hold: there dP is nothing, or next to it beside delta.
 __device__ __forceinline__ __half2 in_halves(float c, float delta, int shift) {
-  const __half nearest = __float2half_rn(scale_by(c, shift));
+  const float factor = scale_by(c, shift);
+  const __half nearest = __float2half_rn(factor > LARGEST<__half> ? LARGEST<__half> : factor);  // dP may be 0, where all rows of dO are; NaN stays
   __half2 best = __halves2half2(nearest, __float2half_rn(-c * delta));
   const int bits = __half_as_ushort(nearest);
   float least = bits > 0x400 && bits < 0x7bff ? FLT_MAX : -1.f;

@@ -295,6 +295,20 @@ def test_a_mean_beyond_the_largest_half_is_taken_for_that(compiled):
     assert reference.centre_of(one, one + 20, torch.float16) == 65504
 
 
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**10, 2.0**40])
+def test_where_lse_alone_has_a_gradient_values_have_no_say(compiled, size):
+    """However large they are: dP is 0 then, and not what a factor for it that is infinite would make of it."""
+    attend, device = compiled
+    case = Case(hq=2, hkv=1, tq=200, tk=200, dtype=torch.bfloat16, device=device)
+    q, k, v, _ = case.tensors()
+    found = []
+    for values in v, size * v:
+        inputs = [x.clone().requires_grad_() for x in (q, k, values)]
+        found.append(torch.autograd.grad(attend(*inputs, return_lse=True, **case.options)[1].sum(), inputs))
+    (d_q, d_k, d_v), (expected_q, expected_k, _) = reversed(found)
+    assert error(d_q, expected_q) < 1e-2 and error(d_k, expected_k) < 1e-2 and not d_v.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(bool(os.environ.get("SAGETRAIN_GPU_KERNEL")), reason="this is the run with one kernel")
 @pytest.mark.parametrize("which", GPU_KERNELS)
