@@ -199,6 +199,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or set(arguments) & {"-h", "--help"}:
         print(usage())
         sys.exit(0 if arguments else 2)
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # a file is no place for one
     # Hydra's own flags; the value of --cfg is a word of its own.
     words = [a for a in arguments if a.startswith("-") or a in ("job", "hydra", "all")]
     sweep = bool({"-m", "--multirun"} & set(words))

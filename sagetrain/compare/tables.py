@@ -56,9 +56,9 @@ def terminal(comparison: Comparison) -> Group:
 
 def markdown(comparison: Comparison) -> str:
     """For a comment of a pull request: the tables, what follows from them, and what to mind."""
-    parts = [f"**{_plain(_title(comparison))}**", _markdown(ARMS, arm_cells(comparison))]
+    parts = [f"**{_plain(_title(comparison))}**", _markdown(ARMS, arm_cells(comparison), names=1)]
     if comparison.scores:
-        parts.append(_markdown(SCORES, score_cells(comparison)))
+        parts.append(_markdown(SCORES, score_cells(comparison), names=2))
     parts += map(_plain, comparison.sentences())
     parts.append("\n".join(f"- {_plain(text)}" for text in [*comparison.mismatches, *comparison.notes]))
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -79,8 +79,9 @@ def _fill(table: Table, columns: tuple[str, ...], rows: list[list[str]], names: 
         table.add_row(*map(Text, cells))
 
 
-def _markdown(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *([_plain(cell) for cell in cells] for cells in rows)]
+def _markdown(columns: tuple[str, ...], rows: list[list[str]], names: int) -> str:
+    sides = ["---"] * names + ["---:"] * (len(columns) - names)
+    lines = [columns, sides, *([_plain(cell) for cell in cells] for cells in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
