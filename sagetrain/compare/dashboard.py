@@ -23,9 +23,10 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
 from sagetrain.compare import tables
+from sagetrain.compare.estimates import on_common_steps
 from sagetrain.compare.figures import OF_LAYERS, looks, tokens_at
 from sagetrain.compare.runs import EVAL
-from sagetrain.compare.stats import Comparison, on_common_steps
+from sagetrain.compare.stats import Comparison
 
 CURVES = {  # section of the dashboard -> its panels, title by metric
     "Training": {"train/loss": "Training loss", "val/loss": "Validation loss", "train/grad_norm": "Gradient norm"},

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from plotly.colors import sample_colorscale
 
+from sagetrain.compare.estimates import on_common_steps, window_mean
 from sagetrain.compare.runs import EVAL, Run, Series
-from sagetrain.compare.stats import Arm, Comparison, on_common_steps, window_mean
+from sagetrain.compare.stats import Arm, Comparison
 
 BF16, COLOURS = "#0072b2", ("#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 DASHES = ("", "9,5", "2,4", "9,4,2,4", "16,5", "16,4,2,4")  # as many as no divisor of COLOURS: 30 arms look different

@@ -25,8 +25,8 @@ from rich.console import Console
 
 from sagetrain.compare import Comparison, Run, find_runs, markdown, report, terminal
 from sagetrain.compare.__main__ import main
+from sagetrain.compare.estimates import T975, is_inside, mean_interval, window_mean
 from sagetrain.compare.figures import SMOOTHING, looks
-from sagetrain.compare.stats import T975, is_inside, mean_interval, window_mean
 from sagetrain.compare.tables import arm_cells, score_cells
 from sagetrain.evaluation.scores import keep
 
