@@ -135,7 +135,14 @@ def _drop_answer(record: Record, where: str) -> str:
         return clean(str(number))
     if not answer.get("spans") and isinstance(date := answer.get("date"), Mapping):
         return clean(" ".join(str(date[part]) for part in ("day", "month", "year") if date.get(part)))
-    return " and ".join(dict.fromkeys(get_list(answer, "spans", where)))
+    return " and ".join(spans_of(answer, where)[0])
+
+
+def spans_of(answer: Record, where: str) -> list[list[str]]:
+    """The accepted answers, each by its spans. The hub's `answers_spans` has several answers in one list where they
+    were validated; which is which only numbers and dates show, which are never parts of one answer."""
+    spans = list(dict.fromkeys(get_list(answer, "spans", where)))
+    return [[span] for span in spans] if {"number", "date"} & set(answer.get("types") or ()) else [spans]
 
 
 TASKS = {
@@ -376,21 +383,30 @@ def _conversations(
         yield np.asarray(first, np.int32), np.asarray(answer, np.int32)
 
 
+UNWRITTEN = (TemplateError, TypeError, ValueError, KeyError)
+
+
 def _written(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], **how: Any) -> list[str]:
     """Conversations by the template, as the harness has it write them: without thinking, where the template knows that,
     and without the system's message, where it refuses one. Raises ValueError for a template that cannot be used."""
     how |= {"tokenize": False, "enable_thinking": False}
     try:
         return tokenizer.apply_chat_template(conversations, **how)
-    except TemplateError:
+    except UNWRITTEN:
         conversations = [[turn for turn in turns if turn["role"] != "system"] for turns in conversations]
     try:
         return tokenizer.apply_chat_template(conversations, **how)
-    except TemplateError as error:
+    except UNWRITTEN as error:
         raise ValueError(
             f"data.chat_template: the template of '{tokenizer.name_or_path}' refuses a question and its answer "
-            f"({error}). Set data.chat_template=false"
+            f"({error}). Set data.chat_template=false (of python -m sagetrain.evaluate: --no-chat-template)"
         ) from error
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raises ValueError for a template that does not write a question."""
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    _written(tokenizer, [turns], add_generation_prompt=True)
 
 
 def get_list(record: Record, field: str, where: str) -> list[str]:

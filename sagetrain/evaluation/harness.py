@@ -41,8 +41,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from sagetrain.data.corpus import ByteTokenizer
+from sagetrain.data.corpus import ByteTokenizer, encode, frame
 from sagetrain.data.tables import made_by
+from sagetrain.data.tasks import check_template
 from sagetrain.doctor import versions
 from sagetrain.evaluation.scores import METRICS, Scores
 from sagetrain.evaluation.tasks import leaves
@@ -231,7 +232,7 @@ def evaluate(
         log.propagate = False
         bos = False if chat_template else None  # what a template writes is whole, as in training
         lm = Model(model, for_transformers(tokenizer), told, dtype, batch_size=batch_size, add_bos_token=bos)
-        _check(lm, tasks, chat_template)
+        _check(lm, tokenizer, tasks, chat_template)
         path = stack.enter_context(_owned(answers_of(model, tokenizer, dtype, rank)))
         kept = Kept(lm, path, rank, world)
         stack.callback(kept.dbdict.close)
@@ -300,7 +301,7 @@ class _Messages(logging.Handler):
         self.cut += "runcati" in record.getMessage()
 
 
-def _check(lm: Model, tasks: Mapping[str, Any], chat_template: bool) -> None:
+def _check(lm: Model, tokenizer: Any, tasks: Mapping[str, Any], chat_template: bool) -> None:
     generated = [task for task, built in tasks.items() if next(leaves(built)).OUTPUT_TYPE == "generate_until"]
     if generated and lm.max_length <= lm.max_gen_toks:
         raise ValueError(
@@ -309,6 +310,13 @@ def _check(lm: Model, tasks: Mapping[str, Any], chat_template: bool) -> None:
         )
     if chat_template and not lm.tokenizer.chat_template:
         raise ValueError(f"the tokenizer {lm.tokenizer.name_or_path} has no chat template")
+    if chat_template:
+        check_template(lm.tokenizer)
+    elif lm.tok_encode("a") != [*map(int, frame(tokenizer)[0]), *map(int, encode(tokenizer, ["a"])[0])]:
+        raise ValueError(
+            f"the tokenizer {lm.tokenizer.name_or_path} puts tokens behind a text, so questions would not be those of "
+            "training: have it add none but at the begin (add_eos_token=false)"
+        )
 
 
 def _scores(task: str, built: Any, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sagetrain.data.corpus import clean
 from sagetrain.data.files import FORMATS, read_records
-from sagetrain.data.tasks import LETTERS, TASKS, Record, get_index, get_list, without_markup
+from sagetrain.data.tasks import LETTERS, TASKS, Record, get_index, get_list, spans_of, without_markup
 from sagetrain.errors import asked_for
 from sagetrain.evaluation.scores import METRICS
 
@@ -125,6 +126,8 @@ def _says(word: str, path: Path) -> bool:
 
 def _gsm8k(record: Record, where: str) -> Document:
     _, prompt, answer = TASKS["gsm8k"].read(record, where)
+    if not re.search(r"#### *[-\d]|^ *[-$\d.,]+$", answer):
+        raise ValueError(f"{where}: field 'answer' ends in no '#### NUMBER', so no answer could be right")
     return {"prompt": prompt, "target": answer[1:]}
 
 
@@ -132,7 +135,7 @@ def _mmlu(record: Record, where: str) -> Document:
     _, prompt, answer = TASKS["mmlu"].read(record, where)
     head, _, prompt = prompt.partition("\n\n")
     letters = list(LETTERS[: len(get_list(record, "choices", where))])
-    place = {"subject": record.get("subject") or "all", "head": f"{head}\n\n"}
+    place = {"subject": clean(str(record.get("subject") or "all")), "head": f"{head}\n\n"}
     return place | {"prompt": prompt, "choices": letters, "target": letters.index(answer[1:])}
 
 
@@ -157,7 +160,7 @@ def _accepted(record: Record, where: str) -> list[list[str]]:
     if "answers" in record:
         return [[text] for text in get_list(record, "answers", where)]
     if isinstance(spans := record.get("answers_spans"), Mapping):
-        return [list(dict.fromkeys(get_list(spans, "spans", where)))]
+        return spans_of(spans, where)
     others = record.get("validated_answers") or []
     if isinstance(others, Mapping):  # one list a field, as `datasets` has it
         if len({len(values) for values in others.values()}) > 1:
@@ -173,7 +176,8 @@ def _whole(answer: Record) -> Document:
     """An answer with all fields: some files leave out those that are empty."""
     number, date = answer.get("number"), answer.get("date") or {}
     date = {part: date.get(part) or "" for part in ("day", "month", "year")}
-    return {"number": "" if number is None else number, "spans": answer.get("spans") or [], "date": date}
+    spans = [clean(str(span)) for span in answer.get("spans") or []]
+    return {"number": "" if number is None else number, "spans": spans, "date": date}
 
 
 DOCUMENT: dict[str, Callable[[Record, str], Document]] = {

@@ -20,7 +20,7 @@ from typing import Any
 import lightning.pytorch as L
 from omegaconf import DictConfig, OmegaConf
 
-from sagetrain.data.tasks import chats
+from sagetrain.data.tasks import chats, check_template
 from sagetrain.errors import asked_for
 from sagetrain.evaluation import AUTOCAST, scores
 from sagetrain.evaluation.tasks import Files, build, check_tasks, find
@@ -59,6 +59,8 @@ class Evaluate(L.Callback):
         self.record, self.watch, self.cfg, self.tokenizer = record, watch, cfg, tokenizer
         self.files = check(cfg)
         self.every = cfg.eval.every_n_steps
+        if self.files and chats(tokenizer, cfg.data.get("chat_template")):
+            check_template(tokenizer)
         self.evaluated = 0  # the last step that was
         with asked_for("eval.data"):
             self.tasks = {task: build(task, files, cfg.eval.few_shot) for task, files in self.files.items()}

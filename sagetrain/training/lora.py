@@ -78,6 +78,10 @@ def adapt(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> None:
         target_modules=lora["target_modules"],
         task_type="CAUSAL_LM",
     )
+    layers = [name for name, _ in model.named_modules()]
+    names = [] if isinstance(lora["target_modules"], str) else lora["target_modules"]
+    if missing := [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]:
+        raise ValueError(f"model.lora.target_modules: the model has no {', '.join(missing)}")
     with asked_for("model.lora"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model.add_adapter(config)
@@ -116,4 +120,11 @@ def merge(base: str, config: Any, adapters: Path, folder: Path) -> None:
     from peft import PeftModel
 
     model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
-    PeftModel.from_pretrained(model, adapters).merge_and_unload().save_pretrained(folder)
+    adapted = PeftModel.from_pretrained(model, adapters)
+    ends = {name.rpartition(".")[2] for name, part in adapted.named_modules() if hasattr(part, "lora_A")}
+    if model.config.tie_word_embeddings and (tied := sorted(ends & {"lm_head", "embed_tokens"})):
+        raise ValueError(
+            f"--merge: the adapters change {', '.join(tied)}, which this model has as one with its embeddings "
+            "(tie_word_embeddings), and whole weights would have them there too. Export without --merge"
+        )
+    adapted.merge_and_unload().save_pretrained(folder)

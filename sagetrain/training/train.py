@@ -62,6 +62,7 @@ from sagetrain.training.evaluation import check as check_evaluation
 from sagetrain.training.folder import global_rank, locked, quoted, write
 from sagetrain.training.full import enough
 from sagetrain.training.layers import compiled, compiled_anew
+from sagetrain.training.lora import DEFAULTS as LORA
 from sagetrain.training.module import CausalLM, check_length, model_config
 from sagetrain.training.signals import LAUNCHER, Stopped, Watch, alone, follow_launcher
 
@@ -206,6 +207,9 @@ def _check_origin(cfg: DictConfig, checkpoint: Path) -> None:
     kept = [("optim.kind", theirs.optim.get("kind", "adamw"), cfg.optim.kind, "whose moments are of another type")]
     if cfg.data.kind == theirs.data.get("kind") == "pretrain":
         kept += [("data.seq_len", theirs.data.seq_len, cfg.data.seq_len, "so its place in the data is another here")]
+    if cfg.model.get("lora") is not None and theirs.model.get("lora") is not None:
+        alphas = (of.model.lora.get("alpha", LORA["alpha"]) for of in (theirs, cfg))
+        kept += [("model.lora.alpha", *alphas, "by which its adapters are multiplied")]
     for key, before, now, why in kept:
         if before != now:
             raise ValueError(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import sagetrain  # noqa: F401 (registers sage_int8)
@@ -260,6 +261,55 @@ def test_what_cannot_be_evaluated_is_one_line(
     assert re.fullmatch(f"sagetrain: error: .*{said}.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("task", "record", "said"),
+    [
+        ("gsm8k", HUB["gsm8k"][0] | {"answer": "It is 4."}, "ends in no '#### NUMBER', so no answer could be right"),
+        ("gsm8k", HUB["gsm8k"][0] | {"answer": "$4,000.00"}, None),
+        ("drop", drop("Who?", 1, 2), None),
+        ("drop", drop("Who?", "a\ud800"), None),
+        ("mmlu", HUB["mmlu"][0] | {"subject": "a\ud800"}, None),
+    ],
+)
+def test_records_that_training_reads(task: str, record: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    """Are asked, or refused in a line."""
+    file = write(tmp_path / f"{task}.jsonl", [record])
+    if said:
+        with pytest.raises(ValueError, match=said):
+            build(task, Files([file], []), 0)
+    else:
+        (leaf,) = leaves(build(task, Files([file], []), 0))
+        assert len(leaf.test_docs()) == 1
+
+
+def test_validated_answers_of_the_hub_are_alternatives_where_that_shows(tmp_path: Path) -> None:
+    def asked(*spans: str, types: tuple[str, ...]) -> dict[str, Any]:
+        record = {"passage": "P", "question": "Q", "answers_spans": {"spans": spans, "types": types}}
+        (leaf,) = leaves(build("drop", Files([write(tmp_path / "drop.jsonl", [record])], []), 0))
+        (document,) = leaf.test_docs()
+        return document
+
+    one = asked("4", "four yards", "4", types=("number", "span", "number"))
+    assert one["answers"] == [["4"], ["four yards"]] and one["target"] == " 4"
+    both = asked("Ann", "Bob", types=("span", "span"))
+    assert both["answers"] == [["Ann", "Bob"]] and both["target"] == " Ann and Bob"
+
+
+def test_a_template_that_writes_no_question_is_refused_before_any_is_asked(data: Path) -> None:
+    tokenizer = harness.for_transformers(ByteTokenizer())
+    for template in "{{ raise_exception('no') }}", "{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "{% if %}":
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="refuses a question and its answer"):
+            harness.evaluate(model_of(), tokenizer, built(data, "drop"), quiet=True, chat_template=True)
+
+
+def test_a_tokenizer_that_ends_every_text_is_refused(data: Path) -> None:
+    tokenizer = harness.for_transformers(ByteTokenizer())
+    tokenizer._tokenizer.post_processor = TemplateProcessing("$A e", special_tokens=[("e", tokenizer.eos_token_id)])
+    with pytest.raises(ValueError, match="puts tokens behind a text, so questions would not be those of training"):
+        harness.evaluate(model_of(), tokenizer, built(data, "drop"), quiet=True)
+
+
 # ------------------------------------------------------------------------------------------------ scores
 
 
@@ -305,6 +355,9 @@ class Known(LM):
 
     def loglikelihood_rolling(self, requests: Any) -> list[float]:
         raise NotImplementedError
+
+    def tok_encode(self, text: str) -> list[int]:
+        return list(text.encode())
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from sagetrain.errors import is_bad_input
 from sagetrain.export import main
 from sagetrain.training.checks import check_settings
 from sagetrain.training.export import export, load
-from sagetrain.training.lora import options
+from sagetrain.training.lora import adapt, merge, options, save
 from sagetrain.training.module import CausalLM
 from sagetrain.training.train import run
 from tests.ranks import train_each
@@ -175,6 +176,8 @@ def test_a_checkpoint_of_other_adapters_or_of_whole_weights_is_refused(
         with pytest.raises(ValueError, match=f"the checkpoint is of another model: .*({name}).* Give the model"):
             train(base, tmp_path / "other", *more, change)
         shutil.rmtree(tmp_path / "other")
+    with pytest.raises(ValueError, match="its run has model.lora.alpha=16 and this one 400, by which its adapters"):
+        train(base, tmp_path / "other", *more, "model.lora.alpha=400")
     with pytest.raises(ValueError, match="trained no adapters .model.lora., so there is nothing to merge"):
         plain = ["model.lora=null", "trainer.max_steps=1", "trainer.limit_val_batches=0"]
         export(train(base, tmp_path / "plain", *plain), tmp_path / "whole", merge=True)
@@ -261,9 +264,22 @@ def test_layers_by_name(base: Path, tmp_path: Path) -> None:
     out = train(base, tmp_path / "out", "model.lora.target_modules=[q_proj,v_proj]", *quick)
     names = load_file(out / "weights" / "adapter_model.safetensors")
     assert len(names) == 2 * 2 * 2 and all("q_proj" in name or "v_proj" in name for name in names)
-    with pytest.raises(ValueError, match="model.lora: .*nowhere.* not found") as caught:
-        train(base, tmp_path / "other", "model.lora.target_modules=[nowhere]", *quick)
+    with pytest.raises(ValueError, match="model.lora.target_modules: the model has no nowhere$") as caught:
+        train(base, tmp_path / "other", "model.lora.target_modules=[q_proj,nowhere]", *quick)
     assert is_bad_input(caught.value)
+
+
+def test_adapters_of_tied_embeddings_are_not_merged(base: Path, tmp_path: Path) -> None:
+    """They would change what reads tokens as well as what says them."""
+    lora = {"r": 2, "alpha": 4, "dropout": 0.0}
+    for layer, refused in (("lm_head", True), ("q_proj", False)):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        assert model.config.tie_word_embeddings
+        adapt(model, lora | {"target_modules": [layer]}, 0)
+        save(model, dict(model.named_parameters()), tmp_path / layer)
+        raises = pytest.raises(ValueError, match="adapters change lm_head.*Export without --merge")
+        with raises if refused else nullcontext():
+            merge(str(base), model.config, tmp_path / layer, tmp_path / f"{layer}-merged")
 
 
 def test_every_strategy_trains_and_saves_the_same_adapters(base: Path, trained: Path, tmp_path: Path) -> None:
