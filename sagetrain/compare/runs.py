@@ -2,8 +2,8 @@
 
 Method: every cell that the comparison uses is parsed once, at reading time, so that a corrupt file is named with its
 line before anything is computed. An empty cell means "not measured" and is left out of its series; `nan` and `inf`
-are values. Scores of a run's own attention that only eval.json has (of `python -m sagetrain.evaluate RUN`) count like
-those in metrics.csv.
+are values. Scores of a run's own attention in eval.json (also of `python -m sagetrain.evaluate RUN`) count like those
+in metrics.csv, and in their place at the same step: how they were asked stands beside them.
 Choice: a step that was logged twice (a run killed and resumed) counts once, the later row. A torn last line is normal
 for a run that was killed or still runs, so it is dropped and noted there; in a finished run it is an error.
 Cost: all rows are held in memory as text, about 10 MB per 100,000 rows of 10 columns.
@@ -31,7 +31,13 @@ EVAL = "eval/"  # TASK/METRIC
 NUMERIC = ("tokens", "loss", "grad_norm", "tokens_per_s", "step_ms", "data_wait", "val_loss")
 NUMERIC_GROUPS = ("probe/", EVAL)
 REQUIRED = {"recipe": str, "arm": str, "seed": int, "status": str, "steps": int}
-ASKED = {"n": "number of questions", "few_shot": "examples before a question", "chat_template": "chat template"}
+ASKED = {
+    "n": "number of questions",
+    "digest": "questions",
+    "version": "harness's version",
+    "few_shot": "examples before a question",
+    "chat_template": "chat template",
+}
 EMPTY: Series = (np.empty(0, np.int64), np.empty(0))
 
 
@@ -39,8 +45,8 @@ class Run:
     """One run directory. Raises FileNotFoundError or ValueError that names the file, the line and what is wrong.
 
     `info` is run.json, `config` config.yaml ({} if there is none); `rows` maps a step to its cells, as in `header`.
-    `kind` is the attention, `arm` what the run counts as in a comparison (see arms.py). `asked`: of each task it was
-    evaluated on last, how (ASKED).
+    `kind` is the attention, `arm` what the run counts as in a comparison (see arms.py). `asked`: of each task and step
+    in eval.json, how (ASKED).
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -53,7 +59,7 @@ class Run:
         self.planned = plan if plan > 0 else self.info["steps"] if self.finished else None
         self.config = self._read_config(self.path / "config.yaml")
         self._read_metrics(self.path / "metrics.csv")
-        self.asked: dict[str, dict[str, Any]] = {}
+        self.asked: dict[str, dict[int, dict[str, Any]]] = {}
         if (file := self.path / scores.FILE).exists():
             self._read_scores(file)
         self.last_step = int(self.columns["loss"][0][-1])
@@ -83,6 +89,12 @@ class Run:
         steps, values = self.columns.get(column, EMPTY)
         end = len(steps) if until is None else int(np.searchsorted(steps, until, side="right"))
         return steps[:end], values[:end]
+
+    def how_asked(self, task: str, until: int) -> dict[str, Any]:
+        """How the questions were asked whose scores are the last up to step `until`, as far as eval.json tells."""
+        scored = [self.series(name, until)[0] for name in self.columns if name.startswith(f"{EVAL}{task}/")]
+        last = max((int(steps[-1]) for steps in scored if len(steps)), default=None)
+        return self.asked.get(task, {}).get(last, {})
 
     def _read_config(self, file: Path) -> dict[str, Any]:
         if not file.exists():
@@ -129,14 +141,14 @@ class Run:
         try:
             for step, arms in sorted(held.items(), key=lambda item: int(item[0])):
                 for task, of in arms.get(self.kind, {}).items():
-                    self.asked[task] = {key: of.get(key) for key in ASKED}
+                    self.asked.setdefault(task, {})[int(step)] = {key: of.get(key) for key in ASKED}
                     for metric, value in of["scores"].items():
                         found.setdefault(f"{EVAL}{task}/{metric}", {})[int(step)] = float(value)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: no scores as evaluate.py writes them: {error!r}") from error
         for column, values in found.items():
             steps, there = self.columns.get(column, EMPTY)
-            values |= dict(zip(steps.tolist(), there.tolist(), strict=True))
+            values = dict(zip(steps.tolist(), there.tolist(), strict=True)) | values
             ordered = sorted(values.items())
             self.columns[column] = (np.array([s for s, _ in ordered]), np.array([x for _, x in ordered]))
 

@@ -341,9 +341,11 @@ class Comparison:
                 seen = {run.name: int(count) for run, count in zip(same, tokens[:, -1], strict=True)}
                 yield from self._difference(f"number of tokens up to step {steps[-1]:,}", seen)
         for task in dict.fromkeys(task for run in self.runs for task in run.asked):
-            how = {run.name: run.asked[task] for run in self.runs if task in run.asked}
+            how = {run.name: run.how_asked(task, self.common_step) for run in self.runs}
             for key, what in ASKED.items():
-                yield from self._difference(f"{what} of {task}", {name: asked[key] for name, asked in how.items()})
+                told = {name: asked[key] for name, asked in how.items() if asked.get(key) is not None}
+                if key != "digest" or len({asked.get("n") for asked in how.values() if asked}) == 1:  # said already
+                    yield from self._difference(f"{what} of {task}", told)
         given = {run.name: settings(run.config, FREE) for run in self.runs if run.config}
         told = {name for name in self.named if not name.startswith(DATA_SETTINGS)}  # by the names of the arms
         keys = {key for flat in given.values() for key in flat if not key.startswith(NOT_LISTED)} - told

@@ -616,7 +616,7 @@ def test_scores_by_hand(tmp_path: Path):
 
 def asked(run: Path, step: int, score: float, arm: str = "sage_int8", **how: object) -> None:
     """What `python -m sagetrain.evaluate RUN` leaves."""
-    of = {"scores": {"em": score}, "n": 100, "few_shot": 0, "chat_template": False} | how
+    of = {"scores": {"em": score}, "n": 100, "digest": "a1", "version": 3, "few_shot": 0, "chat_template": False} | how
     keep(run, step, arm, {"drop": of})
 
 
@@ -627,18 +627,20 @@ def test_scores_of_the_command_count_as_those_of_the_recipe(tmp_path: Path):
             asked(run, 10, 0.9, arm)
             asked(run, 20, score + seed / 2, arm)
             asked(run, 20, 0.8, "sdpa")  # not the run's own
-            keep(run, 20, arm, {"gsm8k": {"scores": {"strict_match": 0.7}, "n": 7}})  # metrics.csv has it already
+            keep(run, 20, arm, {"gsm8k": {"scores": {"strict_match": 0.7}, "n": 7}})  # instead of metrics.csv's
     comparison = report([tmp_path / "runs"], tmp_path / "out")
     found = {(score.name, score.arm): list(score.values.values()) for score in comparison.scores}
     assert found["drop/em", "bf16"] == [0.2, 0.7] and found["drop/em", "sage_int8"] == [0.3, 0.8]
-    assert found["gsm8k/strict_match", "bf16"] == [0.4, 0.4]
+    assert found["gsm8k/strict_match", "bf16"] == [0.7, 0.7]
     assert comparison.mismatches == [] and comparison.notes == Comparison(find_runs([tmp_path / "runs"])).notes
 
 
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"n": 50}, "number of questions of drop differs: 100 (bf16-seed0); 50 (sage_int8-seed0)"),
+        ({"n": 50, "digest": "c3"}, "number of questions of drop differs: 100 (bf16-seed0); 50 (sage_int8-seed0)"),
+        ({"digest": "c3"}, "questions of drop differs: a1 (bf16-seed0); c3 (sage_int8-seed0)"),
+        ({"version": 4}, "harness's version of drop differs: 3 (bf16-seed0); 4 (sage_int8-seed0)"),
         ({"few_shot": 3}, "examples before a question of drop differs: 0 (bf16-seed0); 3 (sage_int8-seed0)"),
         ({"chat_template": True}, "chat template of drop differs: False (bf16-seed0); True (sage_int8-seed0)"),
     ],
@@ -649,6 +651,26 @@ def test_scores_of_other_questions_are_another_experiment(tmp_path: Path, how: d
     comparison = Comparison(find_runs([tmp_path]))
     assert comparison.mismatches == [said]
     assert comparison.sentences()[0].startswith("These runs are not the same experiment")
+
+
+def test_old_scores_without_a_digest_are_no_other_questions(tmp_path: Path):
+    for arm, digest in (("bf16", None), ("sage_int8", "a1")):
+        asked(write_run(tmp_path, arm, 0, falling(2.0)), STEPS, 0.5, arm, digest=digest)
+    assert Comparison(find_runs([tmp_path])).mismatches == []
+
+
+def test_how_it_was_asked_is_that_of_the_score_that_counts(tmp_path: Path):
+    """One run is evaluated past the common step in another way, and one at a step that eval.json does not have."""
+    for arm, losses in (("bf16", falling(2.0)), ("sage_int8", falling(2.0)[:12])):
+        asked(write_run(tmp_path, arm, 0, losses, status="stopped", max_steps=20), 10, 0.5, arm)
+    asked(tmp_path / "bf16-seed0", 20, 0.7, "bf16", n=50, digest="c3")
+    comparison = Comparison(find_runs([tmp_path]))
+    assert comparison.common_step == 12 and comparison.mismatches == []
+    assert [score.mean for score in comparison.scores] == [0.5, 0.5]
+    late = scored(tmp_path / "late", "bf16", 1, 0.1, 0.4)
+    keep(late, 10, "bf16", {"gsm8k": {"scores": {"strict_match": 0.1}, "n": 7}})
+    (run,) = find_runs([late])
+    assert run.how_asked("gsm8k", 10)["n"] == 7 and run.how_asked("gsm8k", 20) == {}
 
 
 def test_an_arm_that_diverged_is_not_better(tmp_path: Path):
