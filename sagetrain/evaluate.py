@@ -79,15 +79,28 @@ def evaluate_model(
     implementation = bf16.choose(_implementation(arm), where)
     if folder := Path(out).expanduser() if out else run:
         with asked_for(f"--out {folder}" if out else str(folder)):  # before the questions, not after
-            folder.mkdir(parents=True, exist_ok=True)
-            scores.read(folder)
+            held = scores.check(folder)
+        if folder.absolute() != run and (others := _others(held, model)):
+            raise ValueError(f"--out {folder} has scores of {others[0]}: choose another folder")
     built = {task: build(task, of, few_shot) for task, of in files.items()}
     network, step = load(model) if cfg else (_load(model), 0)
     tokenizer = build_tokenizer(cfg.model.tokenizer if cfg else model)
     if chat_template is None:
         chat_template = chats(tokenizer, cfg.data.get("chat_template") if cfg else False)
     network.to(where).set_attn_implementation(implementation)
-    found = evaluate(
+
+    def keep(found: scores.Scores) -> None:
+        for task, of in found.items():
+            of |= {"model": model, "data": "hub" if files[task] is None else ", ".join(map(str, files[task].asked))}
+        try:
+            if folder:
+                with asked_for(f"the scores are not written to {folder}, the answers are kept"):
+                    scores.keep(folder, step, arm, found)
+        except ValueError:
+            console().print(scores.table(found))
+            raise
+
+    return evaluate(
         network,
         tokenizer,
         built,
@@ -96,12 +109,20 @@ def evaluate_model(
         limit=limit,
         chat_template=chat_template,
         dtype=_autocast(cfg, network, where),
+        keep=keep,
     )
-    for task, of in found.items():
-        of |= {"model": model, "data": "hub" if files[task] is None else ", ".join(map(str, files[task].asked))}
-    if folder:
-        scores.keep(folder, step, arm, found)
-    return found
+
+
+def _others(held: dict[str, dict[str, scores.Scores]], model: str) -> list[str]:
+    """The models, as they were named, of scores that are not of `model`; a run's checkpoints are all of the run."""
+    entries = (of for arms in held.values() for tasks in arms.values() for of in tasks.values())
+    named = dict.fromkeys(of["model"] for of in entries if of.get("model"))
+    return [other for other in named if _place(other) != _place(model)]
+
+
+def _place(model: str) -> Path | str:
+    folder = run_of(model) or Path(model).expanduser()
+    return folder.resolve() if folder.exists() else model
 
 
 def _load(model: str) -> Any:

@@ -3,7 +3,7 @@
 Method: the harness builds the requests, batches them by length (`HFLM`), and scores the answers; the attention is what
 the model has been given. Every answer is kept on the disk at once (the harness's cache of responses), under a name made
 of all weights and settings, attention, precision and tokenizer, so an evaluation that was killed goes on where it
-stopped and another model never reads its answers. They are deleted when the scores are there.
+stopped and another model never reads its answers. They are deleted when the scores are kept.
 Choice: several ranks share the requests, not the documents, so that tasks smaller than the number of ranks are no case
 of their own; each computes all scores. Choices are scored in FP32: in BF16 close ones would often tie, for the first.
 Rows are padded on the right where choices are scored (the harness gives no mask there, causal attention needs none; the
@@ -19,12 +19,15 @@ import fcntl
 import hashlib
 import inspect
 import io
+import json
 import logging
 import math
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +162,10 @@ class Kept(CachingLM):
     def __init__(self, lm: Model, path: Path, rank: int, world: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rank_of_all, self.world = rank, world
+        if not _sound(path):
+            for part in path, path.with_name(f"{path.name}-journal"):
+                part.unlink(missing_ok=True)
+            lm.told.console.print(f"{lm.told.title}: its kept answers are damaged and asked anew", soft_wrap=True)
         super().__init__(lm, str(path))
 
     def get_cache_hook(self) -> CacheHook:
@@ -185,6 +192,19 @@ class Kept(CachingLM):
         return answers
 
 
+def _sound(path: Path) -> bool:
+    """Whether there are answers that can be read, or none yet."""
+    if not path.exists():
+        return True
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as kept:
+            return kept.execute("PRAGMA quick_check").fetchone() == ("ok",)
+    except sqlite3.OperationalError:  # of the disk, or of another who has it
+        raise
+    except sqlite3.DatabaseError:
+        return False
+
+
 class _Hook(CacheHook):
     def __init__(self, kept: Kept) -> None:
         super().__init__(kept)
@@ -208,12 +228,14 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     stop: Callable[[], Any] = lambda: False,
+    keep: Callable[[Scores], Any] = lambda found: None,
 ) -> Scores:
     """Scores of `model`, which is left in evaluation mode, on `tasks` (by name, as tasks.build gives them).
 
     dtype: of autocast, None for none. limit: questions of each task (of MMLU, of each subject). batch_size: rows, or
-    "auto". world: the ranks of torch.distributed that all call this. Raises ValueError for what this model cannot
-    answer, RuntimeError where a batch does not fit the GPU's memory, Abandoned once `stop()` says so.
+    "auto". world: the ranks of torch.distributed that all call this. keep: what rank 0 does with the scores before
+    the answers are deleted; where it fails they stay. Raises ValueError for what this model cannot answer, RuntimeError
+    where a batch does not fit the GPU's memory, Abandoned once `stop()` says so.
     """
     name = model.config._attn_implementation
     told = Told(title, quiet or rank > 0, stop)
@@ -258,7 +280,6 @@ def evaluate(
                 f"{title}: CUDA out of memory at batch size {batch_size}: choose a smaller one (eval.batch_size, or "
                 "--batch-size of the command). Answers are kept; the same command goes on from there"
             ) from error
-    path.unlink(missing_ok=True)
     if messages.cut and not quiet and rank == 0:
         told.console.print(
             f"{title}: {messages.cut} rows or batches did not fit the model's {lm.max_length} tokens and lost the "
@@ -269,7 +290,6 @@ def evaluate(
     ran = f"{name} ({schemes.get(name).kernel_name(device)})" if name in schemes.SCHEMES else bf16.ran(name)[0]
     bf16.forget()
     how = {
-        "limit": limit,
         "chat_template": chat_template,
         "attention": ran,
         "precision": str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
@@ -277,7 +297,23 @@ def evaluate(
         "seconds": round(time.monotonic() - begun, 1),
         "versions": versions() | {"lm_eval": lm_eval.__version__},
     }
-    return {task: _scores(task, built, results) | how for task, built in tasks.items()}
+    found = {task: _scores(task, built, results, limit) | how for task, built in tasks.items()}
+    _done(found, keep, path, rank, world)
+    return found
+
+
+def _done(found: Scores, keep: Callable[[Scores], Any], answers: Path, rank: int, world: int) -> None:
+    """Deletes every rank's answers once rank 0 has kept the scores."""
+    kept = [False]
+    try:
+        if rank == 0:
+            keep(found)
+            kept = [True]
+    finally:
+        if world > 1:
+            dist.broadcast_object_list(kept)
+        if kept[0]:
+            answers.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -319,7 +355,20 @@ def _check(lm: Model, tokenizer: Any, tasks: Mapping[str, Any], chat_template: b
         )
 
 
-def _scores(task: str, built: Any, results: Mapping[str, Any]) -> dict[str, Any]:
+def digest(built: Any, limit: int | None = None) -> str:
+    """Tells apart what is asked of a task up to a limit (of MMLU, of each subject): texts, choices, right answers."""
+    parts = []
+    for leaf in leaves(built):
+        said = xxhash.xxh3_64(leaf.task_name.encode())
+        for each in islice(leaf.eval_docs, limit):
+            choices = leaf.doc_to_choice(each) if leaf.OUTPUT_TYPE == "multiple_choice" else []
+            right = each["answers"] if "answers" in each else str(leaf.doc_to_target(each))
+            said.update(json.dumps([leaf.doc_to_text(each), choices, right]).encode())
+        parts.append(said.hexdigest())
+    return xxhash.xxh3_64(" ".join(sorted(parts)).encode()).hexdigest()  # files have subjects in any order
+
+
+def _scores(task: str, built: Any, results: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
     parts = [leaf.task_name for leaf in leaves(built)]
     whole, counts = results["results"][task], results["n-samples"]
     values, errors = {}, {}
@@ -336,6 +385,8 @@ def _scores(task: str, built: Any, results: Mapping[str, Any]) -> dict[str, Any]
         "scores": values,
         "stderr": errors,
         "n": sum(counts[part]["effective"] for part in parts),
+        "limit": limit if any(counts[part]["effective"] < counts[part]["original"] for part in parts) else None,
+        "digest": digest(built, limit),
         "version": next(leaves(built)).VERSION,
         "few_shot": next(leaves(built)).get_config("num_fewshot"),
     }
@@ -345,9 +396,10 @@ def _scores(task: str, built: Any, results: Mapping[str, Any]) -> dict[str, Any]
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tells models apart by all their weights."""
+    """Tells models apart by all their weights, and buffers that are saved with them."""
     said = xxhash.xxh3_128()  # hashlib's would take seconds a gigabyte
-    for name, weight in model.named_parameters():
+    tensors = ((name, each) for name, each in model.state_dict().items() if isinstance(each, torch.Tensor))
+    for name, weight in tensors:
         said.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         said.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return said.hexdigest()

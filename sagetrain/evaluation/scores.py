@@ -4,6 +4,7 @@
         "scores": {"strict_match": 0.31, "flexible_extract": 0.32},   between 0 and 1
         "stderr": {"strict_match": 0.013, "flexible_extract": 0.013},
         "n": 1319,                          questions
+        "digest": "8c1d6f0e2b7a9354",       of the questions, their choices and answers
         "version": 3.0,                     of the harness's task
         "few_shot": 0, "limit": null, "chat_template": false,
         "data": "hub"                       or the local file
@@ -13,18 +14,21 @@
 
 The step is that of the weights, 0 of a model that no run here trained. The attention is the name it was asked for by (a
 file of conf/attention; a run's own arm). The same step, attention and task evaluated again replaces what was there, but
-a limited number of questions never replaces all of them.
+a limited number of questions never replaces all of them. A limit that leaves out none is null.
+Several processes may write at once: one waits for the other's lock (`flock`), where the file system has locks.
 MMLU has its subjects' scores in "subjects" besides.
 In metrics.csv a run's own scores are columns eval/TASK/METRIC.
 """
 
+import fcntl
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sagetrain.terminal import console
-from sagetrain.training.folder import write
 
 # What is scored, under the harness's own names. Of GSM8K the two filters of one metric (exact_match).
 METRICS = {
@@ -48,23 +52,84 @@ def row(scores: Scores) -> dict[str, float]:
 
 
 def read(folder: Path) -> dict[str, dict[str, Scores]]:
-    """What eval.json in `folder` holds; nothing where there is none."""
+    """What eval.json in `folder` holds; nothing where there is none. Raises ValueError, with the file and what is wrong
+    with it, where it does not hold scores."""
     path = folder / FILE
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        held = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:  # of no right to read it, no JSON, or no text
+        raise ValueError(f"{path}: cannot be read: {error}; repair it or move it away") from error
+    if wrong := next(_wrong(held), None):
+        raise ValueError(f"{path}: {wrong}; repair it or move it away")
+    return held
+
+
+def _wrong(held: Any) -> Iterator[str]:
+    """What does not have the shape of scores."""
+    if not isinstance(held, Mapping):
+        yield f"holds {type(held).__name__}, no mapping of steps"
+        return
+    for step, arms in held.items():
+        if not step.isdecimal():
+            yield f"step {step!r} is no whole number"
+        for what, of in (f"step {step}", arms), *((f"step {step}, {arm}", of) for arm, of in _items(arms)):
+            if not isinstance(of, Mapping):
+                yield f"{what} is {type(of).__name__}, no mapping"
+        for arm, tasks in _items(arms):
+            for task, of in _items(tasks):
+                if not isinstance(of, Mapping) or not isinstance(of.get("scores"), Mapping):
+                    yield f'step {step}, {arm}, {task} has no "scores"'
+
+
+def _items(of: Any) -> Sequence[tuple[str, Any]]:
+    return list(of.items()) if isinstance(of, Mapping) else []
+
+
+def check(folder: Path) -> dict[str, dict[str, Scores]]:
+    """Make `folder` if need be, and see that scores can be written there. Returns what it holds.
+
+    Raises ValueError for an eval.json that does not hold scores, OSError where nothing can be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held, trial = read(folder), _aside(folder)
+    trial.write_bytes(b"{}")
+    trial.unlink()
+    return held
 
 
 def keep(folder: Path, step: int, attention: str, scores: Scores) -> Path:
     """Add scores to eval.json in `folder`, but none of fewer questions in the place of all. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = read(folder)
-    there = held.setdefault(str(step), {}).setdefault(attention, {})
-    whole = [task for task, of in scores.items() if of.get("limit") and task in there and not there[task].get("limit")]
+    with _locked(folder):
+        held = read(folder)
+        there = held.setdefault(str(step), {}).setdefault(attention, {})
+        limited = [task for task, of in scores.items() if of.get("limit")]
+        whole = [task for task in limited if task in there and not there[task].get("limit")]
+        there.update({task: of for task, of in scores.items() if task not in whole})
+        held, aside = dict(sorted(held.items(), key=lambda item: int(item[0]))), _aside(folder)
+        try:
+            aside.write_text(json.dumps(held, indent=2) + "\n", "utf-8")
+            os.replace(aside, folder / FILE)
+        finally:
+            aside.unlink(missing_ok=True)
     if whole:
         console().print(f"{folder / FILE} keeps its scores of all questions: {', '.join(whole)}", soft_wrap=True)
-    there.update({task: of for task, of in scores.items() if task not in whole})
-    held = dict(sorted(held.items(), key=lambda item: int(item[0])))
-    write(folder / FILE, json.dumps(held, indent=2) + "\n")
     return folder / FILE
+
+
+def _aside(folder: Path) -> Path:
+    return folder / f".{FILE}.{os.getpid()}.partial"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time, from reading to writing."""
+    with open(folder / f".{FILE}.lock", "w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def table(scores: Scores) -> Any:

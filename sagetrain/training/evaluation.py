@@ -48,6 +48,7 @@ def check(cfg: DictConfig) -> dict[str, Files | None]:
             "eval.tasks: this strategy shards the weights, and they are not evaluated in place. Set eval.tasks=[] and "
             "evaluate what the run leaves (python -m sagetrain.evaluate RUN), or choose strategy=ddp"
         )
+    scores.read(Path(cfg.out))  # before the questions, not after
     data = OmegaConf.to_container(cfg.eval.data) if OmegaConf.is_config(cfg.eval.data) else cfg.eval.data
     return find(tasks, data, cfg.eval.few_shot, "eval.data")
 
@@ -94,9 +95,17 @@ class Evaluate(L.Callback):
         return step not in (0, self.evaluated) and not trainer.strategy.broadcast(before)
 
     def _has(self, step: int) -> bool:
-        held = scores.read(self.record.folder).get(str(step), {}).get(self.cfg.attention.name, {})
-        asked = {"few_shot": self.cfg.eval.few_shot, "limit": self.cfg.eval.limit}
-        return all(asked.items() <= held.get(task, {}).items() for task in self.tasks)
+        """Whether eval.json has scores of the same questions, asked in the same way."""
+        from sagetrain.evaluation.harness import digest
+
+        held, how = scores.read(self.record.folder).get(str(step), {}).get(self.cfg.attention.name, {}), self.cfg.eval
+        for task, built in self.tasks.items():
+            there = held.get(task, {})
+            old = "digest" not in there  # then the number says which
+            asked = {"limit": how.limit} if old else {"digest": digest(built, how.limit)}
+            if not (asked | {"few_shot": how.few_shot}).items() <= there.items():
+                return False
+        return True
 
     def _evaluate(self, trainer: L.Trainer, module: CausalLM) -> None:
         from sagetrain.evaluation.harness import Abandoned, evaluate
@@ -118,16 +127,21 @@ class Evaluate(L.Callback):
                     rank=trainer.global_rank,
                     world=trainer.world_size,
                     stop=lambda: self.watch.stepping and self.watch.stop,
+                    keep=lambda found: self._keep(step, found),
                 )
         except Abandoned:  # the checkpoint comes next, and the end
             return
+        self.record.amend(trainer, scores.row(found))
+
+    def _keep(self, step: int, found: scores.Scores) -> None:
+        """The table comes first: whatever becomes of the file, it is seen."""
         for task, of in found.items():
             files = self.files[task]
             of |= {"model": self.cfg.out, "data": "hub" if files is None else ", ".join(map(str, files.asked))}
-        if trainer.is_global_zero:
-            scores.keep(Path(self.record.folder), step, self.cfg.attention.name, found)
-            console().print(f"{self.record.facts['name']} step {step:,}, scores:", scores.table(found))
-        self.record.amend(trainer, scores.row(found))
+        console().print(f"{self.record.facts['name']} step {step:,}, scores:", scores.table(found))
+        folder = Path(self.record.folder)
+        with asked_for(f"the scores are not written to {folder}, the answers are kept"):
+            scores.keep(folder, step, self.cfg.attention.name, found)
 
 
 @contextmanager

@@ -516,7 +516,7 @@ def test_odd_records_are_named(task: str, change: dict[str, Any], said: str, tmp
 
 def test_fewer_questions_do_not_replace_all(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for limit in (2, None, 3):
-        scores.keep(tmp_path, 5, "sdpa", {"drop": {"limit": limit}, f"mmlu{limit}": {"limit": limit}})
+        scores.keep(tmp_path, 5, "sdpa", {task: {"scores": {}, "limit": limit} for task in ("drop", f"mmlu{limit}")})
     held = scores.read(tmp_path)["5"]["sdpa"]
     assert held["drop"]["limit"] is None and held["mmlu3"]["limit"] == 3
     assert "keeps its scores of all questions: drop" in capsys.readouterr().out.replace("\n", " ")
