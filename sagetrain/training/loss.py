@@ -48,6 +48,19 @@ def _to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 _to_gradient_compiled = torch.compile(_to_gradient)
 
 
+def _to_gradient_eager(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same in half as many passes, where nothing fuses them."""
+    kept = (labels != IGNORE).nonzero()[:, 0]
+    target = kept, labels[kept]
+    log_p = functional.log_softmax(logits.float(), -1)
+    total = -log_p[target].sum()
+    gradient = log_p.exp_()
+    gradient[target] -= 1.0
+    gradient[labels == IGNORE] = 0.0
+    logits.copy_(gradient)
+    return total
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where total may be of a wider type."""
     if total.dtype == a.dtype:
@@ -66,7 +79,7 @@ class _FusedLoss(torch.autograd.Function):
         where = hidden.device.type
         dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else weight.dtype
         x, w, b = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        to_gradient = _to_gradient_compiled if hidden.is_cuda else _to_gradient
+        to_gradient = _to_gradient_compiled if hidden.is_cuda else _to_gradient_eager
         learns = ctx.needs_input_grad  # frozen weights cost nothing
         d_hidden = torch.empty_like(x) if learns[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if learns[1] else None

@@ -57,6 +57,18 @@ def test_value_and_gradients(tokens: int, bias: bool) -> None:
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ignored", [slice(None, None, 3), slice(None)], ids=["some", "all"])
+def test_what_a_gpu_compiles_is_what_a_cpu_computes(dtype: torch.dtype, ignored: slice) -> None:
+    torch.manual_seed(0)
+    logits, labels = (10 * torch.randn(20, 50)).to(dtype), torch.randint(50, (20,))
+    labels[ignored] = IGNORE
+    found = [(each, logits.clone()) for each in (loss._to_gradient, loss._to_gradient_eager)]
+    totals = [compute(gradient, labels) for compute, gradient in found]
+    torch.testing.assert_close(*totals)
+    torch.testing.assert_close(*(gradient for _, gradient in found))
+
+
 def test_no_target_at_all() -> None:
     leaves, labels = inputs(20)
     for x in results(fused_loss, leaves, torch.full_like(labels, IGNORE)):
