@@ -60,8 +60,7 @@ class Run:
         self.config = self._read_config(self.path / "config.yaml")
         self._read_metrics(self.path / "metrics.csv")
         self.asked: dict[str, dict[int, dict[str, Any]]] = {}
-        if (file := self.path / scores.FILE).exists():
-            self._read_scores(file)
+        self._read_scores()
         self.last_step = int(self.columns["loss"][0][-1])
         self.progress = f"{self.last_step:,}" + (f" of {self.planned:,}" if self.planned else "")
 
@@ -136,16 +135,13 @@ class Run:
         if "loss" not in self.columns:
             raise ValueError(f"{file}: no loss was logged yet; compare the run once it has trained a few steps")
 
-    def _read_scores(self, file: Path) -> None:
-        held, found = _read_mapping(file, json.loads), dict[str, dict[int, float]]()
-        try:
-            for step, arms in sorted(held.items(), key=lambda item: int(item[0])):
-                for task, of in arms.get(self.kind, {}).items():
-                    self.asked.setdefault(task, {})[int(step)] = {key: of.get(key) for key in ASKED}
-                    for metric, value in of["scores"].items():
-                        found.setdefault(f"{EVAL}{task}/{metric}", {})[int(step)] = float(value)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: no scores as evaluate.py writes them: {error!r}") from error
+    def _read_scores(self) -> None:
+        found: dict[str, dict[int, float]] = {}
+        for step, arms in scores.read(self.path).items():
+            for task, of in arms.get(self.kind, {}).items():
+                self.asked.setdefault(task, {})[int(step)] = {key: of.get(key) for key in ASKED}
+                for metric, value in of["scores"].items():
+                    found.setdefault(f"{EVAL}{task}/{metric}", {})[int(step)] = float(value)
         for column, values in found.items():
             steps, there = self.columns.get(column, EMPTY)
             values = dict(zip(steps.tolist(), there.tolist(), strict=True)) | values

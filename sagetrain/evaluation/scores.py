@@ -79,8 +79,9 @@ def _wrong(held: Any) -> Iterator[str]:
                 yield f"{what} is {type(of).__name__}, no mapping"
         for arm, tasks in _items(arms):
             for task, of in _items(tasks):
-                if not isinstance(of, Mapping) or not isinstance(of.get("scores"), Mapping):
-                    yield f'step {step}, {arm}, {task} has no "scores"'
+                values = of.get("scores") if isinstance(of, Mapping) else None
+                if not isinstance(values, Mapping) or not all(isinstance(x, int | float) for x in values.values()):
+                    yield f'step {step}, {arm}, {task} has no "scores" that are numbers'
 
 
 def _items(of: Any) -> Sequence[tuple[str, Any]]:

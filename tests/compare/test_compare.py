@@ -568,9 +568,10 @@ def test_command_line_names_mistakes(parent: Path, tmp_path: Path, capsys: pytes
         ("metrics.csv", "step,loss\nnan,2.0\n", "line 2: step nan is not a count"),
         ("metrics.csv", "step,loss\n1,2.0\n2,1.", "the last line is cut off"),
         ("metrics.csv", b"step,loss\n\xff\xfe", "metrics.csv: not UTF-8"),
-        ("eval.json", "{", "eval.json: not valid JSON"),
-        ("eval.json", '{"5": {"sage_int8": {"drop": {}}}}', "eval.json: no scores as evaluate.py writes them"),
-        ("eval.json", '{"x": {}}', "eval.json: no scores as evaluate.py writes them"),
+        ("eval.json", "{", "eval.json: cannot be read"),
+        ("eval.json", '{"5": {"sage_int8": {"drop": {}}}}', 'eval.json: step 5, sage_int8, drop has no "scores"'),
+        ("eval.json", '{"5": {"sage_int8": {"drop": {"scores": {"em": "x"}}}}}', 'no "scores" that are numbers'),
+        ("eval.json", '{"x": {}}', "eval.json: step 'x' is no whole number"),
     ],
 )
 def test_corrupt_files_are_named(parent: Path, capsys: pytest.CaptureFixture, file: str, content, expected: str):
