@@ -49,6 +49,7 @@ from transformers import AutoModelForCausalLM
 import sagetrain
 from benchmarks.attend import register
 from benchmarks.common import conditions, kernel_file, write
+from benchmarks.noisy import with_noise
 from sagetrain.data.corpus import build_tokenizer
 from sagetrain.data.pretrain import build_pretrain
 from sagetrain.ops import reference, schemes
@@ -70,8 +71,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 
 def noisy(q: Tensor, k: Tensor, v: Tensor, *, size: float, **options: Any) -> Tensor:
-    o = exact(q, k, v, **options)
-    return o + size * o.detach().square().mean((-2, -1), keepdim=True).sqrt() * torch.randn_like(o)
+    return with_noise(exact(q, k, v, **options).transpose(1, 2), size).transpose(1, 2)
 
 
 def half(q: Tensor, k: Tensor, v: Tensor, *, attend: Attend, forward: bool, **options: Any) -> Tensor:
