@@ -22,13 +22,13 @@ In metrics.csv a run's own scores are columns eval/TASK/METRIC.
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sagetrain.terminal import console
+from sagetrain.training.folder import write
 
 # What is scored, under the harness's own names. Of GSM8K the two filters of one metric (exact_match).
 METRICS = {
@@ -94,7 +94,7 @@ def check(folder: Path) -> dict[str, dict[str, Scores]]:
     Raises ValueError for an eval.json that does not hold scores, OSError where nothing can be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held, trial = read(folder), _aside(folder)
+    held, trial = read(folder), folder / f".{FILE}.trial"
     trial.write_bytes(b"{}")
     trial.unlink()
     return held
@@ -109,19 +109,11 @@ def keep(folder: Path, step: int, attention: str, scores: Scores) -> Path:
         limited = [task for task, of in scores.items() if of.get("limit")]
         whole = [task for task in limited if task in there and not there[task].get("limit")]
         there.update({task: of for task, of in scores.items() if task not in whole})
-        held, aside = dict(sorted(held.items(), key=lambda item: int(item[0]))), _aside(folder)
-        try:
-            aside.write_text(json.dumps(held, indent=2) + "\n", "utf-8")
-            os.replace(aside, folder / FILE)
-        finally:
-            aside.unlink(missing_ok=True)
+        held = dict(sorted(held.items(), key=lambda item: int(item[0])))
+        write(folder / FILE, json.dumps(held, indent=2) + "\n")
     if whole:
         console().print(f"{folder / FILE} keeps its scores of all questions: {', '.join(whole)}", soft_wrap=True)
     return folder / FILE
-
-
-def _aside(folder: Path) -> Path:
-    return folder / f".{FILE}.{os.getpid()}.partial"
 
 
 @contextmanager

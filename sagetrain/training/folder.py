@@ -29,8 +29,11 @@ RENAMED = {"probe/loss_int8": "probe/loss_lowbit"}  # columns of metrics.csv in 
 def write(path: Path, content: str | bytes) -> None:
     """Replace `path` in one step, so that a reader or a kill never meets half a file."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)  # where the disk is full
 
 
 def global_rank() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def test_answers_stay_until_the_scores_are_kept(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(scores.os, "replace", full)
+        patched.setattr(os, "replace", full)
         status, shown, said = evaluate(model, "--out", str(tmp_path / "out"))
     assert status == 2 and "drop" in shown and "f1" in shown  # the table
     assert "No space left on device" in said and "the answers are kept" in said and "Traceback" not in said
