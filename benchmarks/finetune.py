@@ -23,9 +23,6 @@ import csv
 import hashlib
 import json
 import lzma
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -36,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import conditions, kernel_file, write
+from benchmarks.jobs import command, same_as_before, slots
 from benchmarks.losses import curves
 from benchmarks.tables import TAIL
 from sagetrain.evaluation.scores import METRICS, read
@@ -83,15 +81,7 @@ class Work:
         self.train, self.asked = split(task, options.data, self.out)
 
     def command(self, name: str, *words: str) -> None:
-        slot = self.slots.get()
-        try:
-            with (self.out / f"{name}.txt").open("a") as said:
-                env = os.environ | {"CUDA_VISIBLE_DEVICES": slot}
-                done = subprocess.run([sys.executable, "-m", *words], stdout=said, stderr=said, env=env)
-            if done.returncode:
-                raise RuntimeError(f"{words[0]} ended with status {done.returncode}: {said.name} has what it said")
-        finally:
-            self.slots.put(slot)
+        command(self.slots, self.out / f"{name}.txt", *words)
 
     def evaluate(self, name: str, model: Path, step: str, attention: str, out: Path) -> None:
         if self.task in read(out).get(step, {}).get(attention, {}):
@@ -159,19 +149,6 @@ class Work:
         ]
 
 
-def same_as_before(options: argparse.Namespace, held: dict[str, Any]) -> None:
-    """Raises ValueError where --out has runs of another model, other data, settings, device or commit."""
-    asked = {name: str(getattr(options, name)) for name in ("model", "data", "limit", "chat_template", "settings")}
-    asked |= {name: str(held.get(name)) for name in ("device", "commit")}
-    path = options.out / "asked.json"
-    if not path.exists():
-        options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asked, indent=2) + "\n")
-    elif (before := json.loads(path.read_text())) != asked:
-        other = ", ".join(f"{name} {before.get(name)}" for name in asked if before.get(name) != asked[name])
-        raise ValueError(f"--out {options.out} has runs of {other}: choose another folder")
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="a folder of Hugging Face's format")
@@ -187,19 +164,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for name in ("model", "data", "out"):
         setattr(options, name, getattr(options, name).expanduser().absolute())
-    gpus = [str(gpu) for gpu in range(torch.cuda.device_count())]
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",")
-    slots: Queue[str] = Queue()
-    for slot in gpus * options.jobs:
-        slots.put(slot)
+    free = slots(options.jobs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     held = conditions(device)
-    same_as_before(options, held)
+    same_as_before(options, ("model", "data", "limit", "chat_template", "settings"), held)
     runs = list(product(range(options.seeds), ARMS))
-    with ThreadPoolExecutor(slots.qsize()) as pool:
+    with ThreadPoolExecutor(free.qsize()) as pool:
         begun = []
         for task in options.tasks:
-            work = Work(task, options, slots)
+            work = Work(task, options, free)
             promises = [pool.submit(work.run, arm, seed) for seed, arm in runs]
             begun.append((work, promises + [pool.submit(work.before, arm) for arm in ARMS]))
         for work, promises in begun:

@@ -21,6 +21,7 @@ from statistics import mean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 
@@ -30,22 +31,20 @@ from sagetrain.compare.runs import Run, find_runs
 from sagetrain.compare.stats import LEAST_ROWS, TAIL
 
 
-def row(name: str, run: Run) -> dict[str, Any]:
-    """What one run was and came to. Raises ValueError for one that has not finished."""
-    if not run.finished:
-        raise ValueError(f"{run.path} has not finished: its status is {run.info['status']}")
+def row(run: Run) -> dict[str, Any]:
+    """What one run was and came to."""
     settings, versions = OmegaConf.create(run.config), run.info.get("versions", {})
     losses = run.columns["loss"][1]
     validated = run.columns.get("val_loss", ((), ()))[1]
     return {
         "device": run.info["device"], "torch": versions.get("torch", ""), "sagetrain": versions.get("sagetrain", ""),
-        "name": name, "recipe": run.recipe, "model_type": OmegaConf.select(settings, "model.config.model_type"),
+        "recipe": run.recipe, "model_type": OmegaConf.select(settings, "model.config.model_type"),
         "parameters": run.info["parameters"], "tokens_per_step": run.info["tokens_per_step"],
         "lr": OmegaConf.select(settings, "optim.lr"), "arm": run.kind, "attention": run.info["attention"],
         "seed": run.seed, "steps": run.last_step, "tokens": int(run.columns["tokens"][1][-1]),
         "train_loss": f"{mean(losses[-max(LEAST_ROWS, len(losses) // TAIL):]):.5f}",
         "val_loss": f"{validated[-1]:.5f}" if len(validated) else "",
-        "grad_norm": f"{median(run.columns['grad_norm'][1]):.4g}",
+        "grad_norm": f"{np.nanmedian(run.columns['grad_norm'][1]):.4g}",
         "tokens_per_s": f"{median(run.columns['tokens_per_s'][1]):.0f}", "peak_gib": run.info.get("peak_gib", ""),
     }  # fmt: skip
 
@@ -92,7 +91,10 @@ def main(arguments: list[str] | None = None) -> None:
     }
     runs = find_runs(options.runs)
     folder = RESULTS / f"{options.name}-{held['kernel'].replace('/', '-')}"
-    rows = [held | row(options.name, run) for run in runs]
+    for run in runs:
+        if not run.finished:
+            raise ValueError(f"{run.path} has not finished: its status is {run.info['status']}")
+    rows = [held | {"name": options.name} | row(run) for run in runs]
     curves([str(run.path) for run in runs], folder)
     write(rows, RESULTS / f"losses-{held['kernel'].replace('/', '-')}.csv")
 

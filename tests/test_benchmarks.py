@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import finetune, losses, pretrain
+from benchmarks import finetune, jobs, losses, pretrain
 from sagetrain.__main__ import compose
 from sagetrain.evaluation import scores
 from sagetrain.training.train import run
@@ -197,7 +197,7 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
         scores.keep(out, step, arm, {"drop": score})
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(finetune.subprocess, "run", command)
+    monkeypatch.setattr(jobs.subprocess, "run", command)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr(finetune, "conditions", lambda device: {"device": device})
     monkeypatch.setattr(finetune, "kernel_file", lambda name, device: tmp_path / "results" / f"{name}-cpu.csv")
@@ -226,7 +226,7 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
         with pytest.raises(ValueError, match="has runs of .*: choose another folder"):
             finetune.main(others)
     shutil.rmtree(tmp_path / "out" / "drop" / "before-bf16")
-    monkeypatch.setattr(finetune.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    monkeypatch.setattr(jobs.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
     with pytest.raises(RuntimeError, match=r"sagetrain.evaluate ended with status 2: .*before.txt has what it said"):
         finetune.main(words)
     written.clear()

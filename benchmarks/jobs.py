@@ -1,0 +1,52 @@
+"""Runs of a benchmark that are commands of their own: several at a time on each GPU, in a folder that one goes on with.
+
+What a command says goes to a file. A benchmark finds out by itself which of its runs are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+
+
+def slots(jobs: int) -> Queue[str]:
+    """CUDA_VISIBLE_DEVICES of the commands that may run at a time, `jobs` of them on each GPU."""
+    gpus = ",".join(str(gpu) for gpu in range(torch.cuda.device_count()))
+    free: Queue[str] = Queue()
+    for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", gpus).split(",") * jobs:
+        free.put(gpu)
+    return free
+
+
+def command(free: Queue[str], said: Path, *words: str) -> None:
+    """`python -m WORDS` in a slot that is free. Raises RuntimeError where it fails."""
+    slot = free.get()
+    try:
+        with said.open("a") as file:
+            env = os.environ | {"CUDA_VISIBLE_DEVICES": slot}
+            done = subprocess.run([sys.executable, "-m", *words], stdout=file, stderr=file, env=env)
+        if done.returncode:
+            raise RuntimeError(f"{words[0]} ended with status {done.returncode}: {said} has what it said")
+    finally:
+        free.put(slot)
+
+
+def same_as_before(options: argparse.Namespace, names: tuple[str, ...], held: dict[str, Any]) -> None:
+    """Raises ValueError where --out has runs with another value of these options, or of another device or commit."""
+    asked = {name: str(getattr(options, name)) for name in names}
+    asked |= {name: str(held.get(name)) for name in ("device", "commit")}
+    path = options.out / "asked.json"
+    if not path.exists():
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asked, indent=2) + "\n")
+    elif (before := json.loads(path.read_text())) != asked:
+        other = ", ".join(f"{name} {before.get(name)}" for name in asked if before.get(name) != asked[name])
+        raise ValueError(f"--out {options.out} has runs of {other}: choose another folder")
