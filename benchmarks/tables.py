@@ -25,7 +25,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -41,6 +41,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrain": (("recipe", "tokens", "data", "checkpointing", "precision", "linear", "optimizer", "attention"), ()),
     "finetune": (("model", "task", "steps"), ("arm", "seed", "metric")),
     "losses": (("name", "lr", "arm", "seed"), ()),
+    "stress": (("setting", "steps", "tokens_per_step"), ("arm", "seed")),
     "accuracy": (("case", "d", "tokens", "dtype"), ("result",)),
     "bias": (("model", "text", "seq_len", "batch_size", "arm"), ("tokens", "part")),
     "ablation": (("case", "d", "tokens"), ("variant",)),
@@ -396,7 +397,7 @@ def loss(folder: str, speed: str = "yes") -> str:
     arms, lines = trained(folder), []
     first = "bf16" if "bf16" in arms else next(iter(arms))
     base = arms[first]
-    band = max(run["loss"] for run in base.values()) - min(run["loss"] for run in base.values())
+    band = width(run["loss"] for run in base.values())
     for arm, runs in arms.items():
         gap = mean(run["loss"] - base[seed]["loss"] for seed, run in runs.items())
         run, (attention, *settings) = next(iter(runs.values())), arm.split(" ")
@@ -451,12 +452,47 @@ def losses(file: str, **wanted: str) -> str:
     lines = []
     for (lr, arm), runs in sorted(cases.items()):
         base = {} if arm == "bf16" else cases.get((lr, "bf16"), {})
-        both = [seed for seed in sorted(runs) if seed in base]
-        gap = spread([runs[seed] for seed in both], "val_loss", [base[seed] for seed in both]) if both else ""
+        gap = above(runs, base, "val_loss")
         cells = [NAMES.get(arm, arm), f"{lr:g}", ", ".join(sorted(runs))]
         cells += [spread(list(runs.values()), column) for column in ("train_loss", "val_loss")]
         lines.append([*cells, gap, digits(median(float(row["grad_norm"]) for row in runs.values()))])
     return markdown(["", "learning rate", "seeds", "training loss", "validation loss", "gap", "gradient norm"], lines)
+
+
+def stress(file: str, **wanted: str) -> str:
+    """Table of hard settings by arm: training loss, mean and standard deviation over the seeds that finished; its gap
+    to BF16 over those that both arms finished; how far BF16 is from itself with another seed; of all runs the largest
+    rise, and those that failed, with the steps at which they did."""
+    settings: dict[str, dict[str, dict[str, Row]]] = {}
+    for row in sorted(chosen(file, wanted), key=lambda row: int(row["seed"])):
+        settings.setdefault(row["setting"], {}).setdefault(row["arm"], {})[row["seed"]] = row
+    lines = []
+    for setting, arms in settings.items():
+        base: dict[str, Row] = {}
+        for arm, runs in sorted(arms.items()):  # bf16 is the first
+            whole = {seed: row for seed, row in runs.items() if row["status"] == "finished"}
+            cells = [setting, NAMES.get(arm, arm), str(len(runs))]
+            cells += [spread(list(whole.values()), "train_loss") if whole else "", above(whole, base, "train_loss")]
+            if arm == "bf16":
+                base = whole
+            band = f"{width(float(row['train_loss']) for row in whole.values()):.4f}" if len(whole) > 1 else ""
+            rises = [float(row["worst"]) for row in runs.values() if row["worst"]]
+            failed = [row["fails"] for row in runs.values() if row["fails"]]
+            cells += [band if arm == "bf16" else "", digits(max(rises)) if rises else ""]
+            lines.append([*cells, f"{len(failed)}, at step {', '.join(failed)}" if failed else "0"])
+    return markdown(["", "", "seeds", "training loss", "gap", "seed to seed", "largest rise", "failed"], lines)
+
+
+def width(values: Iterable[float]) -> float:
+    """How far the largest is from the smallest."""
+    values = list(values)
+    return max(values) - min(values)
+
+
+def above(runs: dict[str, Row], base: dict[str, Row], column: str) -> str:
+    """`spread` of what a column is above that of `base`, over the seeds that both have; empty where there are none."""
+    both = [seed for seed in sorted(runs) if seed in base]
+    return spread([runs[seed] for seed in both], column, [base[seed] for seed in both]) if both else ""
 
 
 def spread(rows: list[Row], column: str, base: list[Row] | None = None, of_base: str | None = None) -> str:
@@ -482,7 +518,7 @@ KINDS: dict[str, Callable[..., str]] = {
     f.__name__: f
     for f in (
         speed, ratios, ratio, value, over, passes, step, breakdown, errors, accuracy, bias, overlap, loss,
-        finetune, losses, typical,
+        finetune, losses, stress, typical,
     )
 }  # fmt: skip
 

@@ -298,3 +298,24 @@ def test_runs_by_learning_rate_and_their_gap(tmp_path: Path, monkeypatch: pytest
         "| BF16 | 0.002 | 1, 2 | 3.2000 ± 0.1414 | 3.3000 ± 0.1414 |  | 0.200 |",
         "| INT8 | 0.002 | 2 | 3.3000 | 3.4100 | +0.0100 | 0.200 |",
     ]
+
+
+def test_hard_settings_by_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that has not come to its end the loss has no part in the means."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head = "device,commit,setting,steps,tokens_per_step,arm,seed,status,train_loss,worst,fails\n"
+    rows = [f"H200,a,sigma10,400,16384,bf16,{seed},finished,{3 + seed / 10},0.2{seed},\n" for seed in range(3)]
+    rows += ["H200,a,sigma10,400,16384,sage_int8,0,finished,3.01,0.5,\n"]
+    rows += ["H200,a,sigma10,400,16384,sage_int8,1,failed,9.5,,30\n"]
+    rows += ["H200,a,sigma10,400,16384,sage_int8,2,finished,3.25,4.5,120\n"]
+    rows += [
+        "H200,a,lr3x,400,16384,sage_int8,0,finished,3.5,0.1,\n",
+        "H200,a,lr3x,400,16384,bf16,0,failed,9.5,0.3,77\n",
+    ]
+    (tmp_path / "stress-x.csv").write_text(head + "".join(rows))
+    assert tables.made("stress", "stress-x device=H200").strip().splitlines()[2:] == [
+        "| sigma10 | BF16 | 3 | 3.1000 ± 0.1000 |  | 0.2000 | 0.220 | 0 |",
+        "| sigma10 | INT8 | 3 | 3.1300 ± 0.1697 | +0.0300 ± 0.0283 |  | 4.50 | 2, at step 30, 120 |",
+        "| lr3x | BF16 | 1 |  |  |  | 0.300 | 1, at step 77 |",
+        "| lr3x | INT8 | 1 | 3.5000 |  |  | 0.100 | 0 |",
+    ]

@@ -1,0 +1,213 @@
+"""Does INT8 attention fail earlier than BF16 where training is hard? Both arms by seeds, in settings that are.
+
+    python -m benchmarks.stress --data FILE --tokenizer FOLDER --out FOLDER [--model FOLDER] [--settings sigma10 ...]
+                                [--seeds 3] [--jobs 1] [key=value ...]
+
+    sigma1    a Llama (SHAPE; 40M parameters with a vocabulary of 32,000) as initialised: the control. The standard
+              deviation of q and of k is .45
+    sigma5    q_proj and k_proj of every layer scaled before training, so that it is 5, or 10, over the first row of
+    sigma10   the text, before RoPE
+    lr3x      the control at three times the rate
+    sinks     the weights of --model trained on, at a tenth of the rate: SmolLM2-135M, which has attention sinks with a
+              weight of .999. Skipped, with a line that says so, without --model
+
+Method: every run is a command of its own, `python -m sagetrain recipe=parity_120m` with RUN, and `key=value` for all of
+them; `model.config.*` is for the Llama alone. --jobs run at a time on each GPU. The same command goes on where it was
+stopped, and does not repeat what is done. A loss or gradient that is not finite ends a run: that is a result here and
+has its row; any other error is none and ends the benchmark. Rows of a setting are written when all its runs are done,
+to results/stress-<kernel>.csv, and the curves to results/stress-SETTING-<kernel>/metrics.csv. With the columns of
+benchmarks/losses.py (of a run that has ended early, as far as it came), after warm-up and of the loss as a mean over
+SMOOTH steps, a row has
+
+    worst     its largest rise above its lowest so far
+    fails     the first step from which it stays above what it was at the end of warm-up, up to the last step; a step
+              that is not finite is above; empty where there is none
+    grad_norm_max, not_finite      the largest gradient norm; steps with a loss or a norm that is not finite
+    sigma_q_first, sigma_q_last    standard deviation of q at the first and last probe, the largest of the layers; of k
+    dq_error, dk_error             error of dQ and dK, the largest of layers and probes (those of BF16 are not probed)
+
+Choice: the weights of a setting are drawn once, so seeds differ in the order of the data alone. A run that learns less
+than it should but keeps below the loss of its warm-up does not fail; its training loss says so.
+Cost: 400 steps of 16,384 tokens a run, 6.6M; a folder of weights for each sigma. What the commands said is in FOLDER of
+--out, SETTING/ARM-seedN.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from benchmarks import losses
+from benchmarks.bias import batches
+from benchmarks.common import conditions, kernel_file, write
+from benchmarks.jobs import command, same_as_before, slots
+from sagetrain.__main__ import compose
+from sagetrain.compare.estimates import window_mean
+from sagetrain.compare.runs import Run
+from sagetrain.data.corpus import build_tokenizer
+from sagetrain.training.module import model_config
+
+ARMS = ("bf16", "sage_int8")
+# The standard deviation of q and k to begin with (None: as it is), and the rate, times that of the other runs.
+SETTINGS = {"sigma1": (None, 1), "sigma5": (5.0, 1), "sigma10": (10.0, 1), "lr3x": (None, 3), "sinks": (None, 0.1)}
+RECIPE = ("recipe=parity_120m", "compare.arms=null")
+SHAPE = (
+    "model.config.hidden_size=512", "model.config.intermediate_size=1408", "model.config.num_hidden_layers=8",
+    "model.config.num_attention_heads=8", "model.config.num_key_value_heads=4", "model.config.tie_word_embeddings=true",
+)  # fmt: skip
+RUN = (
+    "trainer.max_steps=400", "data.seq_len=2048", "data.batch_size=8", "trainer.accumulate_grad_batches=1",
+    "optim.warmup_steps=40", "trainer.val_check_interval=100", "probe.every=40", "checkpoint.keep=none",
+    f"model.compile={str(torch.cuda.is_available()).lower()}",
+)  # fmt: skip
+SMOOTH = 10
+
+
+@torch.no_grad()
+def scale(model: nn.Module, ids: Tensor, sigma: float) -> None:
+    """Scales q_proj and k_proj of each layer so that what they give for `ids [rows, tokens]` has a standard deviation
+    of `sigma`. In one pass: a layer is scaled as it runs, so those after it get what they will get."""
+
+    def hook(linear: nn.Linear, _: Any, out: Tensor) -> Tensor:
+        factor = sigma / out.std()
+        linear.weight.mul_(factor)
+        return out * factor
+
+    projections = [x for name, x in model.named_modules() if name.endswith((".q_proj", ".k_proj"))]
+    hooks = [x.register_forward_hook(hook) for x in projections]
+    model.base_model(ids, use_cache=False)
+    for each in hooks:
+        each.remove()
+
+
+def llama(folder: Path, cfg: DictConfig, tokenizer: str, text: Path, sigma: float | None) -> Path:
+    """A folder of a Llama of `cfg` with random weights, scaled if need be, and the tokenizer."""
+    if not folder.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(model_config(cfg.model), dtype=torch.float32)
+        if sigma:
+            ids = next(batches(tokenizer, [str(text)], cfg.data.seq_len, 1, 2 * cfg.data.seq_len, "cpu"))
+            scale(model, ids, sigma)
+        part = folder.with_name(f"{folder.name}.part")
+        model.save_pretrained(part)
+        build_tokenizer(tokenizer).save_pretrained(part)
+        part.rename(folder)
+    return folder
+
+
+def ended(run: Path) -> bool:
+    """Whether a run has finished, or met a loss or gradient that was not finite."""
+    info = json.loads(file.read_text()) if (file := run / "run.json").exists() else {}
+    return info.get("status") == "finished" or str(info.get("error")).startswith("FloatingPointError")
+
+
+def train(free: Queue[str], run: Path, *words: str) -> None:
+    """Raises RuntimeError for a run that ends otherwise than `ended` says."""
+    if ended(run):
+        return
+    try:
+        command(free, run.with_suffix(".txt"), "sagetrain", *RECIPE, *RUN, f"out={run}", *words)
+    except RuntimeError:
+        if not ended(run):
+            raise
+
+
+def stability(steps: np.ndarray, loss: np.ndarray, norm: np.ndarray, warmup: int) -> dict[str, Any]:
+    """Columns (module docstring) of the loss and gradient norm `[steps]`."""
+    finite = np.isfinite(loss) & np.isfinite(norm)
+    smooth = np.where(finite, window_mean(steps, loss, SMOOTH), np.nan)
+    late = (steps >= warmup) & np.isfinite(smooth)
+    level = smooth[late][0] if late.any() else np.inf
+    below = np.flatnonzero((steps <= warmup) & finite | (smooth <= level))
+    first = below[-1] + 1 if len(below) else 0
+    return {
+        "worst": f"{np.max(smooth[late] - np.minimum.accumulate(smooth[late])):.5f}" if late.any() else "",
+        "fails": int(steps[first]) if first < len(steps) else "",
+        "grad_norm_max": f"{np.max(norm[late]):.4g}" if late.any() else "",
+        "not_finite": int(np.sum(~finite)),
+    }
+
+
+def probed(run: Run) -> dict[str, Any]:
+    """Columns of the drift probe, empty without one."""
+    names = ("sigma_q", "sigma_k", "dq_error", "dk_error")
+    found = {
+        name: np.array([x for column, (_, x) in run.columns.items() if column.startswith(f"probe/{name}_layer")])
+        for name in names  # each [layers, probes]
+    }
+    ends = {f"{name}_{end}": found[name][:, at].max() if found[name].size else ""
+            for name in names[:2] for end, at in (("first", 0), ("last", -1))}  # fmt: skip
+    cells = ends | {name: found[name].max() if found[name].size else "" for name in names[2:]}
+    return {name: f"{value:.4g}" if value != "" else "" for name, value in cells.items()}
+
+
+def row(run: Run) -> dict[str, Any]:
+    steps, loss = run.columns["loss"]
+    found = stability(steps, loss, run.columns["grad_norm"][1], run.config["optim"]["warmup_steps"])
+    return losses.row(run) | {"steps": run.planned, "status": run.info["status"]} | found | probed(run)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="text, as data.path of pre-training")
+    parser.add_argument("--out", type=Path, required=True, help="where the runs go")
+    parser.add_argument("--tokenizer", help="a folder or hub id; default: that of --model")
+    parser.add_argument("--model", help="of `sinks`: a folder or hub id")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--jobs", type=int, default=1, help="at a time, on each GPU")
+    parser.add_argument("given", nargs="*", metavar="key=value", help="for all runs")
+    options = parser.parse_args(arguments)
+    options.tokenizer = options.tokenizer or options.model
+    if not options.tokenizer:
+        parser.error("give --tokenizer, or --model, whose tokenizer is taken then")
+    for name in ("data", "out"):
+        setattr(options, name, getattr(options, name).expanduser().absolute())
+    if "sinks" in options.settings and not options.model:
+        print("sinks: skipped, for no --model is given")
+        options.settings.remove("sinks")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    held, file = conditions(device), kernel_file("stress", device)
+    same_as_before(options, ("model", "tokenizer", "data", "given"), held)
+    vocabulary = f"model.config.vocab_size={len(build_tokenizer(options.tokenizer))}"
+    cfg = compose([*RECIPE, *RUN, *SHAPE, vocabulary, *options.given])
+    words = [f"data.path={options.data}", *(word for word in options.given if not word.startswith("model.config."))]
+    free, runs, begun = slots(options.jobs), list(product(range(options.seeds), ARMS)), []
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        for setting in options.settings:
+            (sigma, times), model, folder = SETTINGS[setting], options.model, options.out / setting
+            folder.mkdir(exist_ok=True)
+            if setting != "sinks":
+                weights = options.out / f"llama-sigma{sigma or 1:g}"
+                model = llama(weights, cfg, options.tokenizer, options.data, sigma)
+            own = ["model=pretrained", f"model.path={model}", *words, f"optim.lr={times * cfg.optim.lr:g}"]
+            start = partial(pool.submit, train, free)
+            promises = [
+                start(folder / f"{arm}-seed{seed}", f"attention={arm}", f"seed={seed}", *own) for seed, arm in runs
+            ]
+            begun.append((setting, folder, promises))
+        for setting, folder, promises in begun:
+            for promise in promises:
+                promise.result()
+            found = [folder / f"{arm}-seed{seed}" for seed, arm in runs]
+            start = held | {"setting": setting, "settings": " ".join(options.given)}
+            write([start | row(Run(run)) | held for run in found], file)
+            name = file.stem.replace("stress", f"stress-{setting}", 1)
+            losses.curves([str(run) for run in found], file.with_name(name))
+
+
+if __name__ == "__main__":
+    main()

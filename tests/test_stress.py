@@ -1,0 +1,154 @@
+"""Training where it is hard: what counts as a failure, how hard it begins, and that a run that fails has its row."""
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import jobs, stress
+from tests.launch import SAGETRAIN, Program
+from tests.tiny import pretrained
+
+STEPS = np.arange(1, 201)
+FALLING = 4 + 4 * np.exp(-STEPS / 50)  # 6.6 after 20 steps of warm-up
+CALM = np.ones(200)
+
+
+def found(loss: np.ndarray, norm: np.ndarray = CALM) -> dict[str, Any]:
+    return stress.stability(STEPS[: len(loss)], loss, norm[: len(loss)], warmup=20)
+
+
+def test_a_loss_that_falls_does_not_fail() -> None:
+    assert found(FALLING) == {"worst": "0.00000", "fails": "", "grad_norm_max": "1", "not_finite": 0}
+
+
+def test_a_loss_that_rises_and_comes_back_does_not_fail() -> None:
+    spike = FALLING.copy()
+    spike[100:120] = 9
+    assert found(spike)["fails"] == ""
+    assert float(found(spike)["worst"]) == pytest.approx(9 - FALLING[90:100].mean(), abs=1e-4)
+    spike[50] = 15  # one step alone, which the mean takes for a tenth
+    assert float(found(spike)["worst"]) == pytest.approx(9 - FALLING[90:100].mean(), abs=1e-4)
+
+
+def test_a_loss_that_stays_high_fails_where_that_began() -> None:
+    spike = FALLING.copy()
+    spike[60:80], spike[150:] = 20, 9
+    norm = CALM.copy()
+    norm[5], norm[152] = 90, 70
+    row = found(spike, norm)
+    level = FALLING[10:20].mean()  # steps 11 to 20
+    first = next(n for n in range(1, 11) if (9 * n + FALLING[140 + n : 150].sum()) / 10 > level)
+    assert row["fails"] == 150 + first
+    assert row["grad_norm_max"] == "70" and row["not_finite"] == 0  # warm-up has no part in the norm
+    assert float(row["worst"]) == pytest.approx(20 - FALLING[50:60].mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("end", [10, 20, 120])
+@pytest.mark.parametrize("of", ["loss", "norm"])
+def test_a_step_that_is_not_finite_fails(end: int, of: str) -> None:
+    """In warm-up, at its end, and after it; a run ends there."""
+    curves = {"loss": FALLING[:end].copy(), "norm": CALM[:end].copy()}
+    curves[of][-1] = np.nan
+    row = found(**curves)
+    assert row["fails"] == end and row["not_finite"] == 1
+    assert row["worst"] == ("0.00000" if end > 20 else "") and row["grad_norm_max"] == ("1" if end > 20 else "")
+
+
+def test_of_the_layers_the_largest_is_told() -> None:
+    """At the first and the last probe; an error, of all probes."""
+    columns = {f"probe/sigma_{x}_layer{i}": (None, np.array([i + 1, 9, 5 - i])) for x in "qk" for i in (0, 1)}
+    columns |= {f"probe/d{x}_error_layer{i}": (None, np.array([0.1, 0.2 + i, 0.1])) for x in "qk" for i in (0, 1)}
+    both = {"sigma_q_first": "2", "sigma_q_last": "5", "dq_error": "1.2"}
+    both |= {name.replace("q", "k"): value for name, value in both.items()}
+    assert stress.probed(SimpleNamespace(columns=columns)) == both
+    assert stress.probed(SimpleNamespace(columns={})) == dict.fromkeys(both, "")
+
+
+@pytest.mark.parametrize("sigma", [5, 10])
+def test_q_and_k_are_scaled_in_every_layer(sigma: float, tmp_path: Path) -> None:
+    """As the scaled model gives them, for tokens that it was not scaled with, too."""
+    model = AutoModelForCausalLM.from_pretrained(pretrained(tmp_path))
+    ids = torch.randint(264, (4, 1, 512), generator=torch.Generator().manual_seed(0))
+    stress.scale(model, ids[0], sigma)
+    given: dict[str, float] = {}
+    for name, part in model.named_modules():
+        if name.endswith("_proj"):
+            part.register_forward_hook(lambda *x, name=name: given.__setitem__(name, float(x[2].std())))
+    for each, within in ((ids[0], 1e-3), (ids[1], 0.1)):
+        with torch.no_grad():
+            model(each)
+        near = {name for name, value in given.items() if value == pytest.approx(sigma, rel=within)}
+        assert near == {f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qk"}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Results go to a folder of the test's; commands are forks. The options of a small benchmark."""
+    monkeypatch.setattr(stress, "conditions", lambda device: {"device": device, "kernel": "cpu/x"})
+    monkeypatch.setattr(stress, "kernel_file", lambda name, device: tmp_path / "results" / f"{name}-cpu-x.csv")
+
+    def command(words: list[str], **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(returncode=Program(SAGETRAIN, *words[3:], folder=tmp_path).ends())
+
+    monkeypatch.setattr(jobs.subprocess, "run", command)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{i} and {i} is {i + i}. " * 5}) + "\n" for i in range(300)))
+    words = ["--data", str(text), "--model", str(pretrained(tmp_path / "model")), "--seeds", "1"]
+    words += [f"model.config.{size}_size={n}" for size, n in (("hidden", 64), ("intermediate", 64))]
+    words += ["model.config.num_hidden_layers=2", "model.config.num_attention_heads=2", "trainer.max_steps=6"]
+    words += ["model.config.num_key_value_heads=1", "optim.warmup_steps=2", "data.seq_len=64", "data.batch_size=2"]
+    words += ["probe.every=1", "data.val_documents=9", "trainer.limit_val_batches=1", "trainer.precision=32-true"]
+    return words
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "results" / "stress-cpu-x.csv").open()))
+
+
+def test_hard_settings_give_rows_and_curves(
+    here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--out", str(tmp_path / "out"), "--settings", "sigma5", "sinks", *here]
+    stress.main(words)
+    rows = rows_of(tmp_path)
+    assert [(row["setting"], row["arm"], row["lr"]) for row in rows] == [
+        ("sigma5", "bf16", "0.002"), ("sigma5", "sage_int8", "0.002"),
+        ("sinks", "bf16", "0.0002"), ("sinks", "sage_int8", "0.0002"),
+    ]  # fmt: skip
+    assert all(row["steps"] == "6" and row["status"] == "finished" and row["val_loss"] for row in rows)
+    assert not rows[0]["sigma_q_first"] and not rows[0]["dq_error"]
+    assert [float(rows[1][f"sigma_{x}_first"]) for x in "qk"] == pytest.approx([5, 5], rel=0.1)
+    assert float(rows[3]["sigma_q_first"]) < 2 and 0 < float(rows[3]["dk_error"]) < 0.2
+    curves = list(csv.DictReader((tmp_path / "results" / "stress-sigma5-cpu-x" / "metrics.csv").open()))
+    assert [(row["arm"], row["step"]) for row in curves[::6]] == [("bf16", "1"), ("sage_int8", "1")]
+    assert sum(float(row["loss"]) for row in curves[1:6]) / 5 == pytest.approx(float(rows[0]["train_loss"]), abs=1e-4)
+
+    monkeypatch.setattr(jobs.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+    stress.main(words)  # nothing is run again
+    with pytest.raises(RuntimeError, match="sagetrain ended with status 1: .*bf16-seed0.txt has what it said"):
+        stress.main([*words[:2], "--settings", "sigma10", *here])
+    with pytest.raises(ValueError, match="has runs of given .*: choose another folder"):
+        stress.main([*words, "optim.lr=1e-3"])
+    tokenizer = ["--tokenizer", here[3], *here[:2], *here[4:]]
+    stress.main(["--out", str(tmp_path / "other"), "--settings", "sinks", *tokenizer])
+    assert "sinks: skipped" in capsys.readouterr().out
+
+
+def test_a_run_that_is_not_finite_is_a_row(here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--out", str(tmp_path / "out"), "--settings", "lr3x", *here, "optim.lr=1e30"]
+    stress.main(words)
+    rows = rows_of(tmp_path)
+    assert [(row["arm"], row["lr"], row["status"], row["not_finite"]) for row in rows] == [
+        (arm, "3e+30", "failed", "1") for arm in ("bf16", "sage_int8")
+    ]
+    for row in rows:
+        assert row["steps"] == "6" and 1 < int(row["fails"]) < 6 and int(row["tokens"]) == int(row["fails"]) * 128
+    monkeypatch.setattr(jobs.subprocess, "run", lambda *_, **__: pytest.fail("it was run again"))
+    stress.main(words)
