@@ -17,7 +17,9 @@ from sagetrain.paths import settings
 
 # What may differ between two runs of one arm.
 FREE = ("recipe", "seed", "out", "resume", "logger", "compare", "probe", "eval", "checkpoint", "attention.name")
-FREE += tuple(f"trainer.{name}" for name in ("default_root_dir", "enable_progress_bar", "log_every_n_steps"))
+FREE += tuple(
+    f"trainer.{name}" for name in ("default_root_dir", "enable_progress_bar", "log_every_n_steps", "val_check_interval")
+)
 LONGEST = 60  # characters of settings in a name; arms that would need more are numbered instead
 
 

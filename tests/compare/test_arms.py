@@ -87,6 +87,19 @@ def test_every_arm_says_what_tells_some_apart(tmp_path: Path):
     assert comparison.label("sage_int8 optim.lr=0.01") == "INT8 optim.lr=0.01"
 
 
+def test_how_often_a_run_is_validated_makes_no_arm(tmp_path: Path):
+    """What differs only in when it was looked at is one experiment; how much of the data was looked at is another."""
+    for name, other in (
+        ("val_check_interval", ["bf16"]),
+        ("limit_val_batches", ["bf16 trainer.limit_val_batches=8", "bf16 trainer.limit_val_batches=9"]),
+    ):
+        runs = [
+            write_run(tmp_path / f"{name}{value}", "bf16", seed, falling(2.0), config={"trainer": {name: value}})
+            for seed, value in enumerate((8, 9))
+        ]
+        assert names(Comparison(find_runs(runs))) == other
+
+
 def test_a_setting_that_differs_between_attentions_is_no_arm(tmp_path: Path):
     lr_run(tmp_path, 0.01)
     lr_run(tmp_path, 0.001, arm="sage_int8")
