@@ -6,8 +6,9 @@
 
 Rows go to results/losses-<kernel>.csv: what a run was, and its losses: train_loss is the mean of the last tenth of the
 steps (five at least), as in sagetrain.compare, val_loss the last that was measured. Curves go to
-results/NAME-<kernel>/metrics.csv: what sagetrain.compare writes, less the columns of single layers, in eight digits. So
-name all runs of NAME, also those of the last time.
+results/NAME-<kernel>: what sagetrain.compare writes, in eight digits, metrics.csv of all steps without the columns of
+single layers, probe.csv of the steps that were probed, with them. So name all runs of NAME, also those of the last
+time.
 Choice: runs of hours are made one at a time, on whatever machine there is. So all a row says of the machine is what
 run.json has; the commit is that of this checkout (or SAGETRAIN_COMMIT), unless --commit says with which they were made.
 """
@@ -50,23 +51,25 @@ def row(run: Run) -> dict[str, Any]:
 
 
 def curves(runs: list[str], folder: Path) -> None:
-    """Writes metrics.csv of a folder: the curves of all runs."""
+    """Writes metrics.csv of a folder, the curves of all runs, and probe.csv where one was probed."""
     with TemporaryDirectory() as compared:
         report(runs, compared)
-        folder.mkdir(parents=True, exist_ok=True)
-        slim(Path(compared) / "metrics.csv", folder / "metrics.csv")
-    print(f"curves of {len(runs)} runs -> {folder / 'metrics.csv'}")
+        with (Path(compared) / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    of_layers = [column for column in rows[0] if "_layer" in column]
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(rows, [column for column in rows[0] if column not in of_layers], folder / "metrics.csv")
+    if probed := [row for row in rows if any(row[column] for column in of_layers)]:
+        probe = [column for column in rows[0] if column.startswith("probe/")]
+        _write(probed, ["arm", "seed", "step", "tokens", *probe], folder / "probe.csv")
+    print(f"curves of {len(runs)} runs -> {folder}")
 
 
-def slim(source: Path, target: Path) -> None:
-    """Copies a metrics.csv without the columns of single layers, floats to eight digits."""
-    with source.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = [column for column in rows[0] if "_layer" not in column]
+def _write(rows: list[dict[str, str]], columns: list[str], target: Path) -> None:
     with target.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: _short(value) for key, value in each.items()} for each in rows)
+        writer.writerows({column: _short(row[column]) for column in columns} for row in rows)
 
 
 def _short(cell: str) -> str:

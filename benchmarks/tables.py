@@ -409,6 +409,23 @@ def loss(folder: str, speed: str = "yes") -> str:
     return markdown(head, lines)
 
 
+def probe(folder: str) -> str:
+    """Table of the drift probe (docs/pretraining.md) by tokens, of a folder's probe.csv: means over runs, of layers the
+    largest. Five of its steps, the first and the last among them."""
+    steps: dict[int, list[Row]] = {}
+    for row in read(RESULTS / folder / "probe.csv"):
+        steps.setdefault(int(row["tokens"]), []).append(row)
+    tokens, lines = sorted(steps), []
+    for at in sorted({tokens[round(i * (len(tokens) - 1) / 4)] for i in range(5)}):
+        cells = [mean(float(row[f"probe/{name}"]) for row in steps[at]) for name in ("grad_cosine", "ds_rowsum")]
+        for name in ("sigma_q", "sigma_k", "dq_error", "dk_error"):
+            columns = [column for column in steps[at][0] if column.startswith(f"probe/{name}_layer")]
+            cells.append(mean(max(float(row[column]) for column in columns) for row in steps[at]))
+        lines.append([f"{at / 1e6:.0f}M", f"{cells[0]:.5f}", *(digits(cell) for cell in cells[1:])])
+    head = ["tokens", "cosine", "row sums of dS", "σ of q", "σ of k", "error of dQ", "error of dK"]
+    return markdown(head, lines)
+
+
 def finetune(file: str, of: str, **wanted: str) -> str:
     """Table of fine-tuned models by task: `of` is `score` (in percent, by metric) or `loss` (of validation).
 
@@ -518,7 +535,7 @@ KINDS: dict[str, Callable[..., str]] = {
     f.__name__: f
     for f in (
         speed, ratios, ratio, value, over, passes, step, breakdown, errors, accuracy, bias, overlap, loss,
-        finetune, losses, stress, typical,
+        finetune, losses, probe, stress, typical,
     )
 }  # fmt: skip
 

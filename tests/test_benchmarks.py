@@ -259,6 +259,9 @@ def test_losses_of_runs_give_rows_and_curves(tmp_path: Path, monkeypatch: pytest
     assert {row["commit"] for row in rows} == {"abc"} and rows[0]["arm"] == "sage_int8" and rows[0]["device"]
     curves = list(csv.DictReader((tmp_path / "results" / "tiny-cpu-x" / "metrics.csv").open()))
     assert len(curves) == 24 and "probe/ds_rowsum" in curves[0] and not any("_layer" in column for column in curves[0])
+    probes = list(csv.DictReader((tmp_path / "results" / "tiny-cpu-x" / "probe.csv").open()))
+    assert [row["step"] for row in probes] == ["4", "8", "12"] * 2 and "loss" not in probes[0]
+    assert all(row["probe/ds_rowsum"] and row["probe/dq_error_layer0"] for row in probes)
     for row, curve in zip(rows, (curves[:12], curves[12:]), strict=True):
         validated = [float(step["val_loss"]) for step in curve if step["val_loss"]]
         trained = [float(step["loss"]) for step in curve]

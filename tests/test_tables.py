@@ -300,6 +300,27 @@ def test_runs_by_learning_rate_and_their_gap(tmp_path: Path, monkeypatch: pytest
     ]
 
 
+def test_the_probe_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "runs").mkdir()
+    kinds = ("sigma_q", "sigma_k", "dq_error", "dk_error")
+    names = [f"probe/{kind}_layer{layer}" for kind in kinds for layer in (0, 1)]
+    head = ["seed", "tokens", "probe/grad_cosine", "probe/ds_rowsum", *names]
+    rows = [
+        [seed, step * 1_000_000, 1 - step / 1e3, step / 100, 1 + seed, step, step, 2, 0.1, 0.2, 0.3 + seed / 10, 0.1]
+        for seed in (0, 1)
+        for step in range(1, 8)
+    ]
+    lines = [",".join(head), *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "runs" / "probe.csv").write_text("\n".join(lines) + "\n")
+    *_, first, second, third, fourth, last = tables.probe("runs").strip().splitlines()
+    assert (
+        first == "| 1M | 0.99900 | 0.0100 | 1.50 | 2.00 | 0.200 | 0.350 |"
+    )  # of two runs the mean, of layers the largest
+    assert [line.split(" | ")[0] for line in (second, third, fourth)] == ["| 3M", "| 4M", "| 5M"]
+    assert last == "| 7M | 0.99300 | 0.0700 | 7.00 | 7.00 | 0.200 | 0.350 |"
+
+
 def test_hard_settings_by_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run that has not come to its end the loss has no part in the means."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
