@@ -23,7 +23,6 @@ import csv
 import hashlib
 import json
 import lzma
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from queue import Queue
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import conditions, kernel_file, write
-from benchmarks.jobs import command, same_as_before, slots
+from benchmarks.jobs import command, pool, positive, same_as_before, slots
 from benchmarks.losses import curves
 from benchmarks.tables import TAIL
 from sagetrain.evaluation.scores import METRICS, read
@@ -155,8 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder with the files of SOURCES")
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
     parser.add_argument("--tasks", nargs="+", choices=SOURCES, default=list(SOURCES))
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
-    parser.add_argument("--jobs", type=int, default=1, help="at a time, on each GPU")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each arm")
+    parser.add_argument("--jobs", type=positive, default=1, help="at a time, on each GPU")
     parser.add_argument("--limit", type=int, help="the first questions only (of MMLU of each subject)")
     parser.add_argument("--batch-size", type=int, help="of the evaluation; default: ASKED has it for each task")
     parser.add_argument("--chat-template", action="store_true", help="examples and questions as conversations")
@@ -167,14 +166,14 @@ def main(arguments: list[str] | None = None) -> None:
     free = slots(options.jobs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     held = conditions(device)
-    same_as_before(options, ("model", "data", "limit", "chat_template", "settings"), held)
+    same_as_before(options.out, options, ("model", "data", "limit", "chat_template", "settings"), held)
     runs = list(product(range(options.seeds), ARMS))
-    with ThreadPoolExecutor(free.qsize()) as pool:
+    with pool(free) as threads:
         begun = []
         for task in options.tasks:
             work = Work(task, options, free)
-            promises = [pool.submit(work.run, arm, seed) for seed, arm in runs]
-            begun.append((work, promises + [pool.submit(work.before, arm) for arm in ARMS]))
+            promises = [threads.submit(work.run, arm, seed) for seed, arm in runs]
+            begun.append((work, promises + [threads.submit(work.before, arm) for arm in ARMS]))
         for work, promises in begun:
             for promise in promises:
                 promise.result()

@@ -10,6 +10,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -26,6 +29,24 @@ def slots(jobs: int) -> Queue[str]:
     return free
 
 
+def positive(text: str) -> int:
+    """A type of argparse: how many, one at least."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+@contextmanager
+def pool(free: Queue[str]) -> Iterator[ThreadPoolExecutor]:
+    """A thread for every slot. An error or Ctrl-C in the block begins nothing of what still waits."""
+    with ThreadPoolExecutor(free.qsize()) as threads:
+        try:
+            yield threads
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def command(free: Queue[str], said: Path, *words: str) -> None:
     """`python -m WORDS` in a slot that is free. Raises RuntimeError where it fails."""
     slot = free.get()
@@ -39,14 +60,14 @@ def command(free: Queue[str], said: Path, *words: str) -> None:
         free.put(slot)
 
 
-def same_as_before(options: argparse.Namespace, names: tuple[str, ...], held: dict[str, Any]) -> None:
-    """Raises ValueError where --out has runs with another value of these options, or of another device or commit."""
+def same_as_before(folder: Path, options: argparse.Namespace, names: tuple[str, ...], held: dict[str, Any]) -> None:
+    """Raises ValueError where a folder has runs with another value of these options, or of another device or commit."""
     asked = {name: str(getattr(options, name)) for name in names}
     asked |= {name: str(held.get(name)) for name in ("device", "commit")}
-    path = options.out / "asked.json"
+    path = folder / "asked.json"
     if not path.exists():
-        options.out.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asked, indent=2) + "\n")
     elif (before := json.loads(path.read_text())) != asked:
         other = ", ".join(f"{name} {before.get(name)}" for name in asked if before.get(name) != asked[name])
-        raise ValueError(f"--out {options.out} has runs of {other}: choose another folder")
+        raise ValueError(f"{folder} has runs of {other}: choose another folder for --out")

@@ -59,6 +59,7 @@ def curves(runs: list[str], folder: Path) -> None:
     of_layers = [column for column in rows[0] if "_layer" in column]
     folder.mkdir(parents=True, exist_ok=True)
     _write(rows, [column for column in rows[0] if column not in of_layers], folder / "metrics.csv")
+    (folder / "probe.csv").unlink(missing_ok=True)
     if probed := [row for row in rows if any(row[column] for column in of_layers)]:
         probe = [column for column in rows[0] if column.startswith("probe/")]
         _write(probed, ["arm", "seed", "step", "tokens", *probe], folder / "probe.csv")
@@ -67,7 +68,7 @@ def curves(runs: list[str], folder: Path) -> None:
 
 def _write(rows: list[dict[str, str]], columns: list[str], target: Path) -> None:
     with target.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({column: _short(row[column]) for column in columns} for row in rows)
 

@@ -1,7 +1,7 @@
 """Does INT8 attention fail earlier than BF16 where training is hard? Both arms by seeds, in settings that are.
 
-    python -m benchmarks.stress --data FILE --tokenizer FOLDER --out FOLDER [--model FOLDER] [--settings sigma10 ...]
-                                [--seeds 3] [--jobs 1] [key=value ...]
+    python -m benchmarks.stress --data FILE --tokenizer FOLDER --out FOLDER [--model FOLDER] [--seeds 3] [--jobs 1]
+                                [key=value ...] [--settings sigma10 ...]
 
     sigma1    a Llama (SHAPE; 40M parameters with a vocabulary of 32,000) as initialised: the control. The standard
               deviation of q and of k is .45
@@ -12,19 +12,19 @@
               weight of .999. Skipped, with a line that says so, without --model
 
 Method: every run is a command of its own, `python -m sagetrain recipe=parity_120m` with RUN, and `key=value` for all of
-them; `model.config.*` is for the Llama alone. --jobs run at a time on each GPU. The same command goes on where it was
-stopped, and does not repeat what is done. A loss or gradient that is not finite ends a run: that is a result here and
-has its row; any other error is none and ends the benchmark. Rows of a setting are written when all its runs are done,
-to results/stress-<kernel>.csv, and the curves to results/stress-SETTING-<kernel>/metrics.csv. With the columns of
-benchmarks/losses.py (of a run that has ended early, as far as it came), after warm-up and of the loss as a mean over
-SMOOTH steps, a row has
+them (before --settings); `model.config.*` is for the Llama alone. --jobs run at a time on each GPU. The same command
+goes on where it was stopped, and does not repeat what is done. A loss or gradient that is not finite ends a run: that
+is a result here and has its row; any other error is none and ends the benchmark when the setting's turn comes. Rows of
+a setting are written when all its runs are done, to results/stress-<kernel>.csv, and the curves to
+results/stress-SETTING-<kernel>. A row has the columns of benchmarks/losses.py, but for `steps`, which is how many were
+planned (`tokens` says how many there were), and, after warm-up and of the loss as a mean over SMOOTH steps:
 
     worst     its largest rise above its lowest so far
-    fails     the first step from which it stays above what it was at the end of warm-up, up to the last step; a step
-              that is not finite is above; empty where there is none
+    fails     the first step from which to the last (SMOOTH at least) it is more than MARGIN above what it was at the
+              end of warm-up, or that is not finite; empty where there is none
     grad_norm_max, not_finite      the largest gradient norm; steps with a loss or a norm that is not finite
     sigma_q_first, sigma_q_last    standard deviation of q at the first and last probe, the largest of the layers; of k
-    dq_error, dk_error             error of dQ and dK, the largest of layers and probes (those of BF16 are not probed)
+    dq_error, dk_error             error of dQ and dK, the largest of layers and probes (only INT8 is probed)
 
 Choice: the weights of a setting are drawn once, so seeds differ in the order of the data alone. A run that learns less
 than it should but keeps below the loss of its warm-up does not fail; its training loss says so.
@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -47,16 +46,17 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import losses
 from benchmarks.bias import batches
 from benchmarks.common import conditions, kernel_file, write
-from benchmarks.jobs import command, same_as_before, slots
+from benchmarks.jobs import command, pool, positive, same_as_before, slots
 from sagetrain.__main__ import compose
 from sagetrain.compare.estimates import window_mean
 from sagetrain.compare.runs import Run
 from sagetrain.data.corpus import build_tokenizer
+from sagetrain.training.folder import quoted
 from sagetrain.training.module import model_config
 
 ARMS = ("bf16", "sage_int8")
@@ -72,7 +72,9 @@ RUN = (
     "optim.warmup_steps=40", "trainer.val_check_interval=100", "probe.every=40", "checkpoint.keep=none",
     f"model.compile={str(torch.cuda.is_available()).lower()}",
 )  # fmt: skip
+OURS = ("seed", "out", "resume", "attention", "model", "model.path", "model.tokenizer", "data.path", "compare")
 SMOOTH = 10
+MARGIN = 0.1  # nats
 
 
 @torch.no_grad()
@@ -109,8 +111,13 @@ def llama(folder: Path, cfg: DictConfig, tokenizer: str, text: Path, sigma: floa
 
 
 def ended(run: Path) -> bool:
-    """Whether a run has finished, or met a loss or gradient that was not finite."""
-    info = json.loads(file.read_text()) if (file := run / "run.json").exists() else {}
+    """Whether a run has finished, or met a loss or gradient that was not finite. Raises ValueError for a folder that
+    does not say."""
+    file = run / "run.json"
+    try:
+        info = json.loads(file.read_text()) if file.exists() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: no JSON ({error}); delete {run} to run it again") from error
     return info.get("status") == "finished" or str(info.get("error")).startswith("FloatingPointError")
 
 
@@ -119,7 +126,7 @@ def train(free: Queue[str], run: Path, *words: str) -> None:
     if ended(run):
         return
     try:
-        command(free, run.with_suffix(".txt"), "sagetrain", *RECIPE, *RUN, f"out={run}", *words)
+        command(free, run.with_suffix(".txt"), "sagetrain", *RECIPE, *RUN, f"out={quoted(str(run))}", *words)
     except RuntimeError:
         if not ended(run):
             raise
@@ -128,14 +135,15 @@ def train(free: Queue[str], run: Path, *words: str) -> None:
 def stability(steps: np.ndarray, loss: np.ndarray, norm: np.ndarray, warmup: int) -> dict[str, Any]:
     """Columns (module docstring) of the loss and gradient norm `[steps]`."""
     finite = np.isfinite(loss) & np.isfinite(norm)
-    smooth = np.where(finite, window_mean(steps, loss, SMOOTH), np.nan)
+    smooth = np.where(finite, window_mean(steps, np.where(np.isfinite(loss), loss, np.inf), SMOOTH), np.inf)
     late = (steps >= warmup) & np.isfinite(smooth)
-    level = smooth[late][0] if late.any() else np.inf
-    below = np.flatnonzero((steps <= warmup) & finite | (smooth <= level))
+    level = smooth[late][0] + MARGIN if late.any() else np.inf
+    below = np.flatnonzero(np.isfinite(smooth) & (smooth <= level))
     first = below[-1] + 1 if len(below) else 0
+    fails = not finite[first:].all() or len(steps) - first >= SMOOTH
     return {
         "worst": f"{np.max(smooth[late] - np.minimum.accumulate(smooth[late])):.5f}" if late.any() else "",
-        "fails": int(steps[first]) if first < len(steps) else "",
+        "fails": int(steps[first]) if first < len(steps) and fails else "",
         "grad_norm_max": f"{np.max(norm[late]):.4g}" if late.any() else "",
         "not_finite": int(np.sum(~finite)),
     }
@@ -167,46 +175,57 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="a folder or hub id; default: that of --model")
     parser.add_argument("--model", help="of `sinks`: a folder or hub id")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
-    parser.add_argument("--jobs", type=int, default=1, help="at a time, on each GPU")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each arm")
+    parser.add_argument("--jobs", type=positive, default=1, help="at a time, on each GPU")
     parser.add_argument("given", nargs="*", metavar="key=value", help="for all runs")
     options = parser.parse_args(arguments)
     options.tokenizer = options.tokenizer or options.model
     if not options.tokenizer:
         parser.error("give --tokenizer, or --model, whose tokenizer is taken then")
+    if own := [word for word in options.given if word.split("=")[0] in OURS or word.startswith("attention.")]:
+        parser.error(f"{', '.join(own)}: this is for the benchmark to set")
     for name in ("data", "out"):
         setattr(options, name, getattr(options, name).expanduser().absolute())
-    if "sinks" in options.settings and not options.model:
+    if not options.data.exists():
+        parser.error(f"--data {options.data} does not exist")
+    settings = list(dict.fromkeys(options.settings))
+    if "sinks" in settings and not options.model:
         print("sinks: skipped, for no --model is given")
-        options.settings.remove("sinks")
+        settings.remove("sinks")
+    if "sinks" in settings:
+        AutoConfig.from_pretrained(options.model)  # says what is wrong with it before anything is run
     device = "cuda" if torch.cuda.is_available() else "cpu"
     held, file = conditions(device), kernel_file("stress", device)
-    same_as_before(options, ("model", "tokenizer", "data", "given"), held)
     vocabulary = f"model.config.vocab_size={len(build_tokenizer(options.tokenizer))}"
     cfg = compose([*RECIPE, *RUN, *SHAPE, vocabulary, *options.given])
-    words = [f"data.path={options.data}", *(word for word in options.given if not word.startswith("model.config."))]
+    same_as_before(options.out, options, ("tokenizer", "data", "given"), held)
+    words = [f"data.path={quoted(str(options.data))}"]
+    words += [word for word in options.given if not word.startswith("model.config.")]
     free, runs, begun = slots(options.jobs), list(product(range(options.seeds), ARMS)), []
-    with ThreadPoolExecutor(free.qsize()) as pool:
-        for setting in options.settings:
+    with pool(free) as threads:
+        for setting in settings:
             (sigma, times), model, folder = SETTINGS[setting], options.model, options.out / setting
             folder.mkdir(exist_ok=True)
-            if setting != "sinks":
+            if setting == "sinks":
+                same_as_before(folder, options, ("model",), held)
+            else:
                 weights = options.out / f"llama-sigma{sigma or 1:g}"
                 model = llama(weights, cfg, options.tokenizer, options.data, sigma)
-            own = ["model=pretrained", f"model.path={model}", *words, f"optim.lr={times * cfg.optim.lr:g}"]
-            start = partial(pool.submit, train, free)
+            own = ["model=pretrained", f"model.path={quoted(str(model))}", f"optim.lr={times * cfg.optim.lr:g}"]
+            start = partial(threads.submit, train, free)
             promises = [
-                start(folder / f"{arm}-seed{seed}", f"attention={arm}", f"seed={seed}", *own) for seed, arm in runs
+                start(folder / f"{arm}-seed{seed}", f"attention={arm}", f"seed={seed}", *words, *own)
+                for seed, arm in runs
             ]
-            begun.append((setting, folder, promises))
-        for setting, folder, promises in begun:
+            begun.append((setting, Path(model).name, folder, promises))
+        for setting, model, folder, promises in begun:
             for promise in promises:
                 promise.result()
             found = [folder / f"{arm}-seed{seed}" for seed, arm in runs]
-            start = held | {"setting": setting, "settings": " ".join(options.given)}
-            write([start | row(Run(run)) | held for run in found], file)
             name = file.stem.replace("stress", f"stress-{setting}", 1)
             losses.curves([str(run) for run in found], file.with_name(name))
+            given = {"setting": setting, "model": model, "text": options.data.name, "settings": " ".join(options.given)}
+            write([held | given | row(Run(run)) | held for run in found], file)
 
 
 if __name__ == "__main__":

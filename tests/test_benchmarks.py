@@ -262,6 +262,9 @@ def test_losses_of_runs_give_rows_and_curves(tmp_path: Path, monkeypatch: pytest
     probes = list(csv.DictReader((tmp_path / "results" / "tiny-cpu-x" / "probe.csv").open()))
     assert [row["step"] for row in probes] == ["4", "8", "12"] * 2 and "loss" not in probes[0]
     assert all(row["probe/ds_rowsum"] and row["probe/dq_error_layer0"] for row in probes)
+    run(compose([*RUN, *short, "probe.every=0", f"out={tmp_path / 'bare'}"]))
+    losses.main(["tiny", str(tmp_path / "bare")])
+    assert not (tmp_path / "results" / "tiny-cpu-x" / "probe.csv").exists()
     for row, curve in zip(rows, (curves[:12], curves[12:]), strict=True):
         validated = [float(step["val_loss"]) for step in curve if step["val_loss"]]
         trained = [float(step["loss"]) for step in curve]

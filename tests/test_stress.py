@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks import jobs, stress
@@ -43,11 +45,21 @@ def test_a_loss_that_stays_high_fails_where_that_began() -> None:
     norm = CALM.copy()
     norm[5], norm[152] = 90, 70
     row = found(spike, norm)
-    level = FALLING[10:20].mean()  # steps 11 to 20
+    level = FALLING[10:20].mean() + 0.1  # steps 11 to 20
     first = next(n for n in range(1, 11) if (9 * n + FALLING[140 + n : 150].sum()) / 10 > level)
     assert row["fails"] == 150 + first
     assert row["grad_norm_max"] == "70" and row["not_finite"] == 0  # warm-up has no part in the norm
     assert float(row["worst"]) == pytest.approx(20 - FALLING[50:60].mean(), abs=1e-4)
+
+
+def test_neither_noise_nor_a_last_step_is_a_failure() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, (100, 200))
+    assert sum(found(6 + each)["fails"] != "" for each in noise) < 5  # a loss that does not fall at all
+    late = FALLING.copy()
+    late[-10:] = 20  # the mean is above from the second of them on
+    assert found(late)["fails"] == ""
+    late[-11:] = 20
+    assert found(late)["fails"] == 191
 
 
 @pytest.mark.parametrize("end", [10, 20, 120])
@@ -108,6 +120,62 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return words
 
 
+def test_weights_are_the_same_whenever_they_are_drawn(here: list[str], tmp_path: Path) -> None:
+    cfg = stress.compose([*stress.RECIPE, *stress.RUN, *here[6:], "model.config.vocab_size=264"])
+    text, tokenizer = Path(here[1]), here[3]
+    one, two, scaled = (
+        load_file(stress.llama(tmp_path / name, cfg, tokenizer, text, sigma) / "model.safetensors")
+        for name, sigma in (("one", None), ("two", None), ("scaled", 5.0))
+    )
+    same = {name for name, weight in one.items() if torch.equal(weight, two[name])}
+    assert same == set(one)
+    moved = {name for name, weight in one.items() if not torch.equal(weight, scaled[name])}
+    assert moved == {name for name in one if "q_proj" in name or "k_proj" in name}
+
+
+@pytest.mark.parametrize(
+    ("info", "error"),
+    [
+        ('{"status": "failed", "error": "OutOfMemoryError: CUDA"}', RuntimeError),
+        ('{"status": "stopped", "error": ""}', RuntimeError),
+        ('{"status": "fail', ValueError),
+    ],
+)
+def test_what_is_no_result_ends_the_benchmark(info: str, error: type, tmp_path: Path) -> None:
+    def command(words: list[str], **_: Any) -> SimpleNamespace:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "run.json").write_text(info)
+        return SimpleNamespace(returncode=1)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match="run"):
+        patch.setattr(jobs.subprocess, "run", command)
+        stress.train(jobs.slots(1), tmp_path / "run")
+
+
+def test_an_error_begins_nothing_more() -> None:
+    begun = []
+    with pytest.raises(RuntimeError, match="first"), jobs.pool(jobs.slots(1)) as threads:
+        first = threads.submit(time.sleep, 0.3)
+        waiting = [threads.submit(begun.append, i) for i in range(9)]
+        raise RuntimeError("first")
+    assert first.done() and not begun and all(each.cancelled() for each in waiting)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["seed=7"], "seed=7: this is for the benchmark to set"),
+        (["attention.name=x", "optim.lr=1"], "attention.name=x: this"),
+        (["--seeds", "0"], "0 is less than 1"),
+        (["--data", "nothing.jsonl"], "nothing.jsonl does not exist"),
+    ],
+)
+def test_what_cannot_be_asked(words: list[str], said: str, here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        stress.main(["--out", "out", *here, *words])
+    assert said in capsys.readouterr().err
+
+
 def rows_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "results" / "stress-cpu-x.csv").open()))
 
@@ -134,8 +202,12 @@ def test_hard_settings_give_rows_and_curves(
     stress.main(words)  # nothing is run again
     with pytest.raises(RuntimeError, match="sagetrain ended with status 1: .*bf16-seed0.txt has what it said"):
         stress.main([*words[:2], "--settings", "sigma10", *here])
-    with pytest.raises(ValueError, match="has runs of given .*: choose another folder"):
-        stress.main([*words, "optim.lr=1e-3"])
+    for other in (["optim.lr=1e-3"], ["--tokenizer", str(tmp_path / "other")]):
+        pretrained(tmp_path / "other")
+        with pytest.raises(ValueError, match="has runs of (given|tokenizer) .*: choose another folder"):
+            stress.main([*words[:5], *here, *other])
+    with pytest.raises(ValueError, match="has runs of model .*: choose another folder"):
+        stress.main([*words[:3], "sinks", *here[:3], str(tmp_path / "other"), "--tokenizer", *here[3:]])
     tokenizer = ["--tokenizer", here[3], *here[:2], *here[4:]]
     stress.main(["--out", str(tmp_path / "other"), "--settings", "sinks", *tokenizer])
     assert "sinks: skipped" in capsys.readouterr().out
