@@ -41,7 +41,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrain": (("recipe", "tokens", "data", "checkpointing", "precision", "linear", "optimizer", "attention"), ()),
     "finetune": (("model", "task", "steps"), ("arm", "seed", "metric")),
     "losses": (("name", "lr", "arm", "seed"), ()),
-    "stress": (("setting", "steps", "tokens_per_step"), ("arm", "seed")),
+    "stress": (("setting", "model", "text", "steps", "tokens_per_step", "lr", "settings"), ("arm", "seed")),
     "accuracy": (("case", "d", "tokens", "dtype"), ("result",)),
     "bias": (("model", "text", "seq_len", "batch_size", "arm"), ("tokens", "part")),
     "ablation": (("case", "d", "tokens"), ("variant",)),
@@ -102,13 +102,14 @@ def fits(value: str, wanted: str) -> bool:
 
 
 def chosen(file: str, wanted: dict[str, str]) -> list[Row]:
-    """The newest rows of a file that fit; the parts of their shape are columns, and for part=both both_ms is `ms`.
+    """The newest rows of a file that fit; the parts of their shape are columns, and for part=both both_ms is `ms` (of
+    rows that have no column `part` of their own).
 
     Of a recipe's step `ms` is all of it.
     """
-    wanted, found = dict(wanted), []
-    device, part = wanted.pop("device", ""), wanted.pop("part", None)
-    for row in newest(read(RESULTS / f"{file}.csv"), file.split("-")[0]):
+    wanted, found, rows = dict(wanted), [], newest(read(RESULTS / f"{file}.csv"), file.split("-")[0])
+    device, part = wanted.pop("device", ""), None if "part" in rows[0] else wanted.pop("part", None)
+    for row in rows:
         sizes = re.findall(r"\d+", row.get("shape", ""))
         row = dict(zip(("b", "hq", "hkv", "t", "d"), sizes, strict=False)) | row if len(sizes) == 5 else row
         if part:
@@ -410,11 +411,13 @@ def loss(folder: str, speed: str = "yes") -> str:
 
 
 def probe(folder: str) -> str:
-    """Table of the drift probe (docs/pretraining.md) by tokens, of a folder's probe.csv: means over runs, of layers the
-    largest. Five of its steps, the first and the last among them."""
+    """Table of the drift probe (docs/pretraining.md) by tokens, of a folder's probe.csv: means over the runs of its one
+    arm, of layers the largest. Five of its steps, the first and the last among them."""
     steps: dict[int, list[Row]] = {}
     for row in read(RESULTS / folder / "probe.csv"):
         steps.setdefault(int(row["tokens"]), []).append(row)
+    if len(arms := {row["arm"] for rows in steps.values() for row in rows}) != 1:
+        raise ValueError(f"{folder}/probe.csv has {len(arms)} arms {sorted(arms)}: one has a table")
     tokens, lines = sorted(steps), []
     for at in sorted({tokens[round(i * (len(tokens) - 1) / 4)] for i in range(5)}):
         cells = [mean(float(row[f"probe/{name}"]) for row in steps[at]) for name in ("grad_cosine", "ds_rowsum")]
@@ -482,7 +485,11 @@ def stress(file: str, **wanted: str) -> str:
     rise, and those that failed, with the steps at which they did."""
     settings: dict[str, dict[str, dict[str, Row]]] = {}
     for row in sorted(chosen(file, wanted), key=lambda row: int(row["seed"])):
-        settings.setdefault(row["setting"], {}).setdefault(row["arm"], {})[row["seed"]] = row
+        runs = settings.setdefault(row["setting"], {}).setdefault(row["arm"], {})
+        if runs.setdefault(row["seed"], row) is not row:
+            raise ValueError(
+                f"{file}.csv has {row['setting']} more than once: say steps=, lr=, model=, text= or settings="
+            )
     lines = []
     for setting, arms in settings.items():
         base: dict[str, Row] = {}

@@ -284,6 +284,12 @@ def test_biases_after_the_most_tokens(tmp_path: Path, monkeypatch: pytest.Monkey
     said = tables.made("bias", "bias-x model=m")
     assert "| bias, all | bias, q |" in said and "4,096 tokens, at commit abc" in said
     assert "| INT8 | 0.00200 | 0.00200 | 0.0300 |" in said and "| `paper` | 0.00200" in said
+    (tmp_path / "bias-x.csv").write_text(head + "".join(rows[:-1]) + rows[-1].replace("0.002", "0.004"))
+    of_one = "column=bias arm=paper tokens=4096"
+    assert tables.made("value", f"bias-x {of_one} part=all") == "0.00200"
+    assert tables.made("value", f"bias-x {of_one} part=q") == "0.00400"
+    with pytest.raises(ValueError, match="no row"):
+        tables.made("value", f"bias-x {of_one} part=nonsense")
 
 
 def test_runs_by_learning_rate_and_their_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,20 +311,36 @@ def test_the_probe_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "runs").mkdir()
     kinds = ("sigma_q", "sigma_k", "dq_error", "dk_error")
     names = [f"probe/{kind}_layer{layer}" for kind in kinds for layer in (0, 1)]
-    head = ["seed", "tokens", "probe/grad_cosine", "probe/ds_rowsum", *names]
+    head = ["arm", "seed", "tokens", "probe/grad_cosine", "probe/ds_rowsum", *names]
     rows = [
-        [seed, step * 1_000_000, 1 - step / 1e3, step / 100, 1 + seed, step, step, 2, 0.1, 0.2, 0.3 + seed / 10, 0.1]
+        [
+            "sage_int8",
+            seed,
+            step * 1_000_000,
+            1 - step / 1e3,
+            step / 100,
+            1 + seed,
+            step,
+            step,
+            2,
+            0.1,
+            0.2,
+            0.3 + seed / 10,
+            0.1,
+        ]
         for seed in (0, 1)
         for step in range(1, 8)
     ]
     lines = [",".join(head), *(",".join(map(str, row)) for row in rows)]
     (tmp_path / "runs" / "probe.csv").write_text("\n".join(lines) + "\n")
     *_, first, second, third, fourth, last = tables.probe("runs").strip().splitlines()
-    assert (
-        first == "| 1M | 0.99900 | 0.0100 | 1.50 | 2.00 | 0.200 | 0.350 |"
-    )  # of two runs the mean, of layers the largest
+    # Of two runs the mean, of layers the largest.
+    assert first == "| 1M | 0.99900 | 0.0100 | 1.50 | 2.00 | 0.200 | 0.350 |"
     assert [line.split(" | ")[0] for line in (second, third, fourth)] == ["| 3M", "| 4M", "| 5M"]
     assert last == "| 7M | 0.99300 | 0.0700 | 7.00 | 7.00 | 0.200 | 0.350 |"
+    (tmp_path / "runs" / "probe.csv").write_text("\n".join([*lines, lines[1].replace("sage_int8", "another")]) + "\n")
+    with pytest.raises(ValueError, match="2 arms .*another"):
+        tables.probe("runs")
 
 
 def test_hard_settings_by_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +354,7 @@ def test_hard_settings_by_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     rows += [
         "H200,a,lr3x,400,16384,sage_int8,0,finished,3.5,0.1,\n",
         "H200,a,lr3x,400,16384,bf16,0,failed,9.5,0.3,77\n",
+        "H200,a,sigma5,400,16384,sage_int8,0,finished,3.6,0.1,\n",
     ]
     (tmp_path / "stress-x.csv").write_text(head + "".join(rows))
     assert tables.made("stress", "stress-x device=H200").strip().splitlines()[2:] == [
@@ -339,4 +362,9 @@ def test_hard_settings_by_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "| sigma10 | INT8 | 3 | 3.1300 ± 0.1697 | +0.0300 ± 0.0283 |  | 4.50 | 2, at step 30, 120 |",
         "| lr3x | BF16 | 1 |  |  |  | 0.300 | 1, at step 77 |",
         "| lr3x | INT8 | 1 | 3.5000 |  |  | 0.100 | 0 |",
+        "| sigma5 | INT8 | 1 | 3.6000 |  |  | 0.100 | 0 |",  # and no gap to the BF16 of another setting
     ]
+    (tmp_path / "stress-x.csv").write_text(head + "".join(rows) + rows[0].replace("400", "800", 1))
+    with pytest.raises(ValueError, match="sigma10 more than once: say steps=, "):
+        tables.made("stress", "stress-x device=H200")
+    assert "| sigma10 | BF16 | 1 |" in tables.made("stress", "stress-x device=H200 steps=800")
