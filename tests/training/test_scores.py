@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,12 @@ def test_a_folder_has_scores_of_one_model(model: str, evaluate, known: type[Know
 
 
 # ------------------------------------------------------------------------------------------------ nothing is lost
+
+
+def test_several_may_look_at_once_whether_scores_can_be_written(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        assert not any(threads.map(lambda _: scores.check(tmp_path), range(2000)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_answers_stay_until_the_scores_are_kept(
