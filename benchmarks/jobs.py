@@ -1,6 +1,9 @@
 """Runs of a benchmark that are commands of their own: several at a time on each GPU, in a folder that one goes on with.
 
-What a command says goes to a file. A benchmark finds out by itself which of its runs are done.
+Method: a thread for every slot, a slot for each command that may run on a GPU; what a command says goes to a file.
+Choice: a benchmark finds out by itself which of its runs are done. A folder holds runs of one question: asked.json has
+what was asked, and other questions are refused.
+Cost: a start of Python, and of CUDA, for each run.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ RUN = (
     "optim.warmup_steps=40", "trainer.val_check_interval=100", "probe.every=40", "checkpoint.keep=none",
     f"model.compile={str(torch.cuda.is_available()).lower()}",
 )  # fmt: skip
-OURS = ("seed", "out", "resume", "attention", "model", "model.path", "model.tokenizer", "data.path", "compare")
+FIXED = ("seed", "out", "resume", "attention", "model", "model.path", "model.tokenizer", "data.path", "compare")
 SMOOTH = 10
 MARGIN = 0.1  # nats
 
@@ -135,10 +135,10 @@ def train(free: Queue[str], run: Path, *words: str) -> None:
 def stability(steps: np.ndarray, loss: np.ndarray, norm: np.ndarray, warmup: int) -> dict[str, Any]:
     """Columns (module docstring) of the loss and gradient norm `[steps]`."""
     finite = np.isfinite(loss) & np.isfinite(norm)
-    smooth = np.where(finite, window_mean(steps, np.where(np.isfinite(loss), loss, np.inf), SMOOTH), np.inf)
+    smooth = np.where(finite, window_mean(steps, loss, SMOOTH), np.nan)
     late = (steps >= warmup) & np.isfinite(smooth)
     level = smooth[late][0] + MARGIN if late.any() else np.inf
-    below = np.flatnonzero(np.isfinite(smooth) & (smooth <= level))
+    below = np.flatnonzero(smooth <= level)
     first = below[-1] + 1 if len(below) else 0
     fails = not finite[first:].all() or len(steps) - first >= SMOOTH
     return {
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.tokenizer = options.tokenizer or options.model
     if not options.tokenizer:
         parser.error("give --tokenizer, or --model, whose tokenizer is taken then")
-    if own := [word for word in options.given if word.split("=")[0] in OURS or word.startswith("attention.")]:
+    if own := [word for word in options.given if word.split("=")[0] in FIXED or word.startswith("attention.")]:
         parser.error(f"{', '.join(own)}: this is for the benchmark to set")
     for name in ("data", "out"):
         setattr(options, name, getattr(options, name).expanduser().absolute())
@@ -199,6 +199,8 @@ def main(arguments: list[str] | None = None) -> None:
     vocabulary = f"model.config.vocab_size={len(build_tokenizer(options.tokenizer))}"
     cfg = compose([*RECIPE, *RUN, *SHAPE, vocabulary, *options.given])
     same_as_before(options.out, options, ("tokenizer", "data", "given"), held)
+    if "sinks" in settings:
+        same_as_before(options.out / "sinks", options, ("model",), held)
     words = [f"data.path={quoted(str(options.data))}"]
     words += [word for word in options.given if not word.startswith("model.config.")]
     free, runs, begun = slots(options.jobs), list(product(range(options.seeds), ARMS)), []
@@ -206,9 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
         for setting in settings:
             (sigma, times), model, folder = SETTINGS[setting], options.model, options.out / setting
             folder.mkdir(exist_ok=True)
-            if setting == "sinks":
-                same_as_before(folder, options, ("model",), held)
-            else:
+            if setting != "sinks":
                 weights = options.out / f"llama-sigma{sigma or 1:g}"
                 model = llama(weights, cfg, options.tokenizer, options.data, sigma)
             own = ["model=pretrained", f"model.path={quoted(str(model))}", f"optim.lr={times * cfg.optim.lr:g}"]
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
             name = file.stem.replace("stress", f"stress-{setting}", 1)
             losses.curves([str(run) for run in found], file.with_name(name))
             given = {"setting": setting, "model": model, "text": options.data.name, "settings": " ".join(options.given)}
-            write([held | given | row(Run(run)) | held for run in found], file)
+            write([held | given | row(Run(run)) for run in found], file)
 
 
 if __name__ == "__main__":

@@ -107,8 +107,11 @@ def chosen(file: str, wanted: dict[str, str]) -> list[Row]:
 
     Of a recipe's step `ms` is all of it.
     """
-    wanted, found, rows = dict(wanted), [], newest(read(RESULTS / f"{file}.csv"), file.split("-")[0])
-    device, part = wanted.pop("device", ""), None if "part" in rows[0] else wanted.pop("part", None)
+    rows = newest(read(RESULTS / f"{file}.csv"), file.split("-")[0])
+    wanted, found = dict(wanted), []
+    device, part = wanted.pop("device", ""), None
+    if not any("part" in row for row in rows):
+        part = wanted.pop("part", None)
     for row in rows:
         sizes = re.findall(r"\d+", row.get("shape", ""))
         row = dict(zip(("b", "hq", "hkv", "t", "d"), sizes, strict=False)) | row if len(sizes) == 5 else row

@@ -311,27 +311,12 @@ def test_the_probe_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "runs").mkdir()
     kinds = ("sigma_q", "sigma_k", "dq_error", "dk_error")
     names = [f"probe/{kind}_layer{layer}" for kind in kinds for layer in (0, 1)]
-    head = ["arm", "seed", "tokens", "probe/grad_cosine", "probe/ds_rowsum", *names]
-    rows = [
-        [
-            "sage_int8",
-            seed,
-            step * 1_000_000,
-            1 - step / 1e3,
-            step / 100,
-            1 + seed,
-            step,
-            step,
-            2,
-            0.1,
-            0.2,
-            0.3 + seed / 10,
-            0.1,
-        ]
+    lines = [",".join(["arm", "seed", "tokens", "probe/grad_cosine", "probe/ds_rowsum", *names])]
+    lines += [
+        f"sage_int8,{seed},{step}000000,{1 - step / 1e3},{step / 100},{1 + seed},{step},{step},2,.1,.2,.{3 + seed},.1"
         for seed in (0, 1)
         for step in range(1, 8)
     ]
-    lines = [",".join(head), *(",".join(map(str, row)) for row in rows)]
     (tmp_path / "runs" / "probe.csv").write_text("\n".join(lines) + "\n")
     *_, first, second, third, fourth, last = tables.probe("runs").strip().splitlines()
     # Of two runs the mean, of layers the largest.
