@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import linear_regression, mean, median, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -344,12 +344,12 @@ def accuracy(file: str, **wanted: str) -> str:
 
 
 def bias(file: str, **wanted: str) -> str:
-    """Table: bias of the gradient, all of it and by projection, and a micro-batch's error, after the most tokens. What
-    single layers have stays in the rows."""
+    """Table: bias of the gradient, all of it and by projection, and a micro-batch's error, after the most tokens; of
+    INT8 and BF16 first. What single layers have stays in the rows."""
     found: dict[str, dict[str, Row]] = {}
     rows = chosen(file, wanted)
     most = max(int(row["tokens"]) for row in rows)
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["arm"] not in NAMES):
         if int(row["tokens"]) == most:
             found.setdefault(row["arm"], {})[row["part"]] = row
     parts = [part for part in next(iter(found.values())) if not part.startswith("layer ")]
@@ -362,7 +362,12 @@ def bias(file: str, **wanted: str) -> str:
         for arm, of in found.items()
     ]
     head = ["", *(f"bias, {part}" for part in parts), "error of one micro-batch"]
-    return markdown(head, lines, f"After {most:,} tokens, at commit {rows[-1]['commit']}.")
+    commits: dict[str, list[str]] = {}
+    for of, line in zip(found.values(), lines, strict=True):
+        commits.setdefault(of["all"]["commit"], []).append(line[0])
+    (first, _), *others = commits.items()
+    note = "".join(f"; {' and '.join(arms)} at {commit}" for commit, arms in others)
+    return markdown(head, lines, f"After {most:,} tokens, at commit {first}{note}.")
 
 
 def overlap(file: str, **wanted: str) -> str:
@@ -536,6 +541,21 @@ def spread(rows: list[Row], column: str, base: list[Row] | None = None, of_base:
     return f"{text} ± {stdev(values):.{places}f}" if len(values) > 1 else text
 
 
+def trend(folder: str, arm: str = OURS) -> str:
+    """Phrase: what an arm's gap to BF16 of the same seed gains in the second half of the steps, mean over the seeds: by
+    the slope of a line, as in sagetrain.compare."""
+    runs: dict[tuple[str, str], dict[int, float]] = {}
+    for row in read(RESULTS / folder / "metrics.csv"):
+        runs.setdefault((row["arm"], row["seed"]), {})[int(row["step"])] = float(row["loss"])
+    gains = []
+    for seed in (seed for name, seed in runs if name == arm):
+        loss, base = runs[arm, seed], runs.get(("bf16", seed), {})
+        half = min(max(loss), max(base, default=0)) / 2
+        steps = [step for step in loss if step in base and step > half]
+        gains.append(half * linear_regression(steps, [loss[step] - base[step] for step in steps]).slope)
+    return f"{mean(gains):+.4f}"
+
+
 def typical(folder: str, column: str) -> str:
     """Phrase: the median of a column over all steps of the runs in a folder's metrics.csv."""
     return digits(median(float(row[column]) for row in read(RESULTS / folder / "metrics.csv") if row[column]))
@@ -545,7 +565,7 @@ KINDS: dict[str, Callable[..., str]] = {
     f.__name__: f
     for f in (
         speed, ratios, ratio, value, over, passes, step, breakdown, errors, accuracy, bias, overlap, loss,
-        finetune, losses, probe, stress, typical,
+        finetune, losses, probe, stress, trend, typical,
     )
 }  # fmt: skip
 

@@ -251,6 +251,34 @@ def test_loss_without_bf16_is_held_against_the_first_arm(tmp_path: Path, monkeyp
     assert tables.made("typical", "run column=data_wait") == "0.150"
 
 
+def test_what_the_gap_gains_in_the_second_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds that INT8 has, of 8 steps; it gains .1 and .3 a step in the second half and loses in the first. A third
+    is BF16's alone."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "run").mkdir()
+    rows = [f"bf16,{seed},{step},{5 - step / 10}" for seed in (1, 2, 3) for step in range(1, 9)]
+    rows += [
+        f"sage_int8,{seed},{step},{5 - step / 10 + (gain * step if step > 4 else -9 * step)}"
+        for seed, gain in ((1, 0.1), (2, 0.3))
+        for step in range(1, 9)
+    ]
+    (tmp_path / "run" / "metrics.csv").write_text("\n".join(["arm,seed,step,loss", *rows]))
+    assert tables.made("trend", "run") == "+0.8000"
+    with pytest.raises(ValueError, match="cannot be made"):
+        tables.made("trend", "run arm=paper")
+
+
+def test_bias_of_int8_and_bf16_first_and_of_which_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head = "device,commit,model,text,seq_len,batch_size,tokens,arm,part,bias,each\n"
+    arms = (("old", "sage_int8@forward"), ("old", "sage_int8@backward"), ("new", "sage_int8"), ("new", "bf16"))
+    rows = [f"H200,{commit},m,t,8,1,64,{arm},all,0.001,0.01\n" for commit, arm in arms]
+    (tmp_path / "bias-x.csv").write_text(head + "".join(rows))
+    first, second, *_, note = tables.made("bias", "bias-x").strip().splitlines()[2:]
+    assert (first, second) == ("| INT8 | 0.00100 | 0.0100 |", "| BF16 | 0.00100 | 0.0100 |")
+    assert note == "After 64 tokens, at commit new; `sage_int8@forward` and `sage_int8@backward` at old."
+
+
 def test_fine_tuned_models_by_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     head = "device,commit,model,task,steps,arm,seed,metric,n,val_loss,before,after,other\n"
