@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
@@ -51,14 +52,17 @@ def row(run: Run) -> dict[str, Any]:
 
 
 def curves(runs: list[str], folder: Path) -> None:
-    """Writes metrics.csv of a folder, the curves of all runs, and probe.csv where one was probed."""
+    """Writes metrics.csv of a folder, the curves of all runs, comparison.json, and probe.csv where one was probed."""
     with TemporaryDirectory() as compared:
         report(runs, compared)
+        found = json.loads((Path(compared) / "comparison.json").read_text("utf-8"))
         with (Path(compared) / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
     of_layers = [column for column in rows[0] if "_layer" in column]
     folder.mkdir(parents=True, exist_ok=True)
     _write(rows, [column for column in rows[0] if column not in of_layers], folder / "metrics.csv")
+    found = {key: found[key] for key in ("baseline", "common_step", "band", "arms", "verdict", "notes")}
+    (folder / "comparison.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     (folder / "probe.csv").unlink(missing_ok=True)
     if probed := [row for row in rows if any(row[column] for column in of_layers)]:
         probe = [column for column in rows[0] if column.startswith("probe/")]

@@ -23,12 +23,13 @@ Cost: nothing but the standard library, so that it runs wherever Python does.
 from __future__ import annotations
 
 import csv
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from statistics import linear_regression, mean, median, stdev
+from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -344,8 +345,8 @@ def accuracy(file: str, **wanted: str) -> str:
 
 
 def bias(file: str, **wanted: str) -> str:
-    """Table: bias of the gradient, all of it and by projection, and a micro-batch's error, after the most tokens; of
-    INT8 and BF16 first. What single layers have stays in the rows."""
+    """Table: bias of the gradient, all of it and by projection, and a micro-batch's error, after the most tokens.
+    INT8 and BF16 come before other arms. What single layers have stays in the rows."""
     found: dict[str, dict[str, Row]] = {}
     rows = chosen(file, wanted)
     most = max(int(row["tokens"]) for row in rows)
@@ -541,19 +542,12 @@ def spread(rows: list[Row], column: str, base: list[Row] | None = None, of_base:
     return f"{text} ± {stdev(values):.{places}f}" if len(values) > 1 else text
 
 
-def trend(folder: str, arm: str = OURS) -> str:
-    """Phrase: what an arm's gap to BF16 of the same seed gains in the second half of the steps, mean over the seeds: by
-    the slope of a line, as in sagetrain.compare."""
-    runs: dict[tuple[str, str], dict[int, float]] = {}
-    for row in read(RESULTS / folder / "metrics.csv"):
-        runs.setdefault((row["arm"], row["seed"]), {})[int(row["step"])] = float(row["loss"])
-    gains = []
-    for seed in (seed for name, seed in runs if name == arm):
-        loss, base = runs[arm, seed], runs.get(("bf16", seed), {})
-        half = min(max(loss), max(base, default=0)) / 2
-        steps = [step for step in loss if step in base and step > half]
-        gains.append(half * linear_regression(steps, [loss[step] - base[step] for step in steps]).slope)
-    return f"{mean(gains):+.4f}"
+def compared(folder: str, what: str, arm: str = OURS) -> str:
+    """Phrase: what sagetrain.compare found of an arm beside the baseline's runs of the same seeds, and 95% of it,
+    of a folder's comparison.json: `gap`, or `gap_trend`, what the gap gains in the second half of the steps."""
+    found = json.loads((RESULTS / folder / "comparison.json").read_text("utf-8"))["arms"][arm]
+    low, high = found[f"{what}_interval"]
+    return f"{found[what]:+.4f} (95%: {low:+.4f} to {high:+.4f})"
 
 
 def typical(folder: str, column: str) -> str:
@@ -565,7 +559,7 @@ KINDS: dict[str, Callable[..., str]] = {
     f.__name__: f
     for f in (
         speed, ratios, ratio, value, over, passes, step, breakdown, errors, accuracy, bias, overlap, loss,
-        finetune, losses, probe, stress, trend, typical,
+        finetune, losses, probe, stress, typical, compared,
     )
 }  # fmt: skip
 

@@ -265,6 +265,8 @@ def test_losses_of_runs_give_rows_and_curves(tmp_path: Path, monkeypatch: pytest
     run(compose([*RUN, *short, "probe.every=0", f"out={tmp_path / 'bare'}"]))
     losses.main(["tiny", str(tmp_path / "bare")])
     assert not (tmp_path / "results" / "tiny-cpu-x" / "probe.csv").exists()
+    found = (tmp_path / "results" / "tiny-cpu-x" / "comparison.json").read_text()
+    assert json.loads(found)["common_step"] == 12 and str(tmp_path) not in found
     for row, curve in zip(rows, (curves[:12], curves[12:]), strict=True):
         validated = [float(step["val_loss"]) for step in curve if step["val_loss"]]
         trained = [float(step["loss"]) for step in curve]

@@ -1,6 +1,7 @@
 """README's and docs' numbers are those of benchmarks/results, and the check says so when one is not."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -251,27 +252,23 @@ def test_loss_without_bf16_is_held_against_the_first_arm(tmp_path: Path, monkeyp
     assert tables.made("typical", "run column=data_wait") == "0.150"
 
 
-def test_what_the_gap_gains_in_the_second_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two seeds that INT8 has, of 8 steps; it gains .1 and .3 a step in the second half and loses in the first. A third
-    is BF16's alone."""
+def test_what_a_comparison_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "run").mkdir()
-    rows = [f"bf16,{seed},{step},{5 - step / 10}" for seed in (1, 2, 3) for step in range(1, 9)]
-    rows += [
-        f"sage_int8,{seed},{step},{5 - step / 10 + (gain * step if step > 4 else -9 * step)}"
-        for seed, gain in ((1, 0.1), (2, 0.3))
-        for step in range(1, 9)
-    ]
-    (tmp_path / "run" / "metrics.csv").write_text("\n".join(["arm,seed,step,loss", *rows]))
-    assert tables.made("trend", "run") == "+0.8000"
-    with pytest.raises(ValueError, match="cannot be made"):
-        tables.made("trend", "run arm=paper")
+    found = {"gap": 0.01234, "gap_interval": [-0.1, 0.2], "gap_trend": -0.5, "gap_trend_interval": [-0.7, -0.3]}
+    arms = {"sage_int8": found, "paper": {"gap": 1.0, "gap_interval": None}}
+    (tmp_path / "run" / "comparison.json").write_text(json.dumps({"arms": arms}))
+    assert tables.made("compared", "run what=gap") == "+0.0123 (95%: -0.1000 to +0.2000)"
+    assert tables.made("compared", "run what=gap_trend") == "-0.5000 (95%: -0.7000 to -0.3000)"
+    for wrong in ("what=gap arm=paper", "what=gap arm=none", "what=speed", ""):
+        with pytest.raises(ValueError, match="cannot be made"):
+            tables.made("compared", f"run {wrong}")
 
 
 def test_bias_of_int8_and_bf16_first_and_of_which_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     head = "device,commit,model,text,seq_len,batch_size,tokens,arm,part,bias,each\n"
-    arms = (("old", "sage_int8@forward"), ("old", "sage_int8@backward"), ("new", "sage_int8"), ("new", "bf16"))
+    arms = (("old", "sage_int8@forward"), ("new", "sage_int8"), ("old", "sage_int8@backward"), ("new", "bf16"))
     rows = [f"H200,{commit},m,t,8,1,64,{arm},all,0.001,0.01\n" for commit, arm in arms]
     (tmp_path / "bias-x.csv").write_text(head + "".join(rows))
     first, second, *_, note = tables.made("bias", "bias-x").strip().splitlines()[2:]
