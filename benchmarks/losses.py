@@ -1,4 +1,4 @@
-"""Runs of training by their losses: a row for each, and the curves of all in one file.
+"""Runs of training by their losses: a row for each, and the curves of all in one folder.
 
     python -m sagetrain recipe=parity_120m compare.arms=null attention=bf16 seed=1 out=RUN ...
     python -m benchmarks.losses NAME RUN [RUN ...]           # runs, or parents of them
@@ -7,8 +7,8 @@
 Rows go to results/losses-<kernel>.csv: what a run was, and its losses: train_loss is the mean of the last tenth of the
 steps (five at least), as in sagetrain.compare, val_loss the last that was measured. Curves go to
 results/NAME-<kernel>: what sagetrain.compare writes, in eight digits, metrics.csv of all steps without the columns of
-single layers, probe.csv of the steps that were probed, with them. So name all runs of NAME, also those of the last
-time.
+single layers, probe.csv of the steps that were probed, with them, and of comparison.json what it found, without where
+the runs lie. So name all runs of NAME, also those of the last time.
 Choice: runs of hours are made one at a time, on whatever machine there is. So all a row says of the machine is what
 run.json has; the commit is that of this checkout (or SAGETRAIN_COMMIT), unless --commit says with which they were made.
 """
