@@ -8,6 +8,7 @@
     sigma5    q_proj and k_proj of every layer scaled before training, so that it is 5, or 10, over the first row of
     sigma10   the text, before RoPE
     lr3x      the control at three times the rate
+    qknorm    the control with QK-norm (QK_NORM), an RMS norm of each head's q and k before RoPE
     sinks     the weights of --model trained on, at a tenth of the rate: SmolLM2-135M, which has attention sinks with a
               weight of .999. Skipped, with a line that says so, without --model
 
@@ -61,7 +62,11 @@ from sagetrain.training.module import model_config
 
 ARMS = ("bf16", "sage_int8")
 # The standard deviation of q and k to begin with (None: as it is), and the rate, times that of the other runs.
-SETTINGS = {"sigma1": (None, 1), "sigma5": (5.0, 1), "sigma10": (10.0, 1), "lr3x": (None, 3), "sinks": (None, 0.1)}
+SETTINGS = {
+    "sigma1": (None, 1), "sigma5": (5.0, 1), "sigma10": (10.0, 1), "lr3x": (None, 3), "qknorm": (None, 1),
+    "sinks": (None, 0.1),
+}  # fmt: skip
+QK_NORM = "model.config.model_type=qwen3"
 RECIPE = ("recipe=parity_120m", "compare.arms=null")
 SHAPE = (
     "model.config.hidden_size=512", "model.config.intermediate_size=1408", "model.config.num_hidden_layers=8",
@@ -197,7 +202,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     held, file = conditions(device), kernel_file("stress", device)
     vocabulary = f"model.config.vocab_size={len(build_tokenizer(options.tokenizer))}"
-    cfg = compose([*RECIPE, *RUN, *SHAPE, vocabulary, *options.given])
+    plain = [*RECIPE, *RUN, *SHAPE, vocabulary, *options.given]
+    cfg = compose(plain)
     same_as_before(options.out, options, ("tokenizer", "data", "given"), held)
     if "sinks" in settings:
         same_as_before(options.out / "sinks", options, ("model",), held)
@@ -209,8 +215,10 @@ def main(arguments: list[str] | None = None) -> None:
             (sigma, times), model, folder = SETTINGS[setting], options.model, options.out / setting
             folder.mkdir(exist_ok=True)
             if setting != "sinks":
-                weights = options.out / f"llama-sigma{sigma or 1:g}"
-                model = llama(weights, cfg, options.tokenizer, options.data, sigma)
+                normed = setting == "qknorm"
+                weights = options.out / f"llama-{'qknorm' if normed else f'sigma{sigma or 1:g}'}"
+                shape = compose([*plain, QK_NORM]) if normed else cfg
+                model = llama(weights, shape, options.tokenizer, options.data, sigma)
             own = ["model=pretrained", f"model.path={quoted(str(model))}", f"optim.lr={times * cfg.optim.lr:g}"]
             start = partial(threads.submit, train, free)
             promises = [

@@ -213,6 +213,17 @@ def test_hard_settings_give_rows_and_curves(
     assert "sinks: skipped" in capsys.readouterr().out
 
 
+def test_qk_norm_is_the_control_with_norms(here: list[str], tmp_path: Path) -> None:
+    stress.main(["--out", str(tmp_path / "out"), "--settings", "sigma1", "qknorm", *here])
+    assert [(row["setting"], row["model"], row["lr"]) for row in rows_of(tmp_path)] == [
+        (name, f"llama-{name}", "0.002") for name in ("sigma1", "qknorm") for _ in stress.ARMS
+    ]
+    plain, normed = (load_file(tmp_path / "out" / f"llama-{x}" / "model.safetensors") for x in ("sigma1", "qknorm"))
+    norms = {f"model.layers.{i}.self_attn.{x}_norm.weight" for i in (0, 1) for x in "qk"}
+    assert set(normed) - set(plain) == norms
+    assert all(torch.equal(weight, normed[name]) for name, weight in plain.items())
+
+
 def test_a_run_that_is_not_finite_is_a_row(here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--out", str(tmp_path / "out"), "--settings", "lr3x", *here, "optim.lr=1e30"]
     stress.main(words)
