@@ -8,7 +8,7 @@
     sigma5    q_proj and k_proj of every layer scaled before training, so that it is 5, or 10, over the first row of
     sigma10   the text, before RoPE
     lr3x      the control at three times the rate
-    qknorm    the control with QK-norm (QK_NORM), an RMS norm of each head's q and k before RoPE
+    qknorm    the control with QK-norm, an RMS norm of each head's q and k before RoPE (a Qwen3 of that shape)
     sinks     the weights of --model trained on, at a tenth of the rate: SmolLM2-135M, which has attention sinks with a
               weight of .999. Skipped, with a line that says so, without --model
 
@@ -29,7 +29,7 @@ planned (`tokens` says how many there were), and, after warm-up and of the loss 
 
 Choice: the weights of a setting are drawn once, so seeds differ in the order of the data alone. A run that learns less
 than it should but keeps below the loss of its warm-up does not fail; its training loss says so.
-Cost: 400 steps of 16,384 tokens a run, 6.6M; a folder of weights for each sigma. What the commands said is in FOLDER of
+Cost: 400 steps of 16,384 tokens a run, 6.6M; a folder for each of WEIGHTS. What the commands said is in FOLDER of
 --out, SETTING/ARM-seedN.txt.
 """
 
@@ -61,12 +61,16 @@ from sagetrain.training.folder import quoted
 from sagetrain.training.module import model_config
 
 ARMS = ("bf16", "sage_int8")
-# The standard deviation of q and k to begin with (None: as it is), and the rate, times that of the other runs.
-SETTINGS = {
-    "sigma1": (None, 1), "sigma5": (5.0, 1), "sigma10": (10.0, 1), "lr3x": (None, 3), "qknorm": (None, 1),
-    "sinks": (None, 0.1),
+# Of what a run starts from: the standard deviation of q and k (None: as it is), and words for the shape.
+WEIGHTS = {
+    "llama-sigma1": (None, ()), "llama-sigma5": (5.0, ()), "llama-sigma10": (10.0, ()),
+    "llama-qknorm": (None, ("model.config.model_type=qwen3",)),
 }  # fmt: skip
-QK_NORM = "model.config.model_type=qwen3"
+# What a run starts from (None: --model), and the rate, times that of the control.
+SETTINGS = {
+    "sigma1": ("llama-sigma1", 1), "sigma5": ("llama-sigma5", 1), "sigma10": ("llama-sigma10", 1),
+    "lr3x": ("llama-sigma1", 3), "qknorm": ("llama-qknorm", 1), "sinks": (None, 0.1),
+}  # fmt: skip
 RECIPE = ("recipe=parity_120m", "compare.arms=null")
 SHAPE = (
     "model.config.hidden_size=512", "model.config.intermediate_size=1408", "model.config.num_hidden_layers=8",
@@ -212,13 +216,12 @@ def main(arguments: list[str] | None = None) -> None:
     free, runs, begun = slots(options.jobs), list(product(range(options.seeds), ARMS)), []
     with pool(free) as threads:
         for setting in settings:
-            (sigma, times), model, folder = SETTINGS[setting], options.model, options.out / setting
+            (weights, times), model, folder = SETTINGS[setting], options.model, options.out / setting
             folder.mkdir(exist_ok=True)
-            if setting != "sinks":
-                normed = setting == "qknorm"
-                weights = options.out / f"llama-{'qknorm' if normed else f'sigma{sigma or 1:g}'}"
-                shape = compose([*plain, QK_NORM]) if normed else cfg
-                model = llama(weights, shape, options.tokenizer, options.data, sigma)
+            if weights:
+                sigma, changes = WEIGHTS[weights]
+                shape = compose([*plain, *changes])
+                model = llama(options.out / weights, shape, options.tokenizer, options.data, sigma)
             own = ["model=pretrained", f"model.path={quoted(str(model))}", f"optim.lr={times * cfg.optim.lr:g}"]
             start = partial(threads.submit, train, free)
             promises = [
