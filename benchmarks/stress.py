@@ -8,15 +8,16 @@
     sigma5    q_proj and k_proj of every layer scaled before training, so that it is 5, or 10, over the first row of
     sigma10   the text, before RoPE
     lr3x      the control at three times the rate
-    qknorm    the control with QK-norm, an RMS norm of each head's q and k before RoPE (a Qwen3 of that shape)
-    sinks     the weights of --model trained on, at a tenth of the rate: SmolLM2-135M, which has attention sinks with a
-              weight of .999. Skipped, with a line that says so, without --model
+    qknorm    the control with QK-norm, an RMS norm of each head's q and k before RoPE (a Qwen3 of that shape).
+              So the standard deviation is 1 to begin with
+    sinks     the weights of --model trained on, at a tenth of the rate: SmolLM2-135M-Instruct, which has attention
+              sinks with a weight of .999. Skipped, with a line that says so, without --model
 
 Method: every run is a command of its own, `python -m sagetrain recipe=parity_120m` with RUN, and `key=value` for all of
-them (before --settings); `model.config.*` is for the Llama alone. --jobs run at a time on each GPU. The same command
-goes on where it was stopped, and does not repeat what is done. A loss or gradient that is not finite ends a run: that
-is a result here and has its row; any other error is none and ends the benchmark when the setting's turn comes. Rows of
-a setting are written when all its runs are done, to results/stress-<kernel>.csv, and the curves to
+them (before --settings); `model.config.*` is for random weights alone. --jobs run at a time on each GPU. The same
+command goes on where it was stopped, and does not repeat what is done. A loss or gradient that is not finite ends a
+run: that is a result here and has its row; any other error is none and ends the benchmark when the setting's turn
+comes. Rows of a setting are written when all its runs are done, to results/stress-<kernel>.csv, and the curves to
 results/stress-SETTING-<kernel>. A row has the columns of benchmarks/losses.py, but for `steps`, which is how many were
 planned (`tokens` says how many there were), and, after warm-up and of the loss as a mean over SMOOTH steps:
 
@@ -61,12 +62,12 @@ from sagetrain.training.folder import quoted
 from sagetrain.training.module import model_config
 
 ARMS = ("bf16", "sage_int8")
-# Of what a run starts from: the standard deviation of q and k (None: as it is), and words for the shape.
+# Folders of random weights: the standard deviation of q and k (None: as initialised), and what changes SHAPE.
 WEIGHTS = {
     "llama-sigma1": (None, ()), "llama-sigma5": (5.0, ()), "llama-sigma10": (10.0, ()),
     "llama-qknorm": (None, ("model.config.model_type=qwen3",)),
 }  # fmt: skip
-# What a run starts from (None: --model), and the rate, times that of the control.
+# The folder that a run starts from (None: --model), and its rate, times that of the control.
 SETTINGS = {
     "sigma1": ("llama-sigma1", 1), "sigma5": ("llama-sigma5", 1), "sigma10": ("llama-sigma10", 1),
     "lr3x": ("llama-sigma1", 3), "qknorm": ("llama-qknorm", 1), "sinks": (None, 0.1),
@@ -81,7 +82,10 @@ RUN = (
     "optim.warmup_steps=40", "trainer.val_check_interval=100", "probe.every=40", "checkpoint.keep=none",
     f"model.compile={str(torch.cuda.is_available()).lower()}",
 )  # fmt: skip
-FIXED = ("seed", "out", "resume", "attention", "model", "model.path", "model.tokenizer", "data.path", "compare")
+FIXED = (
+    "seed", "out", "resume", "attention", "model", "model.path", "model.tokenizer", "model.config.model_type",
+    "data.path", "compare",
+)  # fmt: skip
 SMOOTH = 10
 MARGIN = 0.1  # nats
 
@@ -104,7 +108,7 @@ def scale(model: nn.Module, ids: Tensor, sigma: float) -> None:
 
 
 def llama(folder: Path, cfg: DictConfig, tokenizer: str, text: Path, sigma: float | None) -> Path:
-    """A folder of a Llama of `cfg` with random weights, scaled if need be, and the tokenizer."""
+    """A folder of a model of `cfg` with random weights, scaled if need be, and the tokenizer."""
     if not folder.exists():
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
@@ -174,7 +178,11 @@ def probed(run: Run) -> dict[str, Any]:
 def row(run: Run) -> dict[str, Any]:
     steps, loss = run.columns["loss"]
     found = stability(steps, loss, run.columns["grad_norm"][1], run.config["optim"]["warmup_steps"])
-    return losses.row(run) | {"steps": run.planned, "status": run.info["status"]} | found | probed(run)
+    own = {
+        "model_type": AutoConfig.from_pretrained(run.config["model"]["path"]).model_type,
+        "steps": run.planned, "status": run.info["status"],
+    }  # fmt: skip
+    return losses.row(run) | own | found | probed(run)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -207,7 +215,10 @@ def main(arguments: list[str] | None = None) -> None:
     held, file = conditions(device), kernel_file("stress", device)
     vocabulary = f"model.config.vocab_size={len(build_tokenizer(options.tokenizer))}"
     plain = [*RECIPE, *RUN, *SHAPE, vocabulary, *options.given]
-    cfg = compose(plain)
+    rate = float(compose(plain).optim.lr)
+    drawn = {name: compose([*plain, *changes]) for name, (_, changes) in WEIGHTS.items()}
+    for cfg in drawn.values():
+        model_config(cfg.model)  # says what a model has not, before a folder is taken
     same_as_before(options.out, options, ("tokenizer", "data", "given"), held)
     if "sinks" in settings:
         same_as_before(options.out / "sinks", options, ("model",), held)
@@ -219,10 +230,9 @@ def main(arguments: list[str] | None = None) -> None:
             (weights, times), model, folder = SETTINGS[setting], options.model, options.out / setting
             folder.mkdir(exist_ok=True)
             if weights:
-                sigma, changes = WEIGHTS[weights]
-                shape = compose([*plain, *changes])
-                model = llama(options.out / weights, shape, options.tokenizer, options.data, sigma)
-            own = ["model=pretrained", f"model.path={quoted(str(model))}", f"optim.lr={times * cfg.optim.lr:g}"]
+                sigma, _ = WEIGHTS[weights]
+                model = llama(options.out / weights, drawn[weights], options.tokenizer, options.data, sigma)
+            own = ["model=pretrained", f"model.path={quoted(str(model))}", f"optim.lr={times * rate:g}"]
             start = partial(threads.submit, train, free)
             promises = [
                 start(folder / f"{arm}-seed{seed}", f"attention={arm}", f"seed={seed}", *words, *own)

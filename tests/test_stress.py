@@ -166,6 +166,7 @@ def test_an_error_begins_nothing_more() -> None:
     [
         (["seed=7"], "seed=7: this is for the benchmark to set"),
         (["attention.name=x", "optim.lr=1"], "attention.name=x: this"),
+        (["model.config.model_type=qwen3"], "model_type=qwen3: this is for the benchmark to set"),
         (["--seeds", "0"], "0 is less than 1"),
         (["--data", "nothing.jsonl"], "nothing.jsonl does not exist"),
     ],
@@ -186,9 +187,9 @@ def test_hard_settings_give_rows_and_curves(
     words = ["--out", str(tmp_path / "out"), "--settings", "sigma5", "sinks", *here]
     stress.main(words)
     rows = rows_of(tmp_path)
-    assert [(row["setting"], row["arm"], row["lr"]) for row in rows] == [
-        ("sigma5", "bf16", "0.002"), ("sigma5", "sage_int8", "0.002"),
-        ("sinks", "bf16", "0.0002"), ("sinks", "sage_int8", "0.0002"),
+    assert [(row["setting"], row["model"], row["arm"], row["lr"]) for row in rows] == [
+        ("sigma5", "llama-sigma5", "bf16", "0.002"), ("sigma5", "llama-sigma5", "sage_int8", "0.002"),
+        ("sinks", "model", "bf16", "0.0002"), ("sinks", "model", "sage_int8", "0.0002"),
     ]  # fmt: skip
     assert all(row["steps"] == "6" and row["status"] == "finished" and row["val_loss"] for row in rows)
     assert not rows[0]["sigma_q_first"] and not rows[0]["dq_error"]
@@ -215,21 +216,39 @@ def test_hard_settings_give_rows_and_curves(
 
 def test_qk_norm_is_the_control_with_norms(here: list[str], tmp_path: Path) -> None:
     stress.main(["--out", str(tmp_path / "out"), "--settings", "sigma1", "qknorm", *here])
-    assert [(row["setting"], row["model"], row["lr"]) for row in rows_of(tmp_path)] == [
-        (name, f"llama-{name}", "0.002") for name in ("sigma1", "qknorm") for _ in stress.ARMS
+    assert [(row["setting"], row["model"], row["model_type"], row["lr"]) for row in rows_of(tmp_path)] == [
+        (name, f"llama-{name}", kind, "0.002")
+        for name, kind in (("sigma1", "llama"), ("qknorm", "qwen3"))
+        for _ in stress.ARMS
     ]
-    plain, normed = (load_file(tmp_path / "out" / f"llama-{x}" / "model.safetensors") for x in ("sigma1", "qknorm"))
+    folders = [tmp_path / "out" / f"llama-{name}" for name in ("sigma1", "qknorm")]
+    plain, normed = (load_file(folder / "model.safetensors") for folder in folders)
     norms = {f"model.layers.{i}.self_attn.{x}_norm.weight" for i in (0, 1) for x in "qk"}
     assert set(normed) - set(plain) == norms
     assert all(torch.equal(weight, normed[name]) for name, weight in plain.items())
+    plain, normed = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    same = ("head_dim", "rms_norm_eps", "rope_parameters", "attention_bias", "tie_word_embeddings")
+    assert [plain[key] for key in same] == [normed[key] for key in same]
+
+
+def test_sigma_is_what_a_setting_says() -> None:
+    assert [stress.WEIGHTS[stress.SETTINGS[f"sigma{n}"][0]][0] for n in (1, 5, 10)] == [None, 5, 10]
+
+
+@pytest.mark.parametrize("word", ["model.config.qk_norm=true", "model.config.mlp_bias=true", "optim.lr=abc"])
+def test_a_word_that_no_model_has_takes_no_folder(word: str, here: list[str], tmp_path: Path) -> None:
+    """The second is one that a Llama has."""
+    with pytest.raises(ValueError, match=r"not a setting of a (llama|qwen3) model|could not convert"):
+        stress.main(["--out", str(tmp_path / "out"), "--settings", "qknorm", *here, word])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_is_not_finite_is_a_row(here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--out", str(tmp_path / "out"), "--settings", "lr3x", *here, "optim.lr=1e30"]
     stress.main(words)
     rows = rows_of(tmp_path)
-    assert [(row["arm"], row["lr"], row["status"], row["not_finite"]) for row in rows] == [
-        (arm, "3e+30", "failed", "1") for arm in ("bf16", "sage_int8")
+    assert [(row["model"], row["arm"], row["lr"], row["status"], row["not_finite"]) for row in rows] == [
+        ("llama-sigma1", arm, "3e+30", "failed", "1") for arm in ("bf16", "sage_int8")
     ]
     for row in rows:
         assert row["steps"] == "6" and 1 < int(row["fails"]) < 6 and int(row["tokens"]) == int(row["fails"]) * 128
