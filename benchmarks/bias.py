@@ -2,6 +2,7 @@
 
     python -m benchmarks.bias MODEL --text FILE [--tokens 4M] [--attention sage_int8 bf16 paper sage:p=exact]
     python -m benchmarks.bias RUN --text FILE     # a run of ours, or one of its checkpoints
+    python -m benchmarks.bias MODEL --task mmlu --text FILE     # examples of a task, as fine-tuning has them
 
 Method: at fixed weights the gradient g of the mean loss is summed over micro-batches, with exact attention and with
 each of the others; e is the difference of the two. The model is in FP32; every attention gets what it gets in training,
@@ -23,7 +24,9 @@ SDPA), or a preset of sagetrain/ops/reference.py, of which operands may be `exac
 comes from where: NAME@forward has the output of NAME and the gradients of exact attention, NAME@backward the exact
 output and the gradients of NAME; `noise=0.015` is exact attention with Gaussian noise in its output, 0.015 of the root
 mean square of a head's, and so what a model makes of any error of that size that is right on average.
-Choice: rows of T tokens, causal over all of the row, cut from the text as pre-training cuts them.
+Choice: rows of T tokens, causal over all of the row, cut from the text as pre-training cuts them. With --task rows are
+the examples of its file as fine-tuning has them, each by itself: those of a micro-batch have no padding and do not see
+each other, and every target weighs the same. One of more than T tokens loses the beginning of its prompt.
 Cost: a forward and backward in FP32 for each attention; presets hold T x T scores of all heads. Memory: a copy of the
 gradient for each attention, and two more. Rows go to benchmarks/results/bias-<kernel>.csv at the end, and where it is
 interrupted (Ctrl-C) those that there are.
@@ -51,11 +54,14 @@ from benchmarks.attend import register
 from benchmarks.common import conditions, kernel_file, write
 from benchmarks.noisy import with_noise
 from sagetrain.data.corpus import build_tokenizer
+from sagetrain.data.loader import targets
 from sagetrain.data.pretrain import build_pretrain
+from sagetrain.data.tasks import TASKS, build_task
 from sagetrain.ops import reference, schemes
 from sagetrain.training import export
 
 Attend = Callable[..., Tensor]  # (q, k, v, is_causal=, scale=) -> o; shapes as `sagetrain.attention`
+Batch = list[tuple[Tensor, Tensor]]  # of each part of a micro-batch: ids and labels [rows, tokens]
 PARTS = {"all": "", "q": ".q_proj.", "k": ".k_proj.", "v": ".v_proj."}  # and what the names of its parameters have
 EXACT = "exact"
 ROUNDINGS = ("exact", "dithered", "nearest")
@@ -157,11 +163,11 @@ def estimates(
 
 
 def measure(
-    model: nn.Module, batches: Iterable[Tensor], arms: dict[str, Attend], dtype: torch.dtype = torch.bfloat16,
+    model: nn.Module, batches: Iterable[Batch], arms: dict[str, Attend], dtype: torch.dtype = torch.bfloat16,
     layers: bool = False,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Rows {tokens, arm, part, error, bias, along, noise, each} (module docstring) after 1, 2, 4, ... of the batches
-    and the last; batches of ids `[rows, tokens]`, at least two. dtype: of what the arms get and give.
+    and the last; at least two. dtype: of what the arms get and give.
     """
     for name, attend in {EXACT: exact, **arms}.items():
         causal = partial(attend, is_causal=True)
@@ -172,10 +178,17 @@ def measure(
     like = list(parameters.values())
     sum_of_exact, errors = Sum(like), {name: Sum(like) for name in arms}
 
-    def gradient(name: str, ids: Tensor) -> list[Tensor]:
+    def gradient(name: str, batch: Batch) -> list[Tensor]:
         model.set_attn_implementation(f"bias_{name}")
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        return [g.detach() for g in torch.autograd.grad(loss, like, materialize_grads=True)]
+        count, total = sum(targets(labels) for _, labels in batch), None
+        for ids, labels in batch:
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss * (targets(labels) / count)
+            found = [g.detach() for g in torch.autograd.grad(loss, like, materialize_grads=True)]
+            if total is None:
+                total = found
+            else:
+                torch._foreach_add_(total, found)
+        return total
 
     def rows(n: int, tokens: int) -> Iterator[dict[str, Any]]:
         for part, these in chosen.items():
@@ -186,14 +199,14 @@ def measure(
                 yield {"tokens": tokens, "arm": name, "part": part} | found
 
     n = tokens = 0
-    for ids in batches:
-        truth = gradient(EXACT, ids)
+    for batch in batches:
+        truth = gradient(EXACT, batch)
         sum_of_exact.add(truth, truth)
         for name, error in errors.items():
-            found = gradient(name, ids)
+            found = gradient(name, batch)
             torch._foreach_sub_(found, truth)
             error.add(found, truth)
-        n, tokens = n + 1, tokens + ids.numel()
+        n, tokens = n + 1, tokens + sum(ids.numel() for ids, _ in batch)
         if n & (n - 1) == 0:
             yield from rows(n, tokens)
     if n & (n - 1):
@@ -207,8 +220,8 @@ def load(model: str) -> tuple[nn.Module, str]:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), model
 
 
-def batches(tokenizer: str, text: list[str], seq_len: int, size: int, tokens: int, device: str) -> Iterator[Tensor]:
-    """Ids `[size, seq_len]`, `tokens` of them in all, the same ones always."""
+def batches(tokenizer: str, text: list[str], seq_len: int, size: int, tokens: int, device: str) -> Iterator[Batch]:
+    """Micro-batches of one part, ids `[size, seq_len]`, `tokens` of them in all, the same ones always."""
     stream = build_pretrain(build_tokenizer(tokenizer), seq_len, 0, size, None, path=text)
     rows = stream.rows(0)
     count = tokens // (seq_len * size)
@@ -218,7 +231,25 @@ def batches(tokenizer: str, text: list[str], seq_len: int, size: int, tokens: in
             f"{len(rows) // size}"
         )
     for first in range(0, count * size, size):
-        yield torch.stack([torch.from_numpy(rows[i][0]).long() for i in range(first, first + size)]).to(device)
+        ids = torch.stack([torch.from_numpy(rows[i][0]).long() for i in range(first, first + size)]).to(device)
+        yield [(ids, ids)]
+
+
+def examples(
+    kind: str, tokenizer: str, text: list[str], seq_len: int, size: int, tokens: int, device: str
+) -> Iterator[Batch]:
+    """Micro-batches of `size` parts, an example of task `kind` each, until there are `tokens`; the same ones always."""
+    options = {"path": text, "val_fraction": 0.0, "too_long": "truncate"}
+    stream = build_task(kind, build_tokenizer(tokenizer), seq_len, 0, 1, **options)
+    batch, taken, made = [], 0, 0
+    for row, _ in stream.batches(stream.start, 0, 1):
+        batch.append((row["input_ids"].to(device), row["labels"].to(device)))
+        if len(batch) == size:
+            yield batch
+            taken, made, batch = taken + sum(ids.numel() for ids, _ in batch), made + 1, []
+            if taken >= tokens and made > 1:
+                return
+    raise ValueError(f"{tokens} tokens in micro-batches of {size} examples: the text has {taken} of them")
 
 
 def amount(text: str) -> int:
@@ -230,11 +261,12 @@ def amount(text: str) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a run, one of its checkpoints, a folder or hub id of transformers")
-    parser.add_argument("--text", nargs="+", required=True, help="files, as data.path of pre-training")
+    parser.add_argument("--text", nargs="+", required=True, help="files, as data.path of pre-training, or of --task")
+    parser.add_argument("--task", choices=TASKS, help="of fine-tuning, whose examples the files have")
     parser.add_argument("--attention", nargs="+", default=[schemes.DEFAULT, "bf16", "paper"])
     parser.add_argument("--tokens", type=amount, default=2**20, help="in all, e.g. 256K or 4M")
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of a micro-batch")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows, or examples, of a micro-batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--layers", action="store_true", help="rows of each layer, too")
     parser.add_argument("--name", help="of the model, in the rows; default: the last part of its path")
@@ -242,10 +274,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     arms = {name: attention(name) for name in args.attention}
     model, tokenizer = load(args.model)
-    source = batches(tokenizer, args.text, args.seq_len, args.batch_size, args.tokens, args.device)
+    made = partial(examples, args.task) if args.task else batches
+    source = made(tokenizer, args.text, args.seq_len, args.batch_size, args.tokens, args.device)
     start = conditions(args.device) | {
         "model": args.name or Path(args.model).name, "text": " ".join(Path(file).name for file in args.text),
-        "seq_len": args.seq_len, "batch_size": args.batch_size,
+        "task": args.task or "", "seq_len": args.seq_len, "batch_size": args.batch_size,
     }  # fmt: skip
     torch.manual_seed(0)  # of `noise`
     saved = []

@@ -114,7 +114,7 @@ def llama(folder: Path, cfg: DictConfig, tokenizer: str, text: Path, sigma: floa
             torch.default_generator.manual_seed(0)
             model = AutoModelForCausalLM.from_config(model_config(cfg.model), dtype=torch.float32)
         if sigma:
-            ids = next(batches(tokenizer, [str(text)], cfg.data.seq_len, 1, 2 * cfg.data.seq_len, "cpu"))
+            [(ids, _)] = next(batches(tokenizer, [str(text)], cfg.data.seq_len, 1, 2 * cfg.data.seq_len, "cpu"))
             scale(model, ids, sigma)
         part = folder.with_name(f"{folder.name}.part")
         model.save_pretrained(part)

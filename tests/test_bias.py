@@ -5,8 +5,10 @@ nearly twenty times the kernel's, and so shows that the bar can be missed.
 """
 
 import csv
+import json
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks import bias, parity
 from sagetrain.__main__ import compose
+from sagetrain.data.corpus import build_tokenizer
 from sagetrain.ops import reference
 from sagetrain.training.train import run
 from tests.tiny import RUN
@@ -27,7 +30,7 @@ Found = dict[tuple[str, str], list[dict]]
 
 
 @pytest.fixture(scope="module")
-def learnt() -> tuple[nn.Module, list[Tensor]]:
+def learnt() -> tuple[nn.Module, list[bias.Batch]]:
     """A model after 60 steps, and batches that it has not seen."""
     model, source = parity.build(SIZE, "cpu"), parity.batches(parity.names(), SIZE, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=SIZE.lr)
@@ -36,10 +39,10 @@ def learnt() -> tuple[nn.Module, list[Tensor]]:
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    return model, [next(source) for _ in range(BATCHES)]
+    return model, [[(ids, ids)] for ids in islice(source, BATCHES)]
 
 
-def measured(learnt: tuple[nn.Module, list[Tensor]], arms: dict[str, bias.Attend], batches: int = BATCHES) -> Found:
+def measured(learnt: tuple[nn.Module, list[bias.Batch]], arms: dict[str, bias.Attend], batches: int = BATCHES) -> Found:
     found: Found = {}
     for row in bias.measure(learnt[0], learnt[1][:batches], arms):
         found.setdefault((row["arm"], row["part"]), []).append(row)
@@ -143,6 +146,47 @@ def test_an_operand_is_rounded_as_its_name_says() -> None:
 def test_other_names_are_refused_with_the_choices(name: str) -> None:
     with pytest.raises(ValueError, match=r"choose from .*paper|one of q, k"):
         bias.attention(name)
+
+
+def test_parts_of_a_micro_batch_weigh_as_their_targets_do(learnt) -> None:
+    """Examples each by themselves give what they give as padded rows of one part, which mean over all targets."""
+    (ids, _), lengths = learnt[1][0][0], (30, 50, 41, 12)
+    parts, padded, labels = [], ids[:1].repeat(4, 1)[:, :50], torch.full((4, 50), -100)
+    for i, (length, prompt) in enumerate(zip(lengths, (29, 20, 35, 2), strict=True)):
+        padded[i, :length] = ids[0, i : i + length]
+        labels[i, prompt:length] = padded[i, prompt:length]
+        parts.append((padded[i : i + 1, :length], labels[i : i + 1, :length]))
+    found, wanted = (
+        [row for row in bias.measure(learnt[0], [batch, learnt[1][1]], {"bf16": bias.sdpa})]
+        for batch in (parts, [(padded, labels)])
+    )
+    for x, y in zip(found, wanted, strict=True):
+        assert x["noise"] == pytest.approx(y["noise"], rel=1e-3) if y["noise"] else not x["noise"]
+        assert x["each"] == pytest.approx(y["each"], rel=0.1)
+
+
+def test_examples_of_a_task_are_those_of_fine_tuning(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    question = {"subject": "logic", "question": "Which?", "choices": ["this", "that", "both", "none"], "answer": 2}
+    text = tmp_path / "mmlu.jsonl"
+    text.write_text("".join(json.dumps(question | {"question": f"Which of {i}?"}) + "\n" for i in range(40)))
+    run(compose([*RUN, "trainer.max_steps=2", f"out={tmp_path / 'run'}"]))
+    tokenizer = bias.load(str(tmp_path / "run"))[1]
+    first = next(bias.examples("mmlu", tokenizer, [str(text)], 256, 3, 1000, "cpu"))
+    assert len(first) == 3
+    for ids, labels in first:
+        asked, answered = (build_tokenizer(tokenizer).decode(ids[0][here]) for here in (labels[0] < 0, labels[0] >= 0))
+        assert "about logic" in asked and asked.endswith("Answer:") and answered.lstrip().startswith("C")
+        assert torch.equal(labels[labels >= 0], ids[labels >= 0])
+    words = [str(tmp_path / "run"), "--text", str(text), "--task", "mmlu", "--seq-len", "256", "--batch-size", "4"]
+    monkeypatch.setattr(bias, "kernel_file", lambda *_: tmp_path / "bias-cpu.csv")
+    bias.main([*words, "--tokens", "1K", "--attention", "bf16"])
+    rows = list(csv.DictReader((tmp_path / "bias-cpu.csv").open()))
+    assert {row["task"] for row in rows} == {"mmlu"} and int(rows[-1]["tokens"]) >= 1024
+    read = bias.examples("mmlu", tokenizer, [str(text)], 256, 4, 2**22, "cpu")
+    assert len(list(islice(read, 10))) == 10  # all 40 of them, none held out
+    with pytest.raises(ValueError, match="tokens in micro-batches of 4 examples: the text has"):
+        next(read)
 
 
 def test_a_run_is_measured(tmp_path: Path, monkeypatch, capsys) -> None:
