@@ -238,18 +238,22 @@ def batches(tokenizer: str, text: list[str], seq_len: int, size: int, tokens: in
 def examples(
     kind: str, tokenizer: str, text: list[str], seq_len: int, size: int, tokens: int, device: str
 ) -> Iterator[Batch]:
-    """Micro-batches of `size` parts, an example of task `kind` each, until there are `tokens`; the same ones always."""
+    """Micro-batches of `size` parts, an example of task `kind` each, the fewest that have `tokens`; the same always."""
     options = {"path": text, "val_fraction": 0.0, "too_long": "truncate"}
     stream = build_task(kind, build_tokenizer(tokenizer), seq_len, 0, 1, **options)
-    batch, taken, made = [], 0, 0
+    parts, taken = [], 0
     for row, _ in stream.batches(stream.start, 0, 1):
-        batch.append((row["input_ids"].to(device), row["labels"].to(device)))
-        if len(batch) == size:
-            yield batch
-            taken, made, batch = taken + sum(ids.numel() for ids, _ in batch), made + 1, []
-            if taken >= tokens and made > 1:
-                return
-    raise ValueError(f"{tokens} tokens in micro-batches of {size} examples: the text has {taken} of them")
+        parts.append((row["input_ids"], row["labels"]))
+        taken += row["input_ids"].numel()
+        if taken >= tokens and len(parts) % size == 0 and len(parts) > size:
+            break
+    else:
+        raise ValueError(
+            f"{tokens} tokens in micro-batches of {size} examples, at least 2 of them: the text has {len(parts)} "
+            f"examples, {taken} tokens"
+        )
+    for first in range(0, len(parts), size):
+        yield [(ids.to(device), labels.to(device)) for ids, labels in parts[first : first + size]]
 
 
 def amount(text: str) -> int:

@@ -44,7 +44,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "losses": (("name", "lr", "arm", "seed"), ()),
     "stress": (("setting", "model", "text", "steps", "tokens_per_step", "lr", "settings"), ("arm", "seed")),
     "accuracy": (("case", "d", "tokens", "dtype"), ("result",)),
-    "bias": (("model", "text", "seq_len", "batch_size", "arm"), ("tokens", "part")),
+    "bias": (("model", "text", "task", "seq_len", "batch_size", "arm"), ("tokens", "part")),
     "ablation": (("case", "d", "tokens"), ("variant",)),
     "parity": (("size", "tokens", "steps", "every", "text", "batch"), ("part", "measure")),
     "mma_overlap": (("mix per group, a scheduler",), ("warps_per_scheduler",)),
@@ -349,6 +349,8 @@ def bias(file: str, **wanted: str) -> str:
     INT8 and BF16 come before other arms. What single layers have stays in the rows."""
     found: dict[str, dict[str, Row]] = {}
     rows = chosen(file, wanted)
+    if len(texts := {(row["text"], row.get("task", "")) for row in rows}) > 1:
+        raise ValueError(f"{file}.csv has rows of {len(texts)} texts: say text= or task=, one of {sorted(texts)}")
     most = max(int(row["tokens"]) for row in rows)
     for row in sorted(rows, key=lambda row: row["arm"] not in NAMES):
         if int(row["tokens"]) == most:
