@@ -26,7 +26,8 @@ output and the gradients of NAME; `noise=0.015` is exact attention with Gaussian
 mean square of a head's, and so what a model makes of any error of that size that is right on average.
 Choice: rows of T tokens, causal over all of the row, cut from the text as pre-training cuts them. With --task rows are
 the examples of its file as fine-tuning has them, each by itself: those of a micro-batch have no padding and do not see
-each other, and every target weighs the same. One of more than T tokens loses the beginning of its prompt.
+each other, and all their targets weigh the same (micro-batches do too, however many targets they have). One of more
+than T tokens loses the beginning of its prompt, or is left out where no prompt would be left.
 Cost: a forward and backward in FP32 for each attention; presets hold T x T scores of all heads. Memory: a copy of the
 gradient for each attention, and two more. Rows go to benchmarks/results/bias-<kernel>.csv at the end, and where it is
 interrupted (Ctrl-C) those that there are.
@@ -52,6 +53,7 @@ from transformers import AutoModelForCausalLM
 import sagetrain
 from benchmarks.attend import register
 from benchmarks.common import conditions, kernel_file, write
+from benchmarks.jobs import positive
 from benchmarks.noisy import with_noise
 from sagetrain.data.corpus import build_tokenizer
 from sagetrain.data.loader import targets
@@ -182,7 +184,8 @@ def measure(
         model.set_attn_implementation(f"bias_{name}")
         count, total = sum(targets(labels) for _, labels in batch), None
         for ids, labels in batch:
-            loss = model(input_ids=ids, labels=labels, use_cache=False).loss * (targets(labels) / count)
+            share = targets(labels) / count  # rather than num_items_in_batch, which not every model knows
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss * share
             found = [g.detach() for g in torch.autograd.grad(loss, like, materialize_grads=True)]
             if total is None:
                 total = found
@@ -239,8 +242,9 @@ def examples(
     kind: str, tokenizer: str, text: list[str], seq_len: int, size: int, tokens: int, device: str
 ) -> Iterator[Batch]:
     """Micro-batches of `size` parts, an example of task `kind` each, the fewest that have `tokens`; the same always."""
-    options = {"path": text, "val_fraction": 0.0, "too_long": "truncate"}
-    stream = build_task(kind, build_tokenizer(tokenizer), seq_len, 0, 1, **options)
+    stream = build_task(
+        kind, build_tokenizer(tokenizer), seq_len, 0, 1, path=text, val_fraction=0.0, too_long="truncate"
+    )
     parts, taken = [], 0
     for row, _ in stream.batches(stream.start, 0, 1):
         parts.append((row["input_ids"], row["labels"]))
@@ -268,9 +272,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", nargs="+", required=True, help="files, as data.path of pre-training, or of --task")
     parser.add_argument("--task", choices=TASKS, help="of fine-tuning, whose examples the files have")
     parser.add_argument("--attention", nargs="+", default=[schemes.DEFAULT, "bf16", "paper"])
-    parser.add_argument("--tokens", type=amount, default=2**20, help="in all, e.g. 256K or 4M")
+    parser.add_argument(
+        "--tokens", type=amount, default=2**20, help="in all, e.g. 256K or 4M; of a task or a little more"
+    )
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--batch-size", type=int, default=8, help="rows, or examples, of a micro-batch")
+    parser.add_argument("--batch-size", type=positive, default=8, help="rows, or examples, of a micro-batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--layers", action="store_true", help="rows of each layer, too")
     parser.add_argument("--name", help="of the model, in the rows; default: the last part of its path")

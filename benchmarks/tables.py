@@ -349,8 +349,9 @@ def bias(file: str, **wanted: str) -> str:
     INT8 and BF16 come before other arms. What single layers have stays in the rows."""
     found: dict[str, dict[str, Row]] = {}
     rows = chosen(file, wanted)
-    if len(texts := {(row["text"], row.get("task", "")) for row in rows}) > 1:
-        raise ValueError(f"{file}.csv has rows of {len(texts)} texts: say text= or task=, one of {sorted(texts)}")
+    case = [column for column in CASES["bias"][0] if column != "arm" and column in rows[0]]
+    if several := [column for column in case if len({row[column] for row in rows}) > 1]:
+        raise ValueError(f"{file}.csv has rows of several cases: say {'=, '.join(several)}=")
     most = max(int(row["tokens"]) for row in rows)
     for row in sorted(rows, key=lambda row: row["arm"] not in NAMES):
         if int(row["tokens"]) == most:

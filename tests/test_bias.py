@@ -165,36 +165,58 @@ def test_parts_of_a_micro_batch_weigh_as_their_targets_do(learnt) -> None:
         assert x["noise"] == pytest.approx(y["noise"], rel=1e-5) if y["noise"] else not x["noise"]  # sums in FP32
 
 
-def test_examples_of_a_task_are_those_of_fine_tuning(tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch) -> tuple[str, str]:
+    """A run, and a file of 40 questions."""
     monkeypatch.chdir(tmp_path)
     question = {"subject": "logic", "question": "Which?", "choices": ["this", "that", "both", "none"], "answer": 2}
     text = tmp_path / "mmlu.jsonl"
     text.write_text("".join(json.dumps(question | {"question": f"Which of {i}?"}) + "\n" for i in range(40)))
     run(compose([*RUN, "trainer.max_steps=2", f"out={tmp_path / 'run'}"]))
-    tokenizer = bias.load(str(tmp_path / "run"))[1]
-    first = next(bias.examples("mmlu", tokenizer, [str(text)], 256, 3, 1000, "cpu"))
-    assert len(first) == 3
-    for ids, labels in first:
-        asked, answered = (build_tokenizer(tokenizer).decode(ids[0][here]) for here in (labels[0] < 0, labels[0] >= 0))
-        assert "about logic" in asked and asked.endswith("Answer:") and answered.lstrip().startswith("C")
+    return str(tmp_path / "run"), str(text)
+
+
+def test_examples_of_a_task_are_those_of_fine_tuning(asked: tuple[str, str]) -> None:
+    model, text = asked
+    name = bias.load(model)[1]
+    tokenizer = build_tokenizer(name)
+
+    def read(seq_len: int, size: int, tokens: int) -> list[bias.Batch]:
+        return list(bias.examples("mmlu", name, [text], seq_len, size, tokens, "cpu"))
+
+    batches = read(256, 3, 1)
+    assert [len(batch) for batch in batches] == [3, 3]  # two at least
+    for ids, labels in batches[0] + batches[1]:
+        prompt, answer = (tokenizer.decode(ids[0][here]) for here in (labels[0] < 0, labels[0] >= 0))
+        assert "about logic" in prompt and prompt.endswith("Answer:") and answer.lstrip().startswith("C")
         assert torch.equal(labels[labels >= 0], ids[labels >= 0])
-    words = [str(tmp_path / "run"), "--text", str(text), "--task", "mmlu", "--seq-len", "256", "--batch-size", "4"]
+    for (long, _), (short, labels) in zip(batches[0], read(40, 3, 1)[0], strict=True):
+        cut = 40 - int(long[0, 0] == tokenizer.bos_token_id)
+        assert short.shape == (1, 40) and torch.equal(short[:, -cut:], long[:, -cut:]) and (labels >= 0).any()
+        assert torch.equal(short[:, : 40 - cut], long[:, : 40 - cut])
+    assert 2000 <= sum(ids.numel() for batch in read(256, 2, 2000) for ids, _ in batch) < 2000 + 2 * 256
+    with pytest.raises(ValueError, match="the text has 40 examples"):  # none held out; said before anything is measured
+        read(256, 4, 2**22)
+
+
+def test_rows_of_a_task_stand_apart(asked: tuple[str, str], tmp_path: Path, monkeypatch) -> None:
+    """From those of a text of the same name, in the file and in tables."""
+    model, text = asked
+    same = ["--seq-len", "256", "--batch-size", "4", "--attention", "bf16"]
     monkeypatch.setattr(bias, "kernel_file", lambda *_: tmp_path / "bias-cpu.csv")
-    bias.main([*words, "--tokens", "1K", "--attention", "bf16"])
+    bias.main([model, "--text", text, "--task", "mmlu", "--tokens", "1K", *same])
     rows = list(csv.DictReader((tmp_path / "bias-cpu.csv").open()))
     assert {row["task"] for row in rows} == {"mmlu"} and int(rows[-1]["tokens"]) >= 1024
-    plain = tmp_path / "plain" / text.name  # a text of that name takes no row of the task's place
+    plain = tmp_path / "plain" / Path(text).name
     plain.parent.mkdir()
     plain.write_text(json.dumps({"text": "All that is gold does not glitter. " * 400}))
     monkeypatch.setenv("SAGETRAIN_COMMIT", "0" * 12)  # rows of another commit would
-    bias.main([words[0], "--text", str(plain), *words[5:], "--tokens", "2K", "--attention", "bf16"])
+    bias.main([model, "--text", str(plain), "--tokens", "2K", *same])
     assert [row for row in csv.DictReader((tmp_path / "bias-cpu.csv").open()) if row["task"]] == rows
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    with pytest.raises(ValueError, match="rows of 2 texts: say text= or task="):
+    with pytest.raises(ValueError, match="rows of several cases: say task=$"):
         tables.bias("bias-cpu", model="run")
     assert "BF16" in tables.bias("bias-cpu", model="run", task="mmlu")
-    with pytest.raises(ValueError, match="the text has 40 examples"):  # none held out; said before anything is measured
-        next(bias.examples("mmlu", tokenizer, [str(text)], 256, 4, 2**22, "cpu"))
 
 
 def test_a_run_is_measured(tmp_path: Path, monkeypatch, capsys) -> None:
