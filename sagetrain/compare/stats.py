@@ -15,7 +15,7 @@ Limits: a band of two seeds is a rough estimate of chance, of one seed none at a
 Two seeds seldom tell a gap outside the band from chance: their interval is 3.6 times as wide as that of three. Whoever
 adds seeds until there is a verdict takes chance for a finding more often than the 5% say. The band widens with seeds
 (max - min), so with many a gap inside may be small but no chance: the sentence says so where the interval leaves out
-zero.
+zero. With few the interval may reach beyond the band: then it says which gap above the baseline is not ruled out.
 """
 
 from __future__ import annotations
@@ -319,7 +319,9 @@ class Comparison:
             return f"No verdict on {name}: {where} {base} ({seeds}), {band}, but {more}.{self._trend_said(arm)}{speed}"
         what = "trains as well as" if arm.inside else "ends lower than" if arm.better else "does not train as well as"
         small = "; the gap is small, but no chance" if arm.inside and sure and arm.gap else ""
-        return f"{name} {what} {base}: {where} ({seeds}), {band}{small}.{self._trend_said(arm)}{speed}"
+        room = arm.inside and arm.interval and arm.interval[1] > self.band
+        wide = f"; these seeds do not rule out a gap of {arm.interval[1]:+.4f}" if room else ""
+        return f"{name} {what} {base}: {where} ({seeds}), {band}{small}{wide}.{self._trend_said(arm)}{speed}"
 
     @staticmethod
     def _trend_said(arm: Arm) -> str:

@@ -130,7 +130,19 @@ def test_statistics_by_hand(parent: Path):
     assert (
         sentence.startswith("INT8 trains as well as BF16") and "0.0200 nats above" in sentence and "0.1000" in sentence
     )
+    assert "(2 paired seeds, 95% interval -0.1071 to +0.1471), inside the BF16 seed-to-seed" in sentence
+    assert "of 0.1000; these seeds do not rule out a gap of +0.1471." in sentence
     assert "2.00 times the speed" in sentence and comparison.mismatches == []
+
+
+def test_a_gap_that_seeds_rule_out_is_not_named(tmp_path: Path):
+    """Above by .02 give or take .01 (95%), or below by as much, with a band of .1."""
+    for seed, base in enumerate((2.0, 2.05, 2.1)):
+        write_run(tmp_path, "bf16", seed, falling(base))
+        for arm, gap in (("above", 0.02), ("below", -0.02)):
+            write_run(tmp_path, arm, seed, falling(base + gap + 0.004 * (seed - 1)))
+    for sentence in report([tmp_path], tmp_path / "out").sentences():
+        assert "trains as well as" in sentence and "rule out" not in sentence
 
 
 def test_a_baseline_that_ran_in_fp32_is_not_called_bf16(tmp_path: Path):
