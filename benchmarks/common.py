@@ -133,7 +133,7 @@ def write(rows: list[dict], path: Path) -> None:
     columns = dict.fromkeys(column for row in old + rows for column in row)
     kept = newest(old + rows, path.stem.split("-")[0])
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(columns), restval="")
+        writer = csv.DictWriter(file, fieldnames=list(columns), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
     print(f"{len(rows)} rows -> {path}, {len(old) + len(rows) - len(kept)} older ones out")

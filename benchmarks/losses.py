@@ -8,7 +8,7 @@ Rows go to results/losses-<kernel>.csv: what a run was, and its losses: train_lo
 steps (five at least), as in sagetrain.compare, val_loss the last that was measured. Curves go to
 results/NAME-<kernel>: what sagetrain.compare writes, in eight digits, metrics.csv of all steps without the columns of
 single layers, probe.csv of the steps that were probed, with them, and of comparison.json what it found, without where
-the runs lie. So name all runs of NAME, also those of the last time.
+the runs lie. So name all runs of NAME, also those of the last time: one that has its row keeps its date and commit.
 Choice: runs of hours are made one at a time, on whatever machine there is. So all a row says of the machine is what
 run.json has; the commit is that of this checkout (or SAGETRAIN_COMMIT), unless --commit says with which they were made.
 """
@@ -28,9 +28,12 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarks.common import RESULTS, conditions, write
+from benchmarks.tables import read
 from sagetrain.compare import report
 from sagetrain.compare.runs import Run, find_runs
 from sagetrain.compare.stats import LEAST_ROWS, TAIL
+
+MADE = ("date", "commit")  # of a row: when and with what
 
 
 def row(run: Run) -> dict[str, Any]:
@@ -49,6 +52,12 @@ def row(run: Run) -> dict[str, Any]:
         "grad_norm": f"{np.nanmedian(run.columns['grad_norm'][1]):.4g}",
         "tokens_per_s": f"{median(run.columns['tokens_per_s'][1]):.0f}", "peak_gib": run.info.get("peak_gib", ""),
     }  # fmt: skip
+
+
+def kept(row: dict[str, Any], before: list[dict[str, str]]) -> dict[str, Any]:
+    """The row as it stands, where all but its date and commit are as before."""
+    said = {column: "" if cell is None else str(cell) for column, cell in row.items() if column not in MADE}
+    return next((old for old in before if said.items() <= old.items()), row)
 
 
 def curves(runs: list[str], folder: Path) -> None:
@@ -102,9 +111,11 @@ def main(arguments: list[str] | None = None) -> None:
     for run in runs:
         if not run.finished:
             raise ValueError(f"{run.path} has not finished: its status is {run.info['status']}")
-    rows = [held | {"name": options.name} | row(run) for run in runs]
+    file = RESULTS / f"losses-{held['kernel'].replace('/', '-')}.csv"
+    before = read(file) if file.exists() else []
+    rows = [kept(held | {"name": options.name} | row(run), before) for run in runs]
     curves([str(run.path) for run in runs], folder)
-    write(rows, RESULTS / f"losses-{held['kernel'].replace('/', '-')}.csv")
+    write(rows, file)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.tables import PEERS, TAIL, newest, read
+from benchmarks.tables import PEERS, TAIL, TRAINED, newest, read
 
 COLOURS = {
     "sage_int8": "#e07a1f", "sage_int8_deterministic": "#f6d0ab", "sage_int8_fp32": "#f0b27a",
     "sdpa_fp32": "#8fa3b8", "sdpa_bf16": "#4a6785",
     "sdpa_flash": "#b7c4d1", "sdpa_cudnn": "#7f95ab", "fa4": "#3f5b78", "cudnn_fp8": "#76a08a",
 }  # fmt: skip
-NAMES = PEERS | {
+OF_ARMS = {"sage_int8": COLOURS["sage_int8"], "noisy": "#76a08a", "published": "#9c5a8c"}  # beside BF16
+NAMES = PEERS | TRAINED | {
     "sage_int8": "SageTrain INT8", "sage_int8_fp32": "SageTrain INT8, FP32 tensors",
     "sage_int8_deterministic": "SageTrain INT8, deterministic",
     "sdpa_flash": "FlashAttention-2", "sdpa_cudnn": "cuDNN BF16", "fa4": "FlashAttention-4",
@@ -33,7 +34,7 @@ NAMES = PEERS | {
 def arm_name(arm: str) -> str:
     """`SageTrain INT8, model.linear=float8`: the attention and the settings that an arm is named by."""
     attention, *settings = arm.split(" ")
-    return ", ".join([{"bf16": "BF16"}.get(attention) or NAMES.get(attention, attention), *settings])
+    return ", ".join([NAMES.get(attention, attention), *settings])
 
 
 def save(figure: plt.Figure, target: Path) -> Path:
@@ -110,15 +111,17 @@ def loss(folder: Path) -> Path:
     """Loss of a folder's runs (metrics.csv), a thin line per seed and the mean of an arm, over a tenth of the steps.
 
     Below, the difference of the arms with the same seed, beside what another seed does to BF16. Without BF16 the first
-    arm is what the other is held against.
+    arm is what the others are held against.
     """
     runs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read(folder / "metrics.csv"):
         runs[row["arm"]][row["seed"]].append(float(row["loss"]))
     first = "bf16" if "bf16" in runs else next(iter(runs))
-    if len(runs) != 2:
-        raise SystemExit(f"{folder} has the arms {', '.join(runs)}: two are drawn against each other")
-    (other,) = (arm for arm in runs if arm != first)
+    others = [arm for arm in runs if arm != first]
+    if not 1 <= len(others) <= len(OF_ARMS):
+        raise SystemExit(f"{folder} has the arms {', '.join(runs)}: two to {len(OF_ARMS) + 1} are drawn")
+    free = iter([colour for name, colour in OF_ARMS.items() if not any(arm.split(" ")[0] == name for arm in others)])
+    colours = {arm: OF_ARMS.get(arm.split(" ")[0]) or next(free) for arm in others}
     width = max(5, len(next(iter(runs[first].values()))) // TAIL)
     smooth = {
         arm: {s: [statistics.mean(x[max(0, i - width + 1) : i + 1]) for i in range(len(x))] for s, x in seeds.items()}
@@ -128,7 +131,8 @@ def loss(folder: Path) -> Path:
     figure, (above, below) = plt.subplots(
         2, 1, sharex=True, layout="constrained", figsize=(6.4, 4.6), gridspec_kw={"height_ratios": (2, 1)}
     )
-    for arm, colour, style in ((first, COLOURS["fa4"], "-"), (other, COLOURS["sage_int8"], "--")):
+    for arm in (first, *others):
+        colour, style = (COLOURS["fa4"], "-") if arm == first else (colours[arm], "--")
         for seed in smooth[arm].values():
             above.plot(steps, seed, color=colour, lw=0.8, alpha=0.5)
         mean = [statistics.mean(values) for values in zip(*smooth[arm].values(), strict=True)]
@@ -138,21 +142,24 @@ def loss(folder: Path) -> Path:
         below.fill_between(
             steps, [-x for x in spread], spread, color="#c9d3df", lw=0, label=f"{arm_name(first)}, seed to seed"
         )
-    named = "INT8 − BF16" if first == "bf16" else f"{other.split(' ')[-1]} − {first.split(' ')[-1]}"
-    for number, (seed, values) in enumerate(smooth[other].items()):
-        gap = [ours - theirs for ours, theirs in zip(values, base[seed], strict=True)]
-        below.plot(steps, gap, color=COLOURS["sage_int8"], lw=1.2, label=None if number else f"{named}, same seed")
-    shown = spread if len(base) > 1 else [abs(x) for x in gap]
-    settled = max(shown[len(shown) // TAIL :])
+    last = arm_name(first).split(", ")[-1]
+    shown = [spread]
+    for arm in others:
+        named = f"{TRAINED.get(arm, arm.split(' ')[-1])} − {last}, same seed" if len(others) == 1 else None
+        for number, (seed, values) in enumerate(smooth[arm].items()):
+            shown.append([ours - theirs for ours, theirs in zip(values, base[seed], strict=True)])
+            below.plot(steps, shown[-1], color=colours[arm], lw=1.2, label=None if number else named)
+    settled = max(abs(x) for values in shown for x in values[len(steps) // TAIL :])
     below.set_ylim(-1.2 * settled, 2 * settled)  # room for the legend above
     above.set_ylabel("loss, nats per token", fontsize=8.5)
-    below.set_ylabel("difference", fontsize=8.5)
+    below.set_ylabel("difference" if len(others) == 1 else f"difference to\n{last}", fontsize=8.5)
     below.set_xlabel("step", fontsize=8.5)
     for axis in (above, below):
         axis.tick_params(length=0, labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e6e6e6", lw=0.7)
-        axis.legend(frameon=False, fontsize=8.5, loc="upper right", ncols=2)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8.5, loc="upper right", ncols=2)
         axis.margins(x=0.01)
     return save(figure, folder / "loss.png")
 

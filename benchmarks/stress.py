@@ -1,7 +1,7 @@
 """Does INT8 attention fail earlier than BF16 where training is hard? Both arms by seeds, in settings that are.
 
     python -m benchmarks.stress --data FILE --tokenizer FOLDER --out FOLDER [--model FOLDER] [--seeds 3] [--jobs 1]
-                                [key=value ...] [--settings sigma10 ...]
+                                [key=value ...] [--settings sigma10 ...] [--arms bf16 sage_int8 noisy ...]
 
     sigma1    a Llama (SHAPE; 40M parameters with a vocabulary of 32,000) as initialised: the control. The standard
               deviation of q and of k is .45
@@ -10,8 +10,13 @@
     lr3x      the control at three times the rate
     qknorm    the control with QK-norm, an RMS norm of each head's q and k before RoPE (a Qwen3 of that shape).
               So the standard deviation is 1 to begin with
+    tokens1m  the control at 1,048,576 tokens a step and half the rate, 100 steps, documents that see each other: where
+              bias, which more tokens do not average out, would weigh most. Not among the settings that run by default
     sinks     the weights of --model trained on, at a tenth of the rate: SmolLM2-135M-Instruct, which has attention
               sinks with a weight of .999. Skipped, with a line that says so, without --model
+
+The arms are BF16 and INT8, and if asked for, those of benchmarks/published.py: `noisy`, BF16 with noise in the output,
+the control of what INT8 does to one run, for runs of one seed part by any change of last digits; and `published`.
 
 Method: every run is a command of its own, `python -m sagetrain recipe=parity_120m` with RUN, and `key=value` for all of
 them (before --settings); `model.config.*` is for random weights alone. --jobs run at a time on each GPU. The same
@@ -61,16 +66,26 @@ from sagetrain.data.corpus import build_tokenizer
 from sagetrain.training.folder import quoted
 from sagetrain.training.module import model_config
 
-ARMS = ("bf16", "sage_int8")
+# Of each arm the module that trains with it, and its words; those by default are the first two.
+ARMS = {
+    "bf16": ("sagetrain", "attention=bf16"), "sage_int8": ("sagetrain", "attention=sage_int8"),
+    "noisy": ("benchmarks.published", "attention.name=noisy", "attention.implementation=noisy"),
+    "published": ("benchmarks.published", "attention.name=published", "attention.implementation=published"),
+}  # fmt: skip
 # Folders of random weights: the standard deviation of q and k (None: as initialised), and what changes SHAPE.
 WEIGHTS = {
     "llama-sigma1": (None, ()), "llama-sigma5": (5.0, ()), "llama-sigma10": (10.0, ()),
     "llama-qknorm": (None, ("model.config.model_type=qwen3",)),
 }  # fmt: skip
-# The folder that a run starts from (None: --model), and its rate, times that of the control.
+# The folder that a run starts from (None: --model), its rate, times that of the control, and what else it changes.
+TOKENS1M = (
+    "data.document_boundaries=false", "data.batch_size=32", "trainer.accumulate_grad_batches=16",
+    "trainer.max_steps=100", "optim.warmup_steps=30", "trainer.val_check_interval=400", "probe.every=20",
+)  # fmt: skip
 SETTINGS = {
-    "sigma1": ("llama-sigma1", 1), "sigma5": ("llama-sigma5", 1), "sigma10": ("llama-sigma10", 1),
-    "lr3x": ("llama-sigma1", 3), "qknorm": ("llama-qknorm", 1), "sinks": (None, 0.1),
+    "sigma1": ("llama-sigma1", 1, ()), "sigma5": ("llama-sigma5", 1, ()), "sigma10": ("llama-sigma10", 1, ()),
+    "lr3x": ("llama-sigma1", 3, ()), "qknorm": ("llama-qknorm", 1, ()), "sinks": (None, 0.1, ()),
+    "tokens1m": ("llama-sigma1", 0.5, TOKENS1M),
 }  # fmt: skip
 RECIPE = ("recipe=parity_120m", "compare.arms=null")
 SHAPE = (
@@ -134,12 +149,12 @@ def ended(run: Path) -> bool:
     return info.get("status") == "finished" or str(info.get("error")).startswith("FloatingPointError")
 
 
-def train(free: Queue[str], run: Path, *words: str) -> None:
+def train(free: Queue[str], run: Path, module: str, *words: str) -> None:
     """Raises RuntimeError for a run that ends otherwise than `ended` says."""
     if ended(run):
         return
     try:
-        command(free, run.with_suffix(".txt"), "sagetrain", *RECIPE, *RUN, f"out={quoted(str(run))}", *words)
+        command(free, run.with_suffix(".txt"), module, *RECIPE, *RUN, f"out={quoted(str(run))}", *words)
     except RuntimeError:
         if not ended(run):
             raise
@@ -191,7 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
     parser.add_argument("--tokenizer", help="a folder or hub id; default: that of --model")
     parser.add_argument("--model", help="of `sinks`: a folder or hub id")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[x for x in SETTINGS if x != "tokens1m"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:2])
     parser.add_argument("--seeds", type=positive, default=3, help="runs of each arm")
     parser.add_argument("--jobs", type=positive, default=1, help="at a time, on each GPU")
     parser.add_argument("given", nargs="*", metavar="key=value", help="for all runs")
@@ -217,6 +233,9 @@ def main(arguments: list[str] | None = None) -> None:
     plain = [*RECIPE, *RUN, *SHAPE, vocabulary, *options.given]
     rate = float(compose(plain).optim.lr)
     drawn = {name: compose([*plain, *changes]) for name, (_, changes) in WEIGHTS.items()}
+    for setting in settings if "published" in options.arms else ():
+        if compose([*plain, *SETTINGS[setting][2], *options.given]).data.document_boundaries:
+            parser.error(f"published takes whole rows only: {setting} with data.document_boundaries=false, or tokens1m")
     for cfg in drawn.values():
         model_config(cfg.model)  # says what a model has not, before a folder is taken
     same_as_before(options.out, options, ("tokenizer", "data", "given"), held)
@@ -224,10 +243,11 @@ def main(arguments: list[str] | None = None) -> None:
         same_as_before(options.out / "sinks", options, ("model",), held)
     words = [f"data.path={quoted(str(options.data))}"]
     words += [word for word in options.given if not word.startswith("model.config.")]
-    free, runs, begun = slots(options.jobs), list(product(range(options.seeds), ARMS)), []
+    arms = list(dict.fromkeys(options.arms))
+    free, runs, begun = slots(options.jobs), list(product(range(options.seeds), arms)), []
     with pool(free) as threads:
         for setting in settings:
-            (weights, times), model, folder = SETTINGS[setting], options.model, options.out / setting
+            (weights, times, changes), model, folder = SETTINGS[setting], options.model, options.out / setting
             folder.mkdir(exist_ok=True)
             if weights:
                 sigma, _ = WEIGHTS[weights]
@@ -235,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
             own = ["model=pretrained", f"model.path={quoted(str(model))}", f"optim.lr={times * rate:g}"]
             start = partial(threads.submit, train, free)
             promises = [
-                start(folder / f"{arm}-seed{seed}", f"attention={arm}", f"seed={seed}", *words, *own)
+                start(folder / f"{arm}-seed{seed}", *ARMS[arm], f"seed={seed}", *changes, *words, *own)
                 for seed, arm in runs
             ]
             begun.append((setting, Path(model).name, folder, promises))

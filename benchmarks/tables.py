@@ -55,7 +55,8 @@ PEERS = {
     "sdpa_fp32": "SDPA FP32", "sdpa_bf16": "SDPA BF16", "sage_int8_deterministic": "`deterministic`",
     "varlen": "torch varlen", "flex": "FlexAttention", "sdpa": "SDPA", "fa2": "FA2, own package", "fa3": "FA3",
 }  # fmt: skip
-NAMES = PEERS | {"bf16": "BF16", OURS: "INT8"}
+TRAINED = {"bf16": "BF16", OURS: "INT8", "noisy": "BF16 with noise", "published": "published scheme"}  # arms, in order
+NAMES = PEERS | TRAINED
 PARTS = {  # of a step, and the columns of benchmarks.pretrain that have them; the first three are attention
     "attention forward": ("ms_attention_forward",), "backward": ("ms_attention_backward",),
     "quantise": ("ms_quantise",), "linear layers": ("ms_products",), "loss": ("ms_loss",),
@@ -482,7 +483,7 @@ def losses(file: str, **wanted: str) -> str:
     for row in chosen(file, wanted):
         cases.setdefault((float(row["lr"]), row["arm"]), {})[row["seed"]] = row
     lines = []
-    for (lr, arm), runs in sorted(cases.items()):
+    for (lr, arm), runs in sorted(cases.items(), key=lambda case: (case[0][0], in_order(case[0][1]))):
         base = {} if arm == "bf16" else cases.get((lr, "bf16"), {})
         gap = above(runs, base, "val_loss")
         cells = [NAMES.get(arm, arm), f"{lr:g}", ", ".join(sorted(runs))]
@@ -505,7 +506,7 @@ def stress(file: str, **wanted: str) -> str:
     lines = []
     for setting, arms in settings.items():
         base: dict[str, Row] = {}
-        for arm, runs in sorted(arms.items()):  # bf16 is the first
+        for arm, runs in sorted(arms.items(), key=lambda arm: in_order(arm[0])):
             whole = {seed: row for seed, row in runs.items() if row["status"] == "finished"}
             cells = [setting, NAMES.get(arm, arm), str(len(runs))]
             cells += [spread(list(whole.values()), "train_loss") if whole else "", above(whole, base, "train_loss")]
@@ -517,6 +518,11 @@ def stress(file: str, **wanted: str) -> str:
             cells += [band if arm == "bf16" else "", digits(max(rises)) if rises else ""]
             lines.append([*cells, f"{len(failed)}, at step {', '.join(failed)}" if failed else "0"])
     return markdown(["", "", "seeds", "training loss", "gap", "seed to seed", "largest rise", "failed"], lines)
+
+
+def in_order(arm: str) -> tuple[int, str]:
+    """Sorts arms: BF16 first, as the baseline, then those of TRAINED, then others."""
+    return list(TRAINED).index(arm) if arm in TRAINED else len(TRAINED), arm
 
 
 def width(values: Iterable[float]) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import finetune, jobs, losses, pretrain
+from benchmarks import finetune, jobs, losses, plot, pretrain
 from sagetrain.__main__ import compose
 from sagetrain.evaluation import scores
 from sagetrain.training.train import run
@@ -241,6 +241,39 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
     assert len(train | asked) == 50 and not train & asked and 3 < len(asked) < 20
 
 
+@pytest.mark.parametrize(
+    ("arms", "named", "colours"),
+    [
+        (["bf16", "sage_int8"], ["BF16", "SageTrain INT8"], ["sage_int8"]),
+        (["published", "bf16", "noisy"], ["BF16", "published scheme", "BF16 with noise"], ["published", "noisy"]),
+        (["bf16 optim.lr=1", "bf16 optim.lr=2"], ["BF16, optim.lr=1", "BF16, optim.lr=2"], ["sage_int8"]),
+    ],
+)
+def test_curves_of_arms_beside_the_first(
+    arms: list[str], named: list[str], colours: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them by its own colour, and by its distance to BF16 (else to the first) of the same seed."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(plot, "save", lambda figure, target: drawn.append(figure))
+    rows = [f"{arm},{seed},{10 + i + seed}" for i, arm in enumerate(arms) for seed in (0, 1) for _ in range(20)]
+    (tmp_path / "metrics.csv").write_text("\n".join(["arm,seed,loss", *rows]) + "\n")
+    plot.loss(tmp_path)
+    above, below = drawn[0].axes
+    assert [text.get_text() for text in above.get_legend().get_texts()] == named
+    assert [line.get_color() for line in below.lines[::2]] == [plot.OF_ARMS[name] for name in colours]
+    base = next((i for i, arm in enumerate(arms) if arm == "bf16"), 0)
+    assert [line.get_ydata()[-1] for line in below.lines[::2]] == [i - base for i in range(len(arms)) if i != base]
+    low, high = below.get_ylim()
+    assert all(low < value < high for line in below.lines for value in line.get_ydata())
+
+
+def test_of_one_arm_or_of_five_there_is_no_picture(tmp_path: Path) -> None:
+    for arms in (["bf16"], ["bf16", *"abcd"]):
+        (tmp_path / "metrics.csv").write_text("\n".join(["arm,seed,loss", *(f"{arm},0,1" for arm in arms)]) + "\n")
+        with pytest.raises(SystemExit, match="two to 4 are drawn"):
+            plot.loss(tmp_path)
+
+
 def test_losses_of_runs_give_rows_and_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "RESULTS", tmp_path / "results")
     text = tmp_path / "text.jsonl"
@@ -257,13 +290,17 @@ def test_losses_of_runs_give_rows_and_curves(tmp_path: Path, monkeypatch: pytest
         ("tiny", "0.001", "3", "12"), ("tiny", "0.002", "3", "12"),
     ]  # fmt: skip
     assert {row["commit"] for row in rows} == {"abc"} and rows[0]["arm"] == "sage_int8" and rows[0]["device"]
+    losses.main(["tiny", str(tmp_path / "runs"), "--commit", "later"])  # their rows stand as they are
+    assert list(csv.DictReader((tmp_path / "results" / "losses-cpu-x.csv").open())) == rows
     curves = list(csv.DictReader((tmp_path / "results" / "tiny-cpu-x" / "metrics.csv").open()))
     assert len(curves) == 24 and "probe/ds_rowsum" in curves[0] and not any("_layer" in column for column in curves[0])
     probes = list(csv.DictReader((tmp_path / "results" / "tiny-cpu-x" / "probe.csv").open()))
     assert [row["step"] for row in probes] == ["4", "8", "12"] * 2 and "loss" not in probes[0]
     assert all(row["probe/ds_rowsum"] and row["probe/dq_error_layer0"] for row in probes)
-    run(compose([*RUN, *short, "probe.every=0", f"out={tmp_path / 'bare'}"]))
+    run(compose([*RUN, *short, "probe.every=0", "seed=3", "optim.lr=2e-3", f"out={tmp_path / 'bare'}"]))
     losses.main(["tiny", str(tmp_path / "bare")])
+    again = list(csv.DictReader((tmp_path / "results" / "losses-cpu-x.csv").open()))  # another run of that rate
+    assert [(row["lr"], row["commit"]) for row in again] == [("0.001", "abc"), ("0.002", "here")]
     assert not (tmp_path / "results" / "tiny-cpu-x" / "probe.csv").exists()
     found = (tmp_path / "results" / "tiny-cpu-x" / "comparison.json").read_text()
     assert json.loads(found)["common_step"] == 12 and str(tmp_path) not in found

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import sagetrain
 from benchmarks import jobs, stress
 from tests.launch import SAGETRAIN, Program
 from tests.tiny import pretrained
@@ -107,7 +108,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(stress, "kernel_file", lambda name, device: tmp_path / "results" / f"{name}-cpu-x.csv")
 
     def command(words: list[str], **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(returncode=Program(SAGETRAIN, *words[3:], folder=tmp_path).ends())
+        program = SAGETRAIN.replace("'sagetrain'", repr(words[2]))
+        return SimpleNamespace(returncode=Program(program, *words[3:], folder=tmp_path).ends())
 
     monkeypatch.setattr(jobs.subprocess, "run", command)
     text = tmp_path / "text.jsonl"
@@ -149,7 +151,7 @@ def test_what_is_no_result_ends_the_benchmark(info: str, error: type, tmp_path: 
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match="run"):
         patch.setattr(jobs.subprocess, "run", command)
-        stress.train(jobs.slots(1), tmp_path / "run")
+        stress.train(jobs.slots(1), tmp_path / "run", "sagetrain")
 
 
 def test_an_error_begins_nothing_more() -> None:
@@ -169,6 +171,11 @@ def test_an_error_begins_nothing_more() -> None:
         (["model.config.model_type=qwen3"], "model_type=qwen3: this is for the benchmark to set"),
         (["--seeds", "0"], "0 is less than 1"),
         (["--data", "nothing.jsonl"], "nothing.jsonl does not exist"),
+        (
+            ["--settings", "sigma1", "--arms", "published"],
+            "whole rows only: sigma1 with data.document_boundaries=false",
+        ),
+        (["--settings", "tokens1m", "--arms", "published", "--seeds", "0"], "0 is less than 1"),
     ],
 )
 def test_what_cannot_be_asked(words: list[str], said: str, here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +226,7 @@ def test_qk_norm_is_the_control_with_norms(here: list[str], tmp_path: Path) -> N
     assert [(row["setting"], row["model"], row["model_type"], row["lr"]) for row in rows_of(tmp_path)] == [
         (name, f"llama-{name}", kind, "0.002")
         for name, kind in (("sigma1", "llama"), ("qknorm", "qwen3"))
-        for _ in stress.ARMS
+        for _ in ("bf16", "sage_int8")
     ]
     folders = [tmp_path / "out" / f"llama-{name}" for name in ("sigma1", "qknorm")]
     plain, normed = (load_file(folder / "model.safetensors") for folder in folders)
@@ -229,6 +236,25 @@ def test_qk_norm_is_the_control_with_norms(here: list[str], tmp_path: Path) -> N
     plain, normed = (json.loads((folder / "config.json").read_text()) for folder in folders)
     same = ("head_dim", "rms_norm_eps", "rope_parameters", "attention_bias", "tie_word_embeddings")
     assert [plain[key] for key in same] == [normed[key] for key in same]
+
+
+def test_many_tokens_a_step_by_all_arms(here: list[str], tmp_path: Path) -> None:
+    """What is given stands above what the setting changes; the rest of that holds."""
+    words = ["--out", str(tmp_path / "out"), "--settings", "tokens1m", *here, "trainer.accumulate_grad_batches=3"]
+    stress.main([*words, "--arms", *stress.ARMS])
+    rows = rows_of(tmp_path)
+    assert {(row["setting"], row["model"], row["lr"], row["steps"]) for row in rows} == {
+        ("tokens1m", "llama-sigma1", "0.001", "6")
+    }
+    assert [(row["arm"], row["attention"]) for row in rows] == [
+        ("bf16", "SDPA flash"), ("sage_int8", f"sage_int8 ({sagetrain.kernel_name('cpu')})"),
+        ("noisy", "SDPA flash, noise of 0.016"), ("published", "published (reference)"),
+    ]  # fmt: skip
+    assert all(row["status"] == "finished" and row["tokens_per_step"] == "384" for row in rows)
+    losses = [float(row["train_loss"]) for row in rows]
+    assert max(losses) - min(losses) < 0.02
+    for run in (tmp_path / "out" / "tokens1m").glob("*-seed0"):
+        assert "document_boundaries: false" in (run / "config.yaml").read_text()
 
 
 def test_sigma_is_what_a_setting_says() -> None:

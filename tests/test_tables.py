@@ -322,12 +322,15 @@ def test_runs_by_learning_rate_and_their_gap(tmp_path: Path, monkeypatch: pytest
     head = "device,commit,name,lr,arm,seed,train_loss,val_loss,grad_norm\n"
     rows = ["H200,a,p,0.002,bf16,1,3.1,3.20,0.1\n", "H200,b,p,0.002,bf16,2,3.3,3.40,0.3\n"]
     rows += ["H200,c,p,0.002,sage_int8,2,3.3,3.41,0.2\n", "H200,a,p,1e-3,bf16,1,3.5,3.60,0.25\n"]
+    rows += ["H200,c,p,0.002,another,2,3.3,3.5,0.2\n", "H200,c,p,0.002,noisy,2,3.3,3.39,0.2\n"]
     (tmp_path / "losses-x.csv").write_text(head + "".join(rows))
     said = tables.made("losses", "losses-x name=p").strip().splitlines()[2:]
     assert said == [
         "| BF16 | 0.001 | 1 | 3.5000 | 3.6000 |  | 0.250 |",
         "| BF16 | 0.002 | 1, 2 | 3.2000 ± 0.1414 | 3.3000 ± 0.1414 |  | 0.200 |",
         "| INT8 | 0.002 | 2 | 3.3000 | 3.4100 | +0.0100 | 0.200 |",
+        "| BF16 with noise | 0.002 | 2 | 3.3000 | 3.3900 | -0.0100 | 0.200 |",
+        "| another | 0.002 | 2 | 3.3000 | 3.5000 | +0.1000 | 0.200 |",
     ]
 
 
@@ -365,6 +368,7 @@ def test_hard_settings_by_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "H200,a,lr3x,400,16384,sage_int8,0,finished,3.5,0.1,\n",
         "H200,a,lr3x,400,16384,bf16,0,failed,9.5,0.3,77\n",
         "H200,a,sigma5,400,16384,sage_int8,0,finished,3.6,0.1,\n",
+        "H200,a,lr3x,400,16384,a_scheme,0,finished,3.4,0.1,\n",
     ]
     (tmp_path / "stress-x.csv").write_text(head + "".join(rows))
     assert tables.made("stress", "stress-x device=H200").strip().splitlines()[2:] == [
@@ -372,6 +376,7 @@ def test_hard_settings_by_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "| sigma10 | INT8 | 3 | 3.1300 ± 0.1697 | +0.0300 ± 0.0283 |  | 4.50 | 2, at step 30, 120 |",
         "| lr3x | BF16 | 1 |  |  |  | 0.300 | 1, at step 77 |",
         "| lr3x | INT8 | 1 | 3.5000 |  |  | 0.100 | 0 |",
+        "| lr3x | a_scheme | 1 | 3.4000 |  |  | 0.100 | 0 |",
         "| sigma5 | INT8 | 1 | 3.6000 |  |  | 0.100 | 0 |",  # and no gap to the BF16 of another setting
     ]
     (tmp_path / "stress-x.csv").write_text(head + "".join(rows) + rows[0].replace("400", "800", 1))
