@@ -3,8 +3,10 @@
 Method: the final loss of a run is its mean over the last 10% of the steps (at least 5 rows), of an arm the mean over
 its seeds. Runs with the same seed see the same weights and batches, so the gap is the mean over paired seeds of arm -
 baseline: what the seed does to both cancels. The yardstick is the baseline's seed-to-seed band, max - min over its
-seeds of the final loss: an arm whose gap is inside trains as well. A gap outside is a finding only where its 95%
-interval (Student's t over the paired seeds) leaves out zero; else it may be chance, and there is no verdict.
+seeds of the final loss: an arm whose gap is inside trains as well, if the 95% interval of the gap (Student's t over the
+paired seeds) does not reach above the band; else the sentence says that it is inside, and which gap the seeds do not
+rule out. A gap outside is a finding only where the interval leaves out zero; else it may be chance, and there is no
+verdict.
 Choice: band and interval, as training can be chaotic: then a change of rounding moves a run as far as another seed
 does, and by the band alone four of ten equal arms of two seeds fail. A trailing mean of the same width draws the
 difference curve, so that its right end is the number in the table. A gap that is small but grows is no parity: the
@@ -15,7 +17,7 @@ Limits: a band of two seeds is a rough estimate of chance, of one seed none at a
 Two seeds seldom tell a gap outside the band from chance: their interval is 3.6 times as wide as that of three. Whoever
 adds seeds until there is a verdict takes chance for a finding more often than the 5% say. The band widens with seeds
 (max - min), so with many a gap inside may be small but no chance: the sentence says so where the interval leaves out
-zero. With few the interval may reach beyond the band: then it says which gap above the baseline is not ruled out.
+zero.
 """
 
 from __future__ import annotations
@@ -317,11 +319,14 @@ class Comparison:
             seeds_more = 2 * max(len(one.runs) for one in (arm, self.arms[0]))
             more = f"these seeds cannot tell it from chance: {why}; run more (compare.seeds={seeds_more})"
             return f"No verdict on {name}: {where} {base} ({seeds}), {band}, but {more}.{self._trend_said(arm)}{speed}"
-        what = "trains as well as" if arm.inside else "ends lower than" if arm.better else "does not train as well as"
         small = "; the gap is small, but no chance" if arm.inside and sure and arm.gap else ""
-        room = arm.inside and arm.interval and arm.interval[1] > self.band
-        wide = f"; these seeds do not rule out a gap of {arm.interval[1]:+.4f}" if room else ""
-        return f"{name} {what} {base}: {where} ({seeds}), {band}{small}{wide}.{self._trend_said(arm)}{speed}"
+        if arm.inside and (not arm.interval or arm.interval[1] > self.band):
+            left = "one pair rules out nothing"
+            if arm.interval:
+                left = f"these seeds do not rule out a gap of {arm.interval[1]:+.4f}"
+            return f"{name} ends {band}: {where} {base} ({seeds}){small}; {left}.{self._trend_said(arm)}{speed}"
+        what = "trains as well as" if arm.inside else "ends lower than" if arm.better else "does not train as well as"
+        return f"{name} {what} {base}: {where} ({seeds}), {band}{small}.{self._trend_said(arm)}{speed}"
 
     @staticmethod
     def _trend_said(arm: Arm) -> str:
