@@ -8,7 +8,8 @@ Rows go to results/losses-<kernel>.csv: what a run was, and its losses: train_lo
 steps (five at least), as in sagetrain.compare, val_loss the last that was measured. Curves go to
 results/NAME-<kernel>: what sagetrain.compare writes, in eight digits, metrics.csv of all steps without the columns of
 single layers, probe.csv of the steps that were probed, with them, and of comparison.json what it found, without where
-the runs lie. So name all runs of NAME, also those of the last time: one that has its row keeps its date and commit.
+the runs lie. So name all runs of NAME, also those of the last time: one that has its row keeps its date and commit,
+which is said.
 Choice: runs of hours are made one at a time, on whatever machine there is. So all a row says of the machine is what
 run.json has; the commit is that of this checkout (or SAGETRAIN_COMMIT), unless --commit says with which they were made.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from math import ceil
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
@@ -47,7 +49,7 @@ def row(run: Run) -> dict[str, Any]:
         "parameters": run.info["parameters"], "tokens_per_step": run.info["tokens_per_step"],
         "lr": OmegaConf.select(settings, "optim.lr"), "arm": run.kind, "attention": run.info["attention"],
         "seed": run.seed, "steps": run.last_step, "tokens": int(run.columns["tokens"][1][-1]),
-        "train_loss": f"{mean(losses[-max(LEAST_ROWS, len(losses) // TAIL):]):.5f}",
+        "train_loss": f"{mean(losses[-max(LEAST_ROWS, ceil(len(losses) / TAIL)):]):.5f}",
         "val_loss": f"{validated[-1]:.5f}" if len(validated) else "",
         "grad_norm": f"{np.nanmedian(run.columns['grad_norm'][1]):.4g}",
         "tokens_per_s": f"{median(run.columns['tokens_per_s'][1]):.0f}", "peak_gib": run.info.get("peak_gib", ""),
@@ -55,9 +57,9 @@ def row(run: Run) -> dict[str, Any]:
 
 
 def kept(row: dict[str, Any], before: list[dict[str, str]]) -> dict[str, Any]:
-    """The row as it stands, where all but its date and commit are as before."""
+    """The row as it stands, where all but its date and commit are as before; columns that it lacks say nothing."""
     said = {column: "" if cell is None else str(cell) for column, cell in row.items() if column not in MADE}
-    return next((old for old in before if said.items() <= old.items()), row)
+    return next((old for old in before if all(old.get(column, "") in ("", cell) for column, cell in said.items())), row)
 
 
 def curves(runs: list[str], folder: Path) -> None:
@@ -114,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
     file = RESULTS / f"losses-{held['kernel'].replace('/', '-')}.csv"
     before = read(file) if file.exists() else []
     rows = [kept(held | {"name": options.name} | row(run), before) for run in runs]
+    if standing := [each["commit"] for each in rows if each in before]:
+        print(f"{len(standing)} of {len(rows)} rows stand as they were, of commit {', '.join(dict.fromkeys(standing))}")
     curves([str(run.path) for run in runs], folder)
     write(rows, file)
 

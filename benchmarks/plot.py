@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
+from math import ceil
 from pathlib import Path
 
 import matplotlib
@@ -111,7 +112,7 @@ def loss(folder: Path) -> Path:
     """Loss of a folder's runs (metrics.csv), a thin line per seed and the mean of an arm, over a tenth of the steps.
 
     Below, the difference of the arms with the same seed, beside what another seed does to BF16. Without BF16 the first
-    arm is what the others are held against.
+    arm is what the others are held against. Raises SystemExit for arms, seeds or lengths that do not go together.
     """
     runs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read(folder / "metrics.csv"):
@@ -120,9 +121,16 @@ def loss(folder: Path) -> Path:
     others = [arm for arm in runs if arm != first]
     if not 1 <= len(others) <= len(OF_ARMS):
         raise SystemExit(f"{folder} has the arms {', '.join(runs)}: two to {len(OF_ARMS) + 1} are drawn")
-    free = iter([colour for name, colour in OF_ARMS.items() if not any(arm.split(" ")[0] == name for arm in others)])
-    colours = {arm: OF_ARMS.get(arm.split(" ")[0]) or next(free) for arm in others}
-    width = max(5, len(next(iter(runs[first].values()))) // TAIL)
+    alone = {arm: sorted(set(runs[arm]) - set(runs[first])) for arm in others}
+    if wrong := [f"{arm} seed {', '.join(seeds)}" for arm, seeds in alone.items() if seeds]:
+        raise SystemExit(f"{folder} has {'; '.join(wrong)}, and no {first} of that seed")
+    if len(lengths := {len(losses) for seeds in runs.values() for losses in seeds.values()}) > 1:
+        raise SystemExit(f"{folder} has runs of {', '.join(map(str, sorted(lengths)))} steps: one length is drawn")
+    free, colours = dict(OF_ARMS), {}
+    for arm in sorted(others, key=lambda arm: arm not in OF_ARMS):
+        attention = arm.split(" ")[0]
+        colours[arm] = free.pop(attention if attention in free else next(iter(free)))
+    width = max(5, ceil(len(next(iter(runs[first].values()))) / TAIL))
     smooth = {
         arm: {s: [statistics.mean(x[max(0, i - width + 1) : i + 1]) for i in range(len(x))] for s, x in seeds.items()}
         for arm, seeds in runs.items()
@@ -142,17 +150,20 @@ def loss(folder: Path) -> Path:
         below.fill_between(
             steps, [-x for x in spread], spread, color="#c9d3df", lw=0, label=f"{arm_name(first)}, seed to seed"
         )
-    last = arm_name(first).split(", ")[-1]
+    attentions = {arm.split(" ")[0] for arm in runs}
+    words = {arm: arm.split(" ")[0 if len(attentions) > 1 else -1] for arm in runs}
+    words = {arm: TRAINED.get(word, word) for arm, word in words.items()}
     shown = [spread]
     for arm in others:
-        named = f"{TRAINED.get(arm, arm.split(' ')[-1])} − {last}, same seed" if len(others) == 1 else None
+        named = f"{words[arm]} − {words[first]}, same seed" if len(others) == 1 else None
         for number, (seed, values) in enumerate(smooth[arm].items()):
             shown.append([ours - theirs for ours, theirs in zip(values, base[seed], strict=True)])
             below.plot(steps, shown[-1], color=colours[arm], lw=1.2, label=None if number else named)
     settled = max(abs(x) for values in shown for x in values[len(steps) // TAIL :])
-    below.set_ylim(-1.2 * settled, 2 * settled)  # room for the legend above
+    lowest = min(x for values in shown[1:] for x in values)
+    below.set_ylim(min(-1.2 * settled, 1.1 * lowest), 2 * settled)  # room for the legend above
     above.set_ylabel("loss, nats per token", fontsize=8.5)
-    below.set_ylabel("difference" if len(others) == 1 else f"difference to\n{last}", fontsize=8.5)
+    below.set_ylabel("difference" if len(others) == 1 else f"difference to\n{words[first]}", fontsize=8.5)
     below.set_xlabel("step", fontsize=8.5)
     for axis in (above, below):
         axis.tick_params(length=0, labelsize=8)

@@ -1,4 +1,4 @@
-"""Does INT8 attention fail earlier than BF16 where training is hard? Both arms by seeds, in settings that are.
+"""Does INT8 attention fail earlier than BF16 where training is hard? Arms by seeds, in settings that are.
 
     python -m benchmarks.stress --data FILE --tokenizer FOLDER --out FOLDER [--model FOLDER] [--seeds 3] [--jobs 1]
                                 [key=value ...] [--settings sigma10 ...] [--arms bf16 sage_int8 noisy ...]
@@ -16,14 +16,15 @@
               sinks with a weight of .999. Skipped, with a line that says so, without --model
 
 The arms are BF16 and INT8, and if asked for, those of benchmarks/published.py: `noisy`, BF16 with noise in the output,
-the control of what INT8 does to one run, for runs of one seed part by any change of last digits; and `published`.
+for runs of one seed part by any change of last digits, and that says how far; and `published`, the published scheme.
 
-Method: every run is a command of its own, `python -m sagetrain recipe=parity_120m` with RUN, and `key=value` for all of
-them (before --settings); `model.config.*` is for random weights alone. --jobs run at a time on each GPU. The same
-command goes on where it was stopped, and does not repeat what is done. A loss or gradient that is not finite ends a
-run: that is a result here and has its row; any other error is none and ends the benchmark when the setting's turn
-comes. Rows of a setting are written when all its runs are done, to results/stress-<kernel>.csv, and the curves to
-results/stress-SETTING-<kernel>. A row has the columns of benchmarks/losses.py, but for `steps`, which is how many were
+Method: every run is a command of its own, `python -m sagetrain` or `benchmarks.published`, recipe=parity_120m, with
+RUN, what the setting changes, and `key=value` for all of them (before --settings); `model.config.*` is for random
+weights alone. --jobs run at a time on each GPU. The same command goes on where it was stopped, and does not repeat what
+is done. A loss or gradient that is not finite ends a run: that is a result here and has its row; any other error is
+none and ends the benchmark when the setting's turn comes. Rows of a setting are written when all its runs are done, to
+results/stress-<kernel>.csv, and the curves to results/stress-SETTING-<kernel>: of the arms asked for, and of others
+that --out has of these seeds. A row has the columns of benchmarks/losses.py, but for `steps`, which is how many were
 planned (`tokens` says how many there were), and, after warm-up and of the loss as a mean over SMOOTH steps:
 
     worst     its largest rise above its lowest so far
@@ -35,8 +36,8 @@ planned (`tokens` says how many there were), and, after warm-up and of the loss 
 
 Choice: the weights of a setting are drawn once, so seeds differ in the order of the data alone. A run that learns less
 than it should but keeps below the loss of its warm-up does not fail; its training loss says so.
-Cost: 400 steps of 16,384 tokens a run, 6.6M; a folder for each of WEIGHTS. What the commands said is in FOLDER of
---out, SETTING/ARM-seedN.txt.
+Cost: 400 steps of 16,384 tokens a run, 6.6M (tokens1m: 105M); a folder for each of WEIGHTS. What the commands said is
+in FOLDER of --out, SETTING/ARM-seedN.txt.
 """
 
 from __future__ import annotations
@@ -77,11 +78,11 @@ WEIGHTS = {
     "llama-sigma1": (None, ()), "llama-sigma5": (5.0, ()), "llama-sigma10": (10.0, ()),
     "llama-qknorm": (None, ("model.config.model_type=qwen3",)),
 }  # fmt: skip
-# The folder that a run starts from (None: --model), its rate, times that of the control, and what else it changes.
 TOKENS1M = (
     "data.document_boundaries=false", "data.batch_size=32", "trainer.accumulate_grad_batches=16",
     "trainer.max_steps=100", "optim.warmup_steps=30", "trainer.val_check_interval=400", "probe.every=20",
 )  # fmt: skip
+# The folder that a run starts from (None: --model), its rate, times that of the control, and what else it changes.
 SETTINGS = {
     "sigma1": ("llama-sigma1", 1, ()), "sigma5": ("llama-sigma5", 1, ()), "sigma10": ("llama-sigma10", 1, ()),
     "lr3x": ("llama-sigma1", 3, ()), "qknorm": ("llama-qknorm", 1, ()), "sinks": (None, 0.1, ()),
@@ -207,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="a folder or hub id; default: that of --model")
     parser.add_argument("--model", help="of `sinks`: a folder or hub id")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[x for x in SETTINGS if x != "tokens1m"])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:2], help="bf16 among them")
     parser.add_argument("--seeds", type=positive, default=3, help="runs of each arm")
     parser.add_argument("--jobs", type=positive, default=1, help="at a time, on each GPU")
     parser.add_argument("given", nargs="*", metavar="key=value", help="for all runs")
@@ -217,6 +218,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("give --tokenizer, or --model, whose tokenizer is taken then")
     if own := [word for word in options.given if word.split("=")[0] in FIXED or word.startswith("attention.")]:
         parser.error(f"{', '.join(own)}: this is for the benchmark to set")
+    if "bf16" not in options.arms:
+        parser.error("--arms: bf16 has to be among them, for the others are held against it")
     for name in ("data", "out"):
         setattr(options, name, getattr(options, name).expanduser().absolute())
     if not options.data.exists():
@@ -262,7 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
         for setting, model, folder, promises in begun:
             for promise in promises:
                 promise.result()
-            found = [folder / f"{arm}-seed{seed}" for seed, arm in runs]
+            found = [folder / f"{arm}-seed{seed}" for seed, arm in product(range(options.seeds), ARMS)]
+            found = [run for run in found if ended(run)]
             name = file.stem.replace("stress", f"stress-{setting}", 1)
             losses.curves([str(run) for run in found], file.with_name(name))
             given = {"setting": setting, "model": model, "text": options.data.name, "settings": " ".join(options.given)}

@@ -242,39 +242,78 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
 
 
 @pytest.mark.parametrize(
-    ("arms", "named", "colours"),
+    ("arms", "named", "colours", "below"),
     [
-        (["bf16", "sage_int8"], ["BF16", "SageTrain INT8"], ["sage_int8"]),
-        (["published", "bf16", "noisy"], ["BF16", "published scheme", "BF16 with noise"], ["published", "noisy"]),
-        (["bf16 optim.lr=1", "bf16 optim.lr=2"], ["BF16, optim.lr=1", "BF16, optim.lr=2"], ["sage_int8"]),
+        (["bf16", "sage_int8"], ["BF16", "SageTrain INT8"], ["sage_int8"], "INT8 − BF16, same seed"),
+        (
+            ["published", "bf16", "noisy"], ["BF16", "published scheme", "BF16 with noise"], ["published", "noisy"],
+            "difference to\nBF16",
+        ),
+        (
+            [f"bf16 optim.lr={lr}" for lr in range(4)], [f"BF16, optim.lr={lr}" for lr in range(4)],
+            ["sage_int8", "noisy", "published"], "difference to\noptim.lr=0",
+        ),
+        (
+            ["bf16 x=1", "sage_int8 x=1"], ["BF16, x=1", "SageTrain INT8, x=1"], ["sage_int8"],
+            "INT8 − BF16, same seed",
+        ),
+        (
+            ["bf16", "sage_int8 x=1", "sage_int8 x=2"], ["BF16", "SageTrain INT8, x=1", "SageTrain INT8, x=2"],
+            ["sage_int8", "noisy"], "difference to\nBF16",
+        ),
     ],
-)
+)  # fmt: skip
 def test_curves_of_arms_beside_the_first(
-    arms: list[str], named: list[str], colours: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arms: list[str], named: list[str], colours: list[str], below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of them by its own colour, and by its distance to BF16 (else to the first) of the same seed."""
+    """Each of them by its own colour, and by its distance to BF16 (else to the first) of the same seed, which is 3 or 6
+    where seeds are 1 apart."""
     drawn: list[Any] = []
     monkeypatch.setattr(plot, "save", lambda figure, target: drawn.append(figure))
-    rows = [f"{arm},{seed},{10 + i + seed}" for i, arm in enumerate(arms) for seed in (0, 1) for _ in range(20)]
+    rows = [f"{arm},{s},{10 + 3 * i * (s + 1) + s}" for i, arm in enumerate(arms) for s in (0, 1) for _ in range(20)]
     (tmp_path / "metrics.csv").write_text("\n".join(["arm,seed,loss", *rows]) + "\n")
     plot.loss(tmp_path)
-    above, below = drawn[0].axes
-    assert [text.get_text() for text in above.get_legend().get_texts()] == named
-    assert [line.get_color() for line in below.lines[::2]] == [plot.OF_ARMS[name] for name in colours]
+    upper, lower = drawn[0].axes
+    assert [text.get_text() for text in upper.get_legend().get_texts()] == named
+    assert [line.get_color() for line in lower.lines] == [plot.OF_ARMS[name] for name in colours for _ in (0, 1)]
     base = next((i for i, arm in enumerate(arms) if arm == "bf16"), 0)
-    assert [line.get_ydata()[-1] for line in below.lines[::2]] == [i - base for i in range(len(arms)) if i != base]
-    low, high = below.get_ylim()
-    assert all(low < value < high for line in below.lines for value in line.get_ydata())
+    apart = [3 * (i - base) * (seed + 1) for i in range(len(arms)) if i != base for seed in (0, 1)]
+    assert [line.get_ydata()[-1] for line in lower.lines] == apart
+    low, high = lower.get_ylim()
+    assert low < min(apart) and high > max(apart)
+    said = [text.get_text() for text in lower.get_legend().get_texts()]
+    assert said[0].endswith("seed to seed") and [*said[1:], lower.get_ylabel()][0] == below
 
 
-def test_of_one_arm_or_of_five_there_is_no_picture(tmp_path: Path) -> None:
-    for arms in (["bf16"], ["bf16", *"abcd"]):
-        (tmp_path / "metrics.csv").write_text("\n".join(["arm,seed,loss", *(f"{arm},0,1" for arm in arms)]) + "\n")
-        with pytest.raises(SystemExit, match="two to 4 are drawn"):
-            plot.loss(tmp_path)
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["bf16,0"], "two to 4 are drawn"),
+        (["bf16,0", *(f"{arm},0" for arm in "abcd")], "two to 4 are drawn"),
+        (["bf16,0", "noisy,0", "noisy,1"], "noisy seed 1, and no bf16 of that seed"),
+        (["bf16,0", "noisy,0", "noisy,0"], "runs of 1, 2 steps"),
+    ],
+)
+def test_what_cannot_be_drawn(rows: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("\n".join(["arm,seed,loss", *(f"{row},1" for row in rows)]) + "\n")
+    with pytest.raises(SystemExit, match=said):
+        plot.loss(tmp_path)
 
 
-def test_losses_of_runs_give_rows_and_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_stands_for_the_same_run_alone() -> None:
+    """Columns that it lacks, or that were added since and are empty in it, say nothing."""
+    row = {"date": "now", "commit": "b", "name": "x", "arm": "bf16", "seed": 1, "model_type": None, "train_loss": "1.5"}
+    before = {"date": "then", "commit": "a", "name": "x", "arm": "bf16", "seed": "1", "model_type": ""}
+    before["train_loss"] = "1.5"
+    assert losses.kept(row | {"new": 2}, [before]) is before
+    assert losses.kept(row | {"new": 2}, [before | {"new": ""}])["commit"] == "a"
+    for other in ({"name": "y"}, {"arm": "noisy"}, {"seed": 2}, {"train_loss": "1.6"}):
+        assert losses.kept(row | other, [before])["commit"] == "b"
+
+
+def test_losses_of_runs_give_rows_and_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(losses, "RESULTS", tmp_path / "results")
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{i} and {i} is {i + i}. " * 5}) + "\n" for i in range(300)))
@@ -292,6 +331,8 @@ def test_losses_of_runs_give_rows_and_curves(tmp_path: Path, monkeypatch: pytest
     assert {row["commit"] for row in rows} == {"abc"} and rows[0]["arm"] == "sage_int8" and rows[0]["device"]
     losses.main(["tiny", str(tmp_path / "runs"), "--commit", "later"])  # their rows stand as they are
     assert list(csv.DictReader((tmp_path / "results" / "losses-cpu-x.csv").open())) == rows
+    assert "2 of 2 rows stand as they were, of commit abc" in capsys.readouterr().out
+    assert b"\r" not in (tmp_path / "results" / "losses-cpu-x.csv").read_bytes()
     curves = list(csv.DictReader((tmp_path / "results" / "tiny-cpu-x" / "metrics.csv").open()))
     assert len(curves) == 24 and "probe/ds_rowsum" in curves[0] and not any("_layer" in column for column in curves[0])
     probes = list(csv.DictReader((tmp_path / "results" / "tiny-cpu-x" / "probe.csv").open()))

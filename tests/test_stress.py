@@ -171,16 +171,16 @@ def test_an_error_begins_nothing_more() -> None:
         (["model.config.model_type=qwen3"], "model_type=qwen3: this is for the benchmark to set"),
         (["--seeds", "0"], "0 is less than 1"),
         (["--data", "nothing.jsonl"], "nothing.jsonl does not exist"),
-        (
-            ["--settings", "sigma1", "--arms", "published"],
-            "whole rows only: sigma1 with data.document_boundaries=false",
-        ),
-        (["--settings", "tokens1m", "--arms", "published", "--seeds", "0"], "0 is less than 1"),
+        (["--settings", "sigma1", "--arms", "bf16", "published"], "only: sigma1 with data.document_boundaries=false"),
+        (["--arms", "noisy"], "bf16 has to be among them"),
     ],
 )
-def test_what_cannot_be_asked(words: list[str], said: str, here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_asked(
+    words: list[str], said: str, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        stress.main(["--out", "out", *here, *words])
+        stress.main(["--out", str(tmp_path / "out"), *here, *words])
+    assert not (tmp_path / "out").exists()
     assert said in capsys.readouterr().err
 
 
@@ -255,6 +255,16 @@ def test_many_tokens_a_step_by_all_arms(here: list[str], tmp_path: Path) -> None
     assert max(losses) - min(losses) < 0.02
     for run in (tmp_path / "out" / "tokens1m").glob("*-seed0"):
         assert "document_boundaries: false" in (run / "config.yaml").read_text()
+    stress.main([*words, "--arms", "bf16"])  # the others, which are there, stay among rows and curves
+    assert rows_of(tmp_path) == rows
+    curves = csv.DictReader((tmp_path / "results" / "stress-tokens1m-cpu-x" / "metrics.csv").open())
+    assert [row["arm"] for row in curves][::6] == list(stress.ARMS)
+
+
+def test_a_setting_of_a_million_tokens_a_step() -> None:
+    cfg = stress.compose([*stress.RECIPE, *stress.RUN, *stress.SETTINGS["tokens1m"][2], "model.tokenizer=x"])
+    tokens = cfg.data.seq_len * cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
+    assert (tokens, cfg.trainer.max_steps, cfg.optim.warmup_steps) == (1_048_576, 100, 30)
 
 
 def test_sigma_is_what_a_setting_says() -> None:
