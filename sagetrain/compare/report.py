@@ -62,6 +62,7 @@ def render(comparison: Comparison) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     runs, said = comparison.runs, {tables.said(arm) for arm in comparison.others}
     unsure = not said or said - {"yes", "better"} or comparison.mismatches or comparison.cut_short
+    unsure = unsure or any(arm.inside and not comparison.as_well(arm) for arm in comparison.others)
     worse = "no" in said | {tables.said(score) for score in comparison.scores}
     tone = "bad" if worse else "open" if unsure else "good"
     found = list(figures.panels(comparison))

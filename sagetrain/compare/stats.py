@@ -4,9 +4,9 @@ Method: the final loss of a run is its mean over the last 10% of the steps (at l
 its seeds. Runs with the same seed see the same weights and batches, so the gap is the mean over paired seeds of arm -
 baseline: what the seed does to both cancels. The yardstick is the baseline's seed-to-seed band, max - min over its
 seeds of the final loss: an arm whose gap is inside trains as well, if the 95% interval of the gap (Student's t over the
-paired seeds) does not reach above the band; else the sentence says that it is inside, and which gap the seeds do not
-rule out. A gap outside is a finding only where the interval leaves out zero; else it may be chance, and there is no
-verdict.
+paired seeds) does not reach above the band; else, and with one pair, which has no interval, the sentence says that it
+is inside, and which gap the seeds do not rule out. A gap outside is a finding only where the interval leaves out zero;
+else it may be chance, and there is no verdict.
 Choice: band and interval, as training can be chaotic: then a change of rounding moves a run as far as another seed
 does, and by the band alone four of ten equal arms of two seeds fail. A trailing mean of the same width draws the
 difference curve, so that its right end is the number in the table. A gap that is small but grows is no parity: the
@@ -295,6 +295,10 @@ class Comparison:
                 if values:
                     yield Score(name, arm, values, band, gap, interval, inside)
 
+    def as_well(self, arm: Arm) -> bool:
+        """Whether it trains as well as the baseline: inside the band, with an interval that does not reach above."""
+        return bool(arm.inside and arm.interval and arm.interval[1] <= self.band)
+
     def _sentence(self, arm: Arm) -> str:
         name, base, short = self.label(arm.name), self.label(self.baseline), self.short(self.baseline)
         once = " (one run of each)" if len(arm.runs) == len(self.arms[0].runs) == 1 else ""
@@ -319,12 +323,13 @@ class Comparison:
             seeds_more = 2 * max(len(one.runs) for one in (arm, self.arms[0]))
             more = f"these seeds cannot tell it from chance: {why}; run more (compare.seeds={seeds_more})"
             return f"No verdict on {name}: {where} {base} ({seeds}), {band}, but {more}.{self._trend_said(arm)}{speed}"
-        small = "; the gap is small, but no chance" if arm.inside and sure and arm.gap else ""
-        if arm.inside and (not arm.interval or arm.interval[1] > self.band):
+        if arm.inside and not self.as_well(arm):
             left = "one pair rules out nothing"
             if arm.interval:
-                left = f"these seeds do not rule out a gap of {arm.interval[1]:+.4f}"
-            return f"{name} ends {band}: {where} {base} ({seeds}){small}; {left}.{self._trend_said(arm)}{speed}"
+                chance = "the gap is no chance, and " if sure else ""
+                left = f"{chance}these seeds do not rule out a gap of {arm.interval[1]:+.4f}"
+            return f"{name} ends {band}: {where} {base} ({seeds}); {left}.{self._trend_said(arm)}{speed}"
+        small = "; the gap is small, but no chance" if arm.inside and sure and arm.gap else ""
         what = "trains as well as" if arm.inside else "ends lower than" if arm.better else "does not train as well as"
         return f"{name} {what} {base}: {where} ({seeds}), {band}{small}.{self._trend_said(arm)}{speed}"
 

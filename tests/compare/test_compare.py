@@ -154,6 +154,18 @@ def test_one_pair_inside_the_band_rules_out_nothing(tmp_path: Path):
     assert (
         "INT8 ends inside" in sentence and "0.0900 nats above" in sentence and "one pair rules out nothing" in sentence
     )
+    assert 'verdict open"' in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+def test_a_gap_that_is_no_chance_and_may_be_outside(tmp_path: Path):
+    """Above by .09 give or take .05 (95%), with a band of .1."""
+    for seed, base in enumerate((2.0, 2.05, 2.1)):
+        write_run(tmp_path, "bf16", seed, falling(base))
+        write_run(tmp_path, "sage_int8", seed, falling(base + 0.09 + 0.02 * (seed - 1)))
+    (sentence,) = report([tmp_path], tmp_path / "out").sentences()
+    assert sentence.startswith("INT8 ends inside the BF16") and "small" not in sentence
+    assert "; the gap is no chance, and these seeds do not rule out a gap of +0.1397." in sentence
+    assert 'verdict open"' in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
 def test_a_baseline_that_ran_in_fp32_is_not_called_bf16(tmp_path: Path):
