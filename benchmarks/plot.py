@@ -109,7 +109,8 @@ def attention(path: Path, device: str | None = None) -> Path:
 
 
 def loss(folder: Path) -> Path:
-    """Loss of a folder's runs (metrics.csv), a thin line per seed and the mean of an arm, over a tenth of the steps.
+    """Loss of a folder's runs (metrics.csv), a thin line per seed and an arm's mean over the seeds that all arms have,
+    over a tenth of the steps.
 
     Below, the difference of the arms with the same seed, beside what another seed does to BF16. Without BF16 the first
     arm is what the others are held against. Raises SystemExit for arms, seeds or lengths that do not go together.
@@ -124,10 +125,12 @@ def loss(folder: Path) -> Path:
     alone = {arm: sorted(set(runs[arm]) - set(runs[first])) for arm in others}
     if wrong := [f"{arm} seed {', '.join(seeds)}" for arm, seeds in alone.items() if seeds]:
         raise SystemExit(f"{folder} has {'; '.join(wrong)}, and no {first} of that seed")
+    if not (of_all := [seed for seed in runs[first] if all(seed in runs[arm] for arm in others)]):
+        raise SystemExit(f"{folder} has no seed of all of {', '.join(runs)}")
     if len(lengths := {len(losses) for seeds in runs.values() for losses in seeds.values()}) > 1:
         raise SystemExit(f"{folder} has runs of {', '.join(map(str, sorted(lengths)))} steps: one length is drawn")
     free, colours = dict(OF_ARMS), {}
-    for arm in sorted(others, key=lambda arm: arm not in OF_ARMS):
+    for arm in sorted(others, key=lambda arm: arm.split(" ")[0] not in OF_ARMS):
         attention = arm.split(" ")[0]
         colours[arm] = free.pop(attention if attention in free else next(iter(free)))
     width = max(5, ceil(len(next(iter(runs[first].values()))) / TAIL))
@@ -143,16 +146,17 @@ def loss(folder: Path) -> Path:
         colour, style = (COLOURS["fa4"], "-") if arm == first else (colours[arm], "--")
         for seed in smooth[arm].values():
             above.plot(steps, seed, color=colour, lw=0.8, alpha=0.5)
-        mean = [statistics.mean(values) for values in zip(*smooth[arm].values(), strict=True)]
+        mean = [statistics.mean(values) for values in zip(*(smooth[arm][seed] for seed in of_all), strict=True)]
         above.plot(steps, mean, style, color=colour, lw=2, label=arm_name(arm))
     spread = [max(values) - min(values) for values in zip(*base.values(), strict=True)]
     if len(base) > 1:
         below.fill_between(
             steps, [-x for x in spread], spread, color="#c9d3df", lw=0, label=f"{arm_name(first)}, seed to seed"
         )
-    attentions = {arm.split(" ")[0] for arm in runs}
-    words = {arm: arm.split(" ")[0 if len(attentions) > 1 else -1] for arm in runs}
-    words = {arm: TRAINED.get(word, word) for arm, word in words.items()}
+    attentions = [arm.partition(" ")[0] for arm in runs]
+    words = {arm: TRAINED.get(name, name) for arm, name in zip(runs, attentions, strict=True)}
+    if len(set(attentions)) < len(runs):
+        words = {arm: arm.partition(" ")[2] or name for arm, name in words.items()}
     shown = [spread]
     for arm in others:
         named = f"{words[arm]} − {words[first]}, same seed" if len(others) == 1 else None
@@ -160,8 +164,8 @@ def loss(folder: Path) -> Path:
             shown.append([ours - theirs for ours, theirs in zip(values, base[seed], strict=True)])
             below.plot(steps, shown[-1], color=colours[arm], lw=1.2, label=None if number else named)
     settled = max(abs(x) for values in shown for x in values[len(steps) // TAIL :])
-    lowest = min(x for values in shown[1:] for x in values)
-    below.set_ylim(min(-1.2 * settled, 1.1 * lowest), 2 * settled)  # room for the legend above
+    ends = [end(x for values in shown[1:] for x in values) for end in (min, max)]
+    below.set_ylim(min(-1.2 * settled, 1.1 * ends[0]), max(2 * settled, 1.1 * ends[1]))  # room for the legend above
     above.set_ylabel("loss, nats per token", fontsize=8.5)
     below.set_ylabel("difference" if len(others) == 1 else f"difference to\n{words[first]}", fontsize=8.5)
     below.set_xlabel("step", fontsize=8.5)

@@ -23,9 +23,9 @@ RUN, what the setting changes, and `key=value` for all of them (before --setting
 weights alone. --jobs run at a time on each GPU. The same command goes on where it was stopped, and does not repeat what
 is done. A loss or gradient that is not finite ends a run: that is a result here and has its row; any other error is
 none and ends the benchmark when the setting's turn comes. Rows of a setting are written when all its runs are done, to
-results/stress-<kernel>.csv, and the curves to results/stress-SETTING-<kernel>: of the arms asked for, and of others
-that --out has of these seeds. A row has the columns of benchmarks/losses.py, but for `steps`, which is how many were
-planned (`tokens` says how many there were), and, after warm-up and of the loss as a mean over SMOOTH steps:
+results/stress-<kernel>.csv, and the curves to results/stress-SETTING-<kernel>: of the runs asked for, and of others
+that --out has. A row has the columns of benchmarks/losses.py, but for `steps`, which is how many were planned (`tokens`
+says how many there were), and, after warm-up and of the loss as a mean over SMOOTH steps:
 
     worst     its largest rise above its lowest so far
     fails     the first step from which to the last (SMOOTH at least) it is more than MARGIN above what it was at the
@@ -150,6 +150,12 @@ def ended(run: Path) -> bool:
     return info.get("status") == "finished" or str(info.get("error")).startswith("FloatingPointError")
 
 
+def there(folder: Path) -> list[Path]:
+    """The runs of a setting that a folder has, by seed and then in the order of ARMS."""
+    runs = (run.name.partition("-seed") for run in folder.glob("*-seed*") if run.is_dir())
+    return [folder / "".join(name) for name in sorted(runs, key=lambda name: (int(name[2]), list(ARMS).index(name[0])))]
+
+
 def train(free: Queue[str], run: Path, module: str, *words: str) -> None:
     """Raises RuntimeError for a run that ends otherwise than `ended` says."""
     if ended(run):
@@ -265,8 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
         for setting, model, folder, promises in begun:
             for promise in promises:
                 promise.result()
-            found = [folder / f"{arm}-seed{seed}" for seed, arm in product(range(options.seeds), ARMS)]
-            found = [run for run in found if ended(run)]
+            found = [run for run in there(folder) if ended(run)]
             name = file.stem.replace("stress", f"stress-{setting}", 1)
             losses.curves([str(run) for run in found], file.with_name(name))
             given = {"setting": setting, "model": model, "text": options.data.name, "settings": " ".join(options.given)}

@@ -261,16 +261,23 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
             ["bf16", "sage_int8 x=1", "sage_int8 x=2"], ["BF16", "SageTrain INT8, x=1", "SageTrain INT8, x=2"],
             ["sage_int8", "noisy"], "difference to\nBF16",
         ),
+        (
+            ["bf16 x=1", "bf16 x=2", "sage_int8 x=1"], ["BF16, x=1", "BF16, x=2", "SageTrain INT8, x=1"],
+            ["noisy", "sage_int8"], "difference to\nx=1",
+        ),
     ],
 )  # fmt: skip
 def test_curves_of_arms_beside_the_first(
     arms: list[str], named: list[str], colours: list[str], below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of them by its own colour, and by its distance to BF16 (else to the first) of the same seed, which is 3 or 6
-    where seeds are 1 apart."""
+    where seeds are 1 apart, and 50 more at the first step."""
     drawn: list[Any] = []
     monkeypatch.setattr(plot, "save", lambda figure, target: drawn.append(figure))
-    rows = [f"{arm},{s},{10 + 3 * i * (s + 1) + s}" for i, arm in enumerate(arms) for s in (0, 1) for _ in range(20)]
+    rows = [
+        f"{arm},{seed},{10 + 3 * i * (seed + 1) + seed + 50 * i * (step == 0)}"
+        for i, arm in enumerate(arms) for seed in (0, 1) for step in range(20)
+    ]  # fmt: skip
     (tmp_path / "metrics.csv").write_text("\n".join(["arm,seed,loss", *rows]) + "\n")
     plot.loss(tmp_path)
     upper, lower = drawn[0].axes
@@ -280,9 +287,19 @@ def test_curves_of_arms_beside_the_first(
     apart = [3 * (i - base) * (seed + 1) for i in range(len(arms)) if i != base for seed in (0, 1)]
     assert [line.get_ydata()[-1] for line in lower.lines] == apart
     low, high = lower.get_ylim()
-    assert low < min(apart) and high > max(apart)
+    assert all(low < value < high for line in lower.lines for value in line.get_ydata())
     said = [text.get_text() for text in lower.get_legend().get_texts()]
     assert said[0].endswith("seed to seed") and [*said[1:], lower.get_ylabel()][0] == below
+
+
+def test_a_mean_is_over_the_seeds_that_all_arms_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plot, "save", lambda figure, target: drawn.append(figure))
+    (tmp_path / "metrics.csv").write_text("arm,seed,loss\nbf16,0,10\nbf16,1,12\nnoisy,1,13\n")
+    plot.loss(tmp_path)
+    upper, lower = drawn[0].axes
+    assert [line.get_ydata()[-1] for line in upper.lines if line.get_linewidth() == 2] == [12, 13]
+    assert [line.get_ydata()[-1] for line in lower.lines] == [1]
 
 
 @pytest.mark.parametrize(
@@ -292,6 +309,7 @@ def test_curves_of_arms_beside_the_first(
         (["bf16,0", *(f"{arm},0" for arm in "abcd")], "two to 4 are drawn"),
         (["bf16,0", "noisy,0", "noisy,1"], "noisy seed 1, and no bf16 of that seed"),
         (["bf16,0", "noisy,0", "noisy,0"], "runs of 1, 2 steps"),
+        (["bf16,0", "bf16,1", "noisy,0", "published,1"], "no seed of all of bf16, noisy, published"),
     ],
 )
 def test_what_cannot_be_drawn(rows: list[str], said: str, tmp_path: Path) -> None:

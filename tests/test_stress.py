@@ -255,10 +255,12 @@ def test_many_tokens_a_step_by_all_arms(here: list[str], tmp_path: Path) -> None
     assert max(losses) - min(losses) < 0.02
     for run in (tmp_path / "out" / "tokens1m").glob("*-seed0"):
         assert "document_boundaries: false" in (run / "config.yaml").read_text()
-    stress.main([*words, "--arms", "bf16"])  # the others, which are there, stay among rows and curves
-    assert rows_of(tmp_path) == rows
+    stress.main([*words, "--arms", "bf16", "--seeds", "2"])
+    stress.main([*words, "--arms", "bf16"])  # what else there is stays among rows and curves
+    runs = [*((arm, "0") for arm in stress.ARMS), ("bf16", "1")]
+    assert [(row["arm"], row["seed"]) for row in rows_of(tmp_path)] == runs and rows_of(tmp_path)[:4] == rows
     curves = csv.DictReader((tmp_path / "results" / "stress-tokens1m-cpu-x" / "metrics.csv").open())
-    assert [row["arm"] for row in curves][::6] == list(stress.ARMS)
+    assert sorted((row["arm"], row["seed"]) for row in curves)[::6] == sorted(runs)
 
 
 def test_a_setting_of_a_million_tokens_a_step() -> None:
