@@ -157,14 +157,17 @@ def there(folder: Path) -> list[Path]:
 
 
 def train(free: Queue[str], run: Path, module: str, *words: str) -> None:
-    """Raises RuntimeError for a run that ends otherwise than `ended` says."""
+    """Raises RuntimeError for a run that ends otherwise than `ended` says, whatever its exit status is."""
     if ended(run):
         return
+    said = run.with_suffix(".txt")
     try:
-        command(free, run.with_suffix(".txt"), module, *RECIPE, *RUN, f"out={quoted(str(run))}", *words)
+        command(free, said, module, *RECIPE, *RUN, f"out={quoted(str(run))}", *words)
     except RuntimeError:
         if not ended(run):
             raise
+    if not ended(run):
+        raise RuntimeError(f"{run} has not finished, and was left with status 0: {said} has what it said")
 
 
 def stability(steps: np.ndarray, loss: np.ndarray, norm: np.ndarray, warmup: int) -> dict[str, Any]:

@@ -143,11 +143,12 @@ def test_weights_are_the_same_whenever_they_are_drawn(here: list[str], tmp_path:
         ('{"status": "fail', ValueError),
     ],
 )
-def test_what_is_no_result_ends_the_benchmark(info: str, error: type, tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_is_no_result_ends_the_benchmark(info: str, error: type, status: int, tmp_path: Path) -> None:
     def command(words: list[str], **_: Any) -> SimpleNamespace:
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "run.json").write_text(info)
-        return SimpleNamespace(returncode=1)
+        return SimpleNamespace(returncode=status)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match="run"):
         patch.setattr(jobs.subprocess, "run", command)
