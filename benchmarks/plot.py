@@ -34,8 +34,8 @@ NAMES = PEERS | TRAINED | {
 
 def arm_name(arm: str) -> str:
     """`SageTrain INT8, model.linear=float8`: the attention and the settings that an arm is named by."""
-    attention, *settings = arm.split(" ")
-    return ", ".join([NAMES.get(attention, attention), *settings])
+    attention, _, settings = arm.partition(" ")
+    return ", ".join([NAMES.get(attention, attention), *([settings] if settings else [])])
 
 
 def save(figure: plt.Figure, target: Path) -> Path:
@@ -108,13 +108,9 @@ def attention(path: Path, device: str | None = None) -> Path:
     return save(figure, path.with_suffix(".png"))
 
 
-def loss(folder: Path) -> Path:
-    """Loss of a folder's runs (metrics.csv), a thin line per seed and an arm's mean over the seeds that all arms have,
-    over a tenth of the steps.
-
-    Below, the difference of the arms with the same seed, beside what another seed does to BF16. Without BF16 the first
-    arm is what the others are held against. Raises SystemExit for arms, seeds or lengths that do not go together.
-    """
+def arms_of(folder: Path) -> tuple[dict[str, dict[str, list[float]]], str, list[str]]:
+    """Losses by arm and seed of a folder's metrics.csv, the arm that the others are held against, and those. Raises
+    SystemExit for arms, seeds or lengths that do not go together."""
     runs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read(folder / "metrics.csv"):
         runs[row["arm"]][row["seed"]].append(float(row["loss"]))
@@ -125,14 +121,26 @@ def loss(folder: Path) -> Path:
     alone = {arm: sorted(set(runs[arm]) - set(runs[first])) for arm in others}
     if wrong := [f"{arm} seed {', '.join(seeds)}" for arm, seeds in alone.items() if seeds]:
         raise SystemExit(f"{folder} has {'; '.join(wrong)}, and no {first} of that seed")
-    if not (of_all := [seed for seed in runs[first] if all(seed in runs[arm] for arm in others)]):
+    if not any(all(seed in runs[arm] for arm in others) for seed in runs[first]):
         raise SystemExit(f"{folder} has no seed of all of {', '.join(runs)}")
     if len(lengths := {len(losses) for seeds in runs.values() for losses in seeds.values()}) > 1:
         raise SystemExit(f"{folder} has runs of {', '.join(map(str, sorted(lengths)))} steps: one length is drawn")
+    return runs, first, others
+
+
+def loss(folder: Path) -> Path:
+    """Loss of a folder's runs (metrics.csv), a thin line per seed and an arm's mean over the seeds that all arms have,
+    over a tenth of the steps.
+
+    Below, the difference of the arms with the same seed, beside what another seed does to BF16. Without BF16 the first
+    arm is what the others are held against.
+    """
+    runs, first, others = arms_of(folder)
+    of_all = [seed for seed in runs[first] if all(seed in runs[arm] for arm in others)]
+    attentions = {arm: arm.partition(" ")[0] for arm in runs}
     free, colours = dict(OF_ARMS), {}
-    for arm in sorted(others, key=lambda arm: arm.split(" ")[0] not in OF_ARMS):
-        attention = arm.split(" ")[0]
-        colours[arm] = free.pop(attention if attention in free else next(iter(free)))
+    for arm in sorted(others, key=lambda arm: attentions[arm] not in OF_ARMS):
+        colours[arm] = free.pop(attentions[arm] if attentions[arm] in free else next(iter(free)))
     width = max(5, ceil(len(next(iter(runs[first].values()))) / TAIL))
     smooth = {
         arm: {s: [statistics.mean(x[max(0, i - width + 1) : i + 1]) for i in range(len(x))] for s, x in seeds.items()}
@@ -153,9 +161,8 @@ def loss(folder: Path) -> Path:
         below.fill_between(
             steps, [-x for x in spread], spread, color="#c9d3df", lw=0, label=f"{arm_name(first)}, seed to seed"
         )
-    attentions = [arm.partition(" ")[0] for arm in runs]
-    words = {arm: TRAINED.get(name, name) for arm, name in zip(runs, attentions, strict=True)}
-    if len(set(attentions)) < len(runs):
+    words = {arm: TRAINED.get(name, name) for arm, name in attentions.items()}
+    if len(set(attentions.values())) < len(runs):
         words = {arm: arm.partition(" ")[2] or name for arm, name in words.items()}
     shown = [spread]
     for arm in others:

@@ -254,7 +254,7 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
             ["sage_int8", "noisy", "published"], "difference to\noptim.lr=0",
         ),
         (
-            ["bf16 x=1", "sage_int8 x=1"], ["BF16, x=1", "SageTrain INT8, x=1"], ["sage_int8"],
+            ["bf16 x=1, y=2", "sage_int8 x=1"], ["BF16, x=1, y=2", "SageTrain INT8, x=1"], ["sage_int8"],
             "INT8 − BF16, same seed",
         ),
         (
@@ -275,7 +275,7 @@ def test_curves_of_arms_beside_the_first(
     drawn: list[Any] = []
     monkeypatch.setattr(plot, "save", lambda figure, target: drawn.append(figure))
     rows = [
-        f"{arm},{seed},{10 + 3 * i * (seed + 1) + seed + 50 * i * (step == 0)}"
+        f'"{arm}",{seed},{10 + 3 * i * (seed + 1) + seed + 50 * i * (step == 0)}'
         for i, arm in enumerate(arms) for seed in (0, 1) for step in range(20)
     ]  # fmt: skip
     (tmp_path / "metrics.csv").write_text("\n".join(["arm,seed,loss", *rows]) + "\n")
