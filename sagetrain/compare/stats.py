@@ -16,8 +16,9 @@ in the same way, each run by its last one.
 Limits: a band of two seeds is a rough estimate of chance, of one seed none at all; both are said beside the verdict.
 Two seeds seldom tell a gap outside the band from chance: their interval is 3.6 times as wide as that of three. Whoever
 adds seeds until there is a verdict takes chance for a finding more often than the 5% say. The band widens with seeds
-(max - min), so with many a gap inside may be small but no chance: the sentence says so where the interval leaves out
-zero.
+(max - min), so with many a gap inside may be small and still no chance: the sentence says where the interval leaves out
+zero. Arms share the baseline's runs, so one of these that ends high puts all arms lower, and with three arms one
+interval leaves out zero by chance more often than the 5%.
 """
 
 from __future__ import annotations
@@ -173,9 +174,10 @@ class Comparison:
 
     def label(self, arm: str) -> str:
         """The name with what really ran behind it, where that is on record and is no kernel of ours."""
-        infos = [run.info for run in self.runs if run.arm == arm and not run.is_ours]
-        recorded = (info.get("attention") or info.get("kernel") for info in infos)  # old records have only the latter
-        ran = ", ".join(dict.fromkeys(str(name) for name in recorded if name))
+        runs = [run for run in self.runs if run.arm == arm and not run.is_ours]
+        recorded = (run.info.get("attention") or run.info.get("kernel") for run in runs)  # old records have the latter
+        ran = [str(name).removeprefix(f"{runs[0].kind} ") for name in dict.fromkeys(recorded) if name]
+        ran = ", ".join(name.removeprefix("(").removesuffix(")") if name[0] == "(" else name for name in ran)
         return f"{self.short(arm)} ({ran})" if ran not in ("", arm) else self.short(arm)
 
     def sentences(self) -> list[str]:
@@ -326,10 +328,10 @@ class Comparison:
         if arm.inside and not self.as_well(arm):
             left = "one pair rules out nothing"
             if arm.interval:
-                chance = "the gap is no chance, and " if sure else ""
-                left = f"{chance}these seeds do not rule out a gap of {arm.interval[1]:+.4f}"
+                zero = "the interval leaves out zero, and " if sure else ""
+                left = f"{zero}these seeds do not rule out a gap of {arm.interval[1]:+.4f}"
             return f"{name} ends {band}: {where} {base} ({seeds}); {left}.{self._trend_said(arm)}{speed}"
-        small = "; the gap is small, but no chance" if arm.inside and sure and arm.gap else ""
+        small = "; the gap is small, but the interval leaves out zero" if arm.inside and sure and arm.gap else ""
         what = "trains as well as" if arm.inside else "ends lower than" if arm.better else "does not train as well as"
         return f"{name} {what} {base}: {where} ({seeds}), {band}{small}.{self._trend_said(arm)}{speed}"
 

@@ -173,6 +173,15 @@ def test_a_record_that_does_not_tell_gives_no_ratio(tmp_path: Path):
     )
 
 
+def test_a_scheme_of_ones_own_is_named_once(tmp_path: Path):
+    for seed, lr in enumerate((0.1, 0.2)):
+        config = {"optim": {"lr": lr}}
+        write_run(tmp_path, "mine", seed, falling(2.0), attention="mine (triton)", config=config)
+    comparison = Comparison(find_runs([tmp_path]))
+    labels = [comparison.label(arm.name) for arm in comparison.arms]
+    assert labels == ["mine optim.lr=0.1 (triton)", "mine optim.lr=0.2 (triton)"]
+
+
 def test_a_record_with_the_least(tmp_path: Path):
     path = write_run(tmp_path, "bf16", 0, falling(2.0)) / "run.json"
     least = {"recipe": "r", "arm": "bf16", "seed": 0, "status": "finished", "steps": 20}

@@ -157,14 +157,14 @@ def test_one_pair_inside_the_band_rules_out_nothing(tmp_path: Path):
     assert 'verdict open"' in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
-def test_a_gap_that_is_no_chance_and_may_be_outside(tmp_path: Path):
+def test_an_interval_that_leaves_out_zero_and_reaches_outside(tmp_path: Path):
     """Above by .09 give or take .05 (95%), with a band of .1."""
     for seed, base in enumerate((2.0, 2.05, 2.1)):
         write_run(tmp_path, "bf16", seed, falling(base))
         write_run(tmp_path, "sage_int8", seed, falling(base + 0.09 + 0.02 * (seed - 1)))
     (sentence,) = report([tmp_path], tmp_path / "out").sentences()
     assert sentence.startswith("INT8 ends inside the BF16") and "small" not in sentence
-    assert "; the gap is no chance, and these seeds do not rule out a gap of +0.1397." in sentence
+    assert "; the interval leaves out zero, and these seeds do not rule out a gap of +0.1397." in sentence
     assert 'verdict open"' in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
@@ -226,12 +226,13 @@ def test_outside_the_band_both_ways(tmp_path: Path):
     assert "0.4950 nats above (2 paired seeds, 95% interval +0.4315 to +0.5585), outside the BF16" in worse
 
 
-def test_inside_the_band_but_no_chance(tmp_path: Path):
+def test_inside_the_band_with_an_interval_that_leaves_out_zero(tmp_path: Path):
     for seed, base in enumerate((2.0, 2.1, 2.2)):
         write_run(tmp_path, "bf16", seed, falling(base))
         write_run(tmp_path, "sage_int8", seed, falling(base + 0.05 + 0.001 * seed))
     (sentence,) = report([tmp_path], tmp_path / "out").sentences()
-    assert "INT8 trains as well as BF16" in sentence and "0.2000; the gap is small, but no chance." in sentence
+    assert "INT8 trains as well as BF16" in sentence
+    assert "0.2000; the gap is small, but the interval leaves out zero." in sentence
 
 
 @pytest.mark.parametrize("offsets", [(0, 0, 0), (9, -1, 0)])  # the second: outside the band, or chance, so no verdict
