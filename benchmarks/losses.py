@@ -62,8 +62,9 @@ def kept(row: dict[str, Any], before: list[dict[str, str]]) -> dict[str, Any]:
     return next((old for old in before if all(old.get(column, "") in ("", cell) for column, cell in said.items())), row)
 
 
-def curves(runs: list[str], folder: Path) -> None:
-    """Writes metrics.csv of a folder, the curves of all runs, comparison.json, and probe.csv where one was probed."""
+def curves(runs: list[str], folder: Path, *notes: str) -> None:
+    """Writes metrics.csv of a folder, the curves of all runs, comparison.json, with further notes, and probe.csv where
+    one was probed."""
     with TemporaryDirectory() as compared:
         report(runs, compared)
         found = json.loads((Path(compared) / "comparison.json").read_text("utf-8"))
@@ -73,6 +74,7 @@ def curves(runs: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write(rows, [column for column in rows[0] if column not in of_layers], folder / "metrics.csv")
     found = {key: found[key] for key in ("baseline", "common_step", "band", "arms", "verdict", "notes")}
+    found["notes"] += notes
     (folder / "comparison.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     (folder / "probe.csv").unlink(missing_ok=True)
     if probed := [row for row in rows if any(row[column] for column in of_layers)]:

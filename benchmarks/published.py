@@ -10,8 +10,8 @@ with noise in its output (noisy.py). Both get their names here, then the command
 one run: the arms that a recipe compares are left out (compare.arms=null) unless named again.
 Choice: saved for the backward are Q and K as they came, which it quantises once more, and the LSE: as much memory as
 INT8 of both in two orders would be, and less code. Rows of one sequence each: packed and padded ones are refused.
-Cost: .7 to .8 of FlashAttention-2's speed on an H200 (docs/LOG.md). On a CPU the
-backward runs the reference's forward again. `command` in run.json says `python -m sagetrain`, and means this.
+Cost: forward + backward .7 to .8 of FlashAttention-2's speed on an H200 (docs/LOG.md). On a CPU the backward runs the
+reference's forward again. `command` in run.json says `python -m sagetrain`, and means this.
 """
 
 from __future__ import annotations

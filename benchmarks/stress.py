@@ -32,7 +32,7 @@ says how many there were), and, after warm-up and of the loss as a mean over SMO
               end of warm-up, or that is not finite; empty where there is none
     grad_norm_max, not_finite      the largest gradient norm; steps with a loss or a norm that is not finite
     sigma_q_first, sigma_q_last    standard deviation of q at the first and last probe, the largest of the layers; of k
-    dq_error, dk_error             error of dQ and dK, the largest of layers and probes (only INT8 is probed)
+    dq_error, dk_error             error of dQ and dK, the largest of layers and probes (BF16 is not probed)
 
 Choice: the weights of a setting are drawn once, so seeds differ in the order of the data alone. A run that learns less
 than it should but keeps below the loss of its warm-up does not fail; its training loss says so.
@@ -276,7 +276,10 @@ def main(arguments: list[str] | None = None) -> None:
                 promise.result()
             found = [run for run in there(folder) if ended(run)]
             name = file.stem.replace("stress", f"stress-{setting}", 1)
-            losses.curves([str(run) for run in found], file.with_name(name))
+            shared = (
+                ["Several runs shared a device: tokens/s and ratios of them say nothing."] if options.jobs > 1 else []
+            )
+            losses.curves([str(run) for run in found], file.with_name(name), *shared)
             given = {"setting": setting, "model": model, "text": options.data.name, "settings": " ".join(options.given)}
             write([held | given | row(Run(run)) for run in found], file)
 

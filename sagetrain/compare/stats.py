@@ -16,14 +16,15 @@ in the same way, each run by its last one.
 Limits: a band of two seeds is a rough estimate of chance, of one seed none at all; both are said beside the verdict.
 Two seeds seldom tell a gap outside the band from chance: their interval is 3.6 times as wide as that of three. Whoever
 adds seeds until there is a verdict takes chance for a finding more often than the 5% say. The band widens with seeds
-(max - min), so with many a gap inside may be small and still no chance: the sentence says where the interval leaves out
-zero. Arms share the baseline's runs, so one of these that ends high puts all arms lower, and with three arms one
-interval leaves out zero by chance more often than the 5%.
+(max - min), so with many a gap inside may be small while its interval leaves out zero: the sentence says so. Arms share
+the baseline's runs, so where one of these goes wrong all gaps move, and of three arms one has an interval without zero
+by chance more often than the 5%.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -175,10 +176,11 @@ class Comparison:
     def label(self, arm: str) -> str:
         """The name with what really ran behind it, where that is on record and is no kernel of ours."""
         runs = [run for run in self.runs if run.arm == arm and not run.is_ours]
+        kind = runs[0].kind if runs else ""
         recorded = (run.info.get("attention") or run.info.get("kernel") for run in runs)  # old records have the latter
-        ran = [str(name).removeprefix(f"{runs[0].kind} ") for name in dict.fromkeys(recorded) if name]
-        ran = ", ".join(name.removeprefix("(").removesuffix(")") if name[0] == "(" else name for name in ran)
-        return f"{self.short(arm)} ({ran})" if ran not in ("", arm) else self.short(arm)
+        names = (re.sub(rf"^{re.escape(kind)} \((.*)\)$", r"\1", str(name)) for name in recorded if name)
+        ran = ", ".join(dict.fromkeys(names))
+        return f"{self.short(arm)} ({ran})" if ran not in ("", kind) else self.short(arm)
 
     def sentences(self) -> list[str]:
         """The verdict in plain language, one sentence per arm that is held against the baseline."""
@@ -331,7 +333,7 @@ class Comparison:
                 zero = "the interval leaves out zero, and " if sure else ""
                 left = f"{zero}these seeds do not rule out a gap of {arm.interval[1]:+.4f}"
             return f"{name} ends {band}: {where} {base} ({seeds}); {left}.{self._trend_said(arm)}{speed}"
-        small = "; the gap is small, but the interval leaves out zero" if arm.inside and sure and arm.gap else ""
+        small = "; the gap is small, but its 95% interval leaves out zero" if arm.inside and sure and arm.gap else ""
         what = "trains as well as" if arm.inside else "ends lower than" if arm.better else "does not train as well as"
         return f"{name} {what} {base}: {where} ({seeds}), {band}{small}.{self._trend_said(arm)}{speed}"
 
@@ -391,6 +393,9 @@ class Comparison:
             yield from self._difference(what, {run.name: run.info.get(key) for run in self.runs})
         if self.band is not None and len(self.arms[0].runs) == 2:
             yield "The band comes from two seeds, which is a rough estimate of chance; more seeds make it firmer."
+        if len(self.others) > 1:
+            base = self.short(self.baseline)
+            yield f"All gaps are to the same runs of {base}: where one of these goes wrong, all move."
 
     def _without_scores(self) -> Iterator[str]:
         """Which runs were not yet evaluated where all are compared, of tasks that some run was evaluated on."""

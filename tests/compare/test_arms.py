@@ -182,6 +182,20 @@ def test_a_scheme_of_ones_own_is_named_once(tmp_path: Path):
     assert labels == ["mine optim.lr=0.1 (triton)", "mine optim.lr=0.2 (triton)"]
 
 
+@pytest.mark.parametrize(
+    ("attention", "kernel", "label"),
+    [
+        ("mine (triton)", "mine (reference)", "mine (triton, reference)"), ("mine (triton)", "triton", "mine (triton)"),
+        ("mine", "mine", "mine"), ("mine ", "yours (x) (y)", "mine (mine , yours (x) (y))"),
+    ],
+)  # fmt: skip
+def test_what_ran_behind_an_arm(tmp_path: Path, attention: str, kernel: str, label: str):
+    """Of two runs, the second with the record of old runs, which have `kernel` alone."""
+    write_run(tmp_path, "mine", 0, falling(2.0), attention=attention)
+    write_run(tmp_path, "mine", 1, falling(2.0), attention=None, kernel=kernel)
+    assert Comparison(find_runs([tmp_path])).label("mine") == label
+
+
 def test_a_record_with_the_least(tmp_path: Path):
     path = write_run(tmp_path, "bf16", 0, falling(2.0)) / "run.json"
     least = {"recipe": "r", "arm": "bf16", "seed": 0, "status": "finished", "steps": 20}

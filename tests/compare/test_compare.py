@@ -212,6 +212,7 @@ def test_outside_the_band_both_ways(tmp_path: Path):
     assert [arm.inside for arm in comparison.others] == [False, False]
     assert [cells[5] for cells in arm_cells(comparison)] == ["-", "better", "no"]
     assert [arm.better for arm in comparison.others] == [True, False]
+    assert "All gaps are to the same runs of BF16: where one of these goes wrong, all move." in comparison.notes
     tones = {}
     for only in ("better", "worse"):
         report([path for path in tmp_path.iterdir() if path.name.startswith(("bf16", only))], tmp_path / f"out-{only}")
@@ -232,7 +233,7 @@ def test_inside_the_band_with_an_interval_that_leaves_out_zero(tmp_path: Path):
         write_run(tmp_path, "sage_int8", seed, falling(base + 0.05 + 0.001 * seed))
     (sentence,) = report([tmp_path], tmp_path / "out").sentences()
     assert "INT8 trains as well as BF16" in sentence
-    assert "0.2000; the gap is small, but the interval leaves out zero." in sentence
+    assert "0.2000; the gap is small, but its 95% interval leaves out zero." in sentence
 
 
 @pytest.mark.parametrize("offsets", [(0, 0, 0), (9, -1, 0)])  # the second: outside the band, or chance, so no verdict
