@@ -3,8 +3,8 @@
 Method: the exact output o of each head gets independent noise of SIZE times the root mean square of that head's numbers
 in its row; the gradients are those of the exact attention. So its runs say what an INT8 attention's error would do to
 training if it were nothing but noise of that size (0.016: somewhat more than the kernels for compute capability 9.0
-have). What chance does, that is: runs of one seed part by any change, so only a mean over many seeds that differs from
-this one shows bias, or noise of the backward. The same as `noise=0.016` of benchmarks/bias.py, in training.
+have). Runs of one seed part whatever disturbs them, so what shows bias, or noise of the backward, is a mean over many
+seeds that differs from that of these. The same as `noise=0.016` of benchmarks/bias.py, in training.
 Choice: no scheme but an attention of transformers, around arms of sagetrain/integrations/bf16.py, so that packed and
 padded rows work as there: on a GPU `varlen` (SDPA for plain rows, torch's varlen_attn for packed ones), on a CPU
 `sdpa`. Noise is drawn from torch's generator at each call, in validation too; each rank that has the same seed draws

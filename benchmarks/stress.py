@@ -16,7 +16,7 @@
               sinks with a weight of .999. Skipped, with a line that says so, without --model
 
 The arms are BF16 and INT8, and if asked for, those of benchmarks/published.py: `noisy`, BF16 with noise in the output,
-for runs of one seed part by any change of last digits, and that says how far; and `published`, the published scheme.
+for runs of one seed part once disturbed, and that says how far; and `published`, the published scheme.
 
 Method: every run is a command of its own, `python -m sagetrain` or `benchmarks.published`, recipe=parity_120m, with
 RUN, what the setting changes, and `key=value` for all of them (before --settings); `model.config.*` is for random
@@ -276,10 +276,8 @@ def main(arguments: list[str] | None = None) -> None:
                 promise.result()
             found = [run for run in there(folder) if ended(run)]
             name = file.stem.replace("stress", f"stress-{setting}", 1)
-            shared = (
-                ["Several runs shared a device: tokens/s and ratios of them say nothing."] if options.jobs > 1 else []
-            )
-            losses.curves([str(run) for run in found], file.with_name(name), *shared)
+            notes = ["Runs shared a device: tokens/s and ratios of them say nothing."] if options.jobs > 1 else []
+            losses.curves([str(run) for run in found], file.with_name(name), *notes)
             given = {"setting": setting, "model": model, "text": options.data.name, "settings": " ".join(options.given)}
             write([held | given | row(Run(run)) for run in found], file)
 

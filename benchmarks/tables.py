@@ -559,6 +559,15 @@ def compared(folder: str, what: str, arm: str = OURS) -> str:
     return f"{found[what]:+.4f} (95%: {low:+.4f} to {high:+.4f})"
 
 
+def apart(file: str, arm: str, base: str, column: str = "train_loss", **wanted: str) -> str:
+    """Phrase: what a column is with one arm above what it is with another, mean and standard deviation over the seeds
+    that both have."""
+    runs = {name: {row["seed"]: row for row in chosen(file, wanted | {"arm": name})} for name in (arm, base)}
+    if found := above(runs[arm], runs[base], column):
+        return found
+    raise ValueError(f"no seed in {file}.csv has both {arm} and {base}")
+
+
 def typical(folder: str, column: str) -> str:
     """Phrase: the median of a column over all steps of the runs in a folder's metrics.csv."""
     return digits(median(float(row[column]) for row in read(RESULTS / folder / "metrics.csv") if row[column]))
@@ -568,7 +577,7 @@ KINDS: dict[str, Callable[..., str]] = {
     f.__name__: f
     for f in (
         speed, ratios, ratio, value, over, passes, step, breakdown, errors, accuracy, bias, overlap, loss,
-        finetune, losses, probe, stress, typical, compared,
+        finetune, losses, probe, stress, typical, compared, apart,
     )
 }  # fmt: skip
 

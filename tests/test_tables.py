@@ -356,6 +356,20 @@ def test_the_probe_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         tables.probe("runs")
 
 
+def test_one_arm_above_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the seeds that both have, of the newest rows."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head = "device,commit,setting,arm,seed,train_loss,val_loss\n"
+    rows = ["H200,a,s,noisy,0,3.0,3.1\n", "H200,a,s,noisy,1,3.1,3.3\n", "H200,a,s,bf16,2,3.0,3.0\n"]
+    rows += ["H200,a,s,sage_int8,1,3.4,3.2\n", "H200,a,s,sage_int8,0,3.1,3.3\n", "H200,a,s,sage_int8,5,9.0,9.0\n"]
+    (tmp_path / "stress-x.csv").write_text(head + "".join(rows))
+    said = "stress-x setting=s arm=sage_int8 base=noisy"
+    assert tables.made("apart", said) == "+0.2000 ± 0.1414"
+    assert tables.made("apart", f"{said} column=val_loss") == "+0.0500 ± 0.2121"
+    with pytest.raises(ValueError, match="no seed in stress-x.csv has both sage_int8 and bf16"):
+        tables.made("apart", "stress-x setting=s arm=sage_int8 base=bf16")
+
+
 def test_hard_settings_by_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run that has not come to its end the loss has no part in the means."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
