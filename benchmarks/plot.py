@@ -24,7 +24,9 @@ COLOURS = {
     "sdpa_fp32": "#8fa3b8", "sdpa_bf16": "#4a6785",
     "sdpa_flash": "#b7c4d1", "sdpa_cudnn": "#7f95ab", "fa4": "#3f5b78", "cudnn_fp8": "#76a08a",
 }  # fmt: skip
-OF_ARMS = {"sage_int8": COLOURS["sage_int8"], "noisy": "#76a08a", "published": "#9c5a8c"}  # beside BF16
+OF_ARMS = {  # beside BF16
+    "sage_int8": COLOURS["sage_int8"], "noisy": "#76a08a", "published": "#9c5a8c", "fa4": "#2e8a99", "flex": "#b08d3c",
+}  # fmt: skip
 NAMES = PEERS | TRAINED | {
     "sage_int8": "SageTrain INT8", "sage_int8_fp32": "SageTrain INT8, FP32 tensors",
     "sage_int8_deterministic": "SageTrain INT8, deterministic",

@@ -250,6 +250,11 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
             "difference to\nBF16",
         ),
         (
+            ["bf16", "flex", "noisy", "fa4", "sage_int8", "published"],
+            ["BF16", "FlexAttention", "BF16 with noise", "FlashAttention-4", "SageTrain INT8", "published scheme"],
+            ["flex", "noisy", "fa4", "sage_int8", "published"], "difference to\nBF16",
+        ),
+        (
             [f"bf16 optim.lr={lr}" for lr in range(4)], [f"BF16, optim.lr={lr}" for lr in range(4)],
             ["sage_int8", "noisy", "published"], "difference to\noptim.lr=0",
         ),
@@ -305,8 +310,8 @@ def test_a_mean_is_over_the_seeds_that_all_arms_have(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (["bf16,0"], "two to 4 are drawn"),
-        (["bf16,0", *(f"{arm},0" for arm in "abcd")], "two to 4 are drawn"),
+        (["bf16,0"], "two to 6 are drawn"),
+        (["bf16,0", *(f"{arm},0" for arm in "abcdef")], "two to 6 are drawn"),
         (["bf16,0", "noisy,0", "noisy,1"], "noisy seed 1, and no bf16 of that seed"),
         (["bf16,0", "noisy,0", "noisy,0"], "runs of 1, 2 steps"),
         (["bf16,0", "bf16,1", "noisy,0", "published,1"], "no seed of all of bf16, noisy, published"),
