@@ -55,6 +55,8 @@ def attention(path: Path, device: str | None = None) -> Path:
     by that word. On sm90 `deterministic` runs the same kernel, and is left out.
     """
     rows = newest(read(path), "attention")
+    if not rows or "both_ms" not in rows[0]:
+        raise SystemExit(f"{path} has no rows of benchmarks.attention: such a file, or a folder of curves, is drawn")
     device = next(row["device"] for row in reversed(rows) if (device or "") in row["device"])
     rows = [row for row in rows if row["device"] == device]
     on_gpu = rows[0]["kernel"].startswith("sm")
@@ -194,6 +196,8 @@ if __name__ == "__main__":
     parser.add_argument("--device", help="a part of its name; default: that of the last row")
     arguments = parser.parse_args()
     for where in arguments.paths:
+        if not where.exists():
+            raise SystemExit(f"{where} does not exist")
         if where.is_dir():
             loss(where)
         else:

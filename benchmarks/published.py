@@ -1,8 +1,7 @@
 """Runs with the published scheme, and with exact attention plus noise: what INT8 attention is worth comparing with.
 
-    python -m benchmarks.published recipe=parity_120m data.document_boundaries=false \\
-        attention.name=published attention.implementation=published [key=value ...]
-    python -m benchmarks.published recipe=... attention.name=noisy attention.implementation=noisy
+    python -m benchmarks.published recipe=parity_120m data.document_boundaries=false attention=published [key=value ...]
+    python -m benchmarks.published recipe=parity_120m attention=noisy [key=value ...]
 
 Method: `published` is SageBwd as its authors describe it (preset `paper` of sagetrain/ops/reference.py), a scheme like
 any other: Triton kernels on a GPU (published_kernels.py), the reference itself on a CPU. `noisy` is a BF16 attention
@@ -126,8 +125,13 @@ def register() -> None:
 def main() -> None:
     register()
     words = sys.argv[1:]
-    asks = not words or set(words) & {"-h", "--help"}
-    command_line.main(words if asks else ["compare.arms=null", *words])
+    if not words or set(words) & {"-h", "--help"}:
+        print(__doc__)
+        command_line.main(words)
+        return
+    names = (SCHEME.name, noisy.NAME)
+    named = {f"attention={name}": (f"attention.name={name}", f"attention.implementation={name}") for name in names}
+    command_line.main(["compare.arms=null", *(word for given in words for word in named.get(given, (given,)))])
 
 
 if __name__ == "__main__":

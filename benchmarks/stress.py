@@ -70,8 +70,7 @@ from sagetrain.training.module import model_config
 # Of each arm the module that trains with it, and its words; those by default are the first two.
 ARMS = {
     "bf16": ("sagetrain", "attention=bf16"), "sage_int8": ("sagetrain", "attention=sage_int8"),
-    "noisy": ("benchmarks.published", "attention.name=noisy", "attention.implementation=noisy"),
-    "published": ("benchmarks.published", "attention.name=published", "attention.implementation=published"),
+    "noisy": ("benchmarks.published", "attention=noisy"), "published": ("benchmarks.published", "attention=published"),
 }  # fmt: skip
 # Folders of random weights: the standard deviation of q and k (None: as initialised), and what changes SHAPE.
 WEIGHTS = {
@@ -161,6 +160,7 @@ def train(free: Queue[str], run: Path, module: str, *words: str) -> None:
     if ended(run):
         return
     said = run.with_suffix(".txt")
+    print(f"{run.parent.name} {run.name}: begins, {said}", flush=True)
     try:
         command(free, said, module, *RECIPE, *RUN, f"out={quoted(str(run))}", *words)
     except RuntimeError:
@@ -168,6 +168,7 @@ def train(free: Queue[str], run: Path, module: str, *words: str) -> None:
             raise
     if not ended(run):
         raise RuntimeError(f"{run} has not finished, and was left with status 0: {said} has what it said")
+    print(f"{run.parent.name} {run.name}: {json.loads((run / 'run.json').read_text())['status']}", flush=True)
 
 
 def stability(steps: np.ndarray, loss: np.ndarray, norm: np.ndarray, warmup: int) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:2], help="bf16 among them")
     parser.add_argument("--seeds", type=positive, default=3, help="runs of each arm")
     parser.add_argument("--jobs", type=positive, default=1, help="at a time, on each GPU")
-    parser.add_argument("given", nargs="*", metavar="key=value", help="for all runs")
+    parser.add_argument("given", nargs="*", metavar="key=value", help="for all runs; before --settings and --arms")
     options = parser.parse_args(arguments)
     options.tokenizer = options.tokenizer or options.model
     if not options.tokenizer:

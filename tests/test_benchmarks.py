@@ -323,6 +323,12 @@ def test_what_cannot_be_drawn(rows: list[str], said: str, tmp_path: Path) -> Non
         plot.loss(tmp_path)
 
 
+def test_rows_of_something_else_are_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "losses.csv").write_text("device,arm\nH200,bf16\n")
+    with pytest.raises(SystemExit, match="has no rows of benchmarks.attention"):
+        plot.attention(tmp_path / "losses.csv")
+
+
 def test_a_row_stands_for_the_same_run_alone() -> None:
     """Columns that it lacks, or that were added since and are empty in it, say nothing."""
     row = {"date": "now", "commit": "b", "name": "x", "arm": "bf16", "seed": 1, "model_type": None, "train_loss": "1.5"}

@@ -231,3 +231,12 @@ def test_the_command_registers_and_leaves_the_comparison_out(tmp_path: Path, mon
     monkeypatch.setattr(sys, "argv", ["published", "recipe=parity_120m", "attention.name=published"])
     published.main()
     assert given[0] == "registered" and compose(given[1]).compare.arms is None
+    for name in NAMES:
+        monkeypatch.setattr(sys, "argv", ["published", "recipe=parity_120m", f"attention={name}"])
+        published.main()
+        assert dict(compose(given[-1]).attention) == {"name": name, "implementation": name}
+    monkeypatch.setattr(sys, "argv", ["published", "--help"])
+    published.main()
+    assert given[-1] == ["--help"] and all(
+        f"attention={name}" in said for said in [capsys.readouterr().out] for name in NAMES
+    )

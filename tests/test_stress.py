@@ -209,7 +209,9 @@ def test_hard_settings_give_rows_and_curves(
 
     monkeypatch.setattr(jobs.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     stress.main(words)  # nothing is run again
-    with pytest.raises(RuntimeError, match="sagetrain ended with status 1: .*bf16-seed0.txt has what it said"):
+    (tmp_path / "out" / "sigma10").mkdir()
+    (tmp_path / "out" / "sigma10" / "bf16-seed0.txt").write_text("a line\nthe disk is full\n\n")
+    with pytest.raises(RuntimeError, match="status 1: .*bf16-seed0.txt has what it said, last: the disk is full$"):
         stress.main([*words[:2], "--settings", "sigma10", *here])
     for other in (["optim.lr=1e-3"], ["--tokenizer", str(tmp_path / "other")]):
         pretrained(tmp_path / "other")
@@ -219,7 +221,8 @@ def test_hard_settings_give_rows_and_curves(
         stress.main([*words[:3], "sinks", *here[:3], str(tmp_path / "other"), "--tokenizer", *here[3:]])
     tokenizer = ["--tokenizer", here[3], *here[:2], *here[4:]]
     stress.main(["--out", str(tmp_path / "other"), "--settings", "sinks", *tokenizer])
-    assert "sinks: skipped" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sinks: skipped" in out and "sigma5 bf16-seed0: begins" in out and "sinks sage_int8-seed0: finished" in out
 
 
 def test_qk_norm_is_the_control_with_norms(here: list[str], tmp_path: Path) -> None:

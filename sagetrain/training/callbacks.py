@@ -169,7 +169,9 @@ class RunLog(L.Callback):
             file.close()
 
     def _write(self) -> None:
+        """Write the last row, in the place of a longer one if need be."""
         self._table(self._file).writerow(self.row)
+        self._file.truncate()
         self._file.flush()
 
     def _table(self, file: io.TextIOBase) -> csv.DictWriter:

@@ -190,6 +190,18 @@ def test_rows_beyond_the_checkpoint_and_half_rows_are_dropped(tmp_path: Path) ->
     assert rows[1]["probe/loss_lowbit"] == "0.75" and "probe/loss_int8" not in rows[1]
 
 
+def test_a_row_in_the_place_of_a_longer_one(tmp_path: Path) -> None:
+    """Validation twice at one step, whose second loss has fewer digits."""
+    log, trainer = RunLog(tmp_path, {}), SimpleNamespace(global_step=1, is_global_zero=True, loggers=[])
+    log._open(1)
+    log.row, log._last_row = {"step": 1, "loss": 0.5}, log._file.seek(0, 2)
+    for value in (5.123456789, 5.5):
+        log.amend(trainer, {"val_loss": value})
+    log.close()
+    (row,) = csv.DictReader((text := (tmp_path / "metrics.csv").read_text()).splitlines())
+    assert (row["step"], row["val_loss"]) == ("1", "5.5") and len(text.split("\n")) == 3
+
+
 @pytest.mark.parametrize(
     ("batch", "length"),
     [
