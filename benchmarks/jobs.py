@@ -55,10 +55,11 @@ def command(free: Queue[str], said: Path, *words: str) -> None:
     slot = free.get()
     try:
         with said.open("a") as file:
+            begin = file.tell()
             env = os.environ | {"CUDA_VISIBLE_DEVICES": slot}
             done = subprocess.run([sys.executable, "-m", *words], stdout=file, stderr=file, env=env)
         if done.returncode:
-            last = next(iter(said.read_text(errors="replace").rstrip().splitlines()[-1:]), "nothing")
+            last = said.read_bytes()[begin:].decode(errors="replace").rstrip().rpartition("\n")[2] or "nothing"
             raise RuntimeError(f"{words[0]} ended with status {done.returncode}: {said} has what it said, last: {last}")
     finally:
         free.put(slot)
@@ -74,4 +75,6 @@ def same_as_before(folder: Path, options: argparse.Namespace, names: tuple[str, 
         path.write_text(json.dumps(asked, indent=2) + "\n")
     elif (before := json.loads(path.read_text())) != asked:
         other = ", ".join(f"{name} {before.get(name)}" for name in asked if before.get(name) != asked[name])
-        raise ValueError(f"{folder} has runs of {other}: choose another folder for --out, or delete it")
+        raise ValueError(
+            f"{folder} has runs of {other}: choose another folder for --out, or delete this one with its runs"
+        )

@@ -160,15 +160,17 @@ def train(free: Queue[str], run: Path, module: str, *words: str) -> None:
     if ended(run):
         return
     said = run.with_suffix(".txt")
-    print(f"{run.parent.name} {run.name}: begins, {said}", flush=True)
+    print(f"{run.parent.name} {run.name}: begins, {said}\n", end="", flush=True)  # one write: there are more threads
     try:
         command(free, said, module, *RECIPE, *RUN, f"out={quoted(str(run))}", *words)
-    except RuntimeError:
+    except RuntimeError as error:
         if not ended(run):
+            print(f"{run.parent.name} {run.name}: {error}\n", end="", flush=True)
             raise
     if not ended(run):
         raise RuntimeError(f"{run} has not finished, and was left with status 0: {said} has what it said")
-    print(f"{run.parent.name} {run.name}: {json.loads((run / 'run.json').read_text())['status']}", flush=True)
+    status = json.loads((run / "run.json").read_text())["status"]
+    print(f"{run.parent.name} {run.name}: {status}\n", end="", flush=True)
 
 
 def stability(steps: np.ndarray, loss: np.ndarray, norm: np.ndarray, warmup: int) -> dict[str, Any]:

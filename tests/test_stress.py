@@ -207,10 +207,14 @@ def test_hard_settings_give_rows_and_curves(
     assert [(row["arm"], row["step"]) for row in curves[::6]] == [("bf16", "1"), ("sage_int8", "1")]
     assert sum(float(row["loss"]) for row in curves[1:6]) / 5 == pytest.approx(float(rows[0]["train_loss"]), abs=1e-4)
 
-    monkeypatch.setattr(jobs.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+    def full(*_: Any, stdout: Any, **__: Any) -> SimpleNamespace:
+        stdout.write("a line\nthe disk is full\n\n")
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(jobs.subprocess, "run", full)
     stress.main(words)  # nothing is run again
     (tmp_path / "out" / "sigma10").mkdir()
-    (tmp_path / "out" / "sigma10" / "bf16-seed0.txt").write_text("a line\nthe disk is full\n\n")
+    (tmp_path / "out" / "sigma10" / "bf16-seed0.txt").write_text("of another time\n")
     with pytest.raises(RuntimeError, match="status 1: .*bf16-seed0.txt has what it said, last: the disk is full$"):
         stress.main([*words[:2], "--settings", "sigma10", *here])
     for other in (["optim.lr=1e-3"], ["--tokenizer", str(tmp_path / "other")]):
@@ -299,3 +303,10 @@ def test_a_run_that_is_not_finite_is_a_row(here: list[str], tmp_path: Path, monk
         assert row["steps"] == "6" and 1 < int(row["fails"]) < 6 and int(row["tokens"]) == int(row["fails"]) * 128
     monkeypatch.setattr(jobs.subprocess, "run", lambda *_, **__: pytest.fail("it was run again"))
     stress.main(words)
+
+
+def test_of_what_a_command_said_before_nothing_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "said.txt").write_text("of another time\n")
+    monkeypatch.setattr(jobs.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=-9))
+    with pytest.raises(RuntimeError, match="status -9: .*said.txt has what it said, last: nothing$"):
+        jobs.command(jobs.slots(1), tmp_path / "said.txt", "sagetrain")

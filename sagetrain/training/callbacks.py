@@ -169,7 +169,7 @@ class RunLog(L.Callback):
             file.close()
 
     def _write(self) -> None:
-        """Write the last row, in the place of a longer one if need be."""
+        """Write the last row over the one that stands there, which may be longer."""
         self._table(self._file).writerow(self.row)
         self._file.truncate()
         self._file.flush()
