@@ -195,9 +195,9 @@ if __name__ == "__main__":
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--device", help="a part of its name; default: that of the last row")
     arguments = parser.parse_args()
+    if absent := [str(where) for where in arguments.paths if not where.exists()]:
+        parser.error(f"{', '.join(absent)}: there is no such file or folder")
     for where in arguments.paths:
-        if not where.exists():
-            raise SystemExit(f"{where} does not exist")
         if where.is_dir():
             loss(where)
         else:

@@ -6,7 +6,7 @@
 Method: `published` is SageBwd as its authors describe it (preset `paper` of sagetrain/ops/reference.py), a scheme like
 any other: Triton kernels on a GPU (published_kernels.py), the reference itself on a CPU. `noisy` is a BF16 attention
 with noise in its output (noisy.py). Both get their names here, then the command line of sagetrain takes over. It is for
-one run: compare.arms is null, whatever is given.
+one run: the arms that a recipe compares are left out (compare.arms=null), and others refused.
 Choice: saved for the backward are Q and K as they came, which it quantises once more, and the LSE: as much memory as
 INT8 of both in two orders would be, and less code. Rows of one sequence each: packed and padded ones are refused.
 Cost: forward + backward .7 to .8 of FlashAttention-2's speed on an H200 (docs/LOG.md). On a CPU the backward runs the
@@ -129,9 +129,11 @@ def main() -> None:
         print(__doc__)
         command_line.main(words)
         return
+    if arms := [word for word in words if word.startswith("compare.arms=") and word != "compare.arms=null"]:
+        sys.exit(f"{arms[0]}: benchmarks.published makes one run; what compares several is python -m sagetrain.compare")
     names = (SCHEME.name, noisy.NAME)
     named = {f"attention={name}": (f"attention.name={name}", f"attention.implementation={name}") for name in names}
-    command_line.main([*(word for given in words for word in named.get(given, (given,))), "compare.arms=null"])
+    command_line.main(["compare.arms=null", *(word for given in words for word in named.get(given, (given,)))])
 
 
 if __name__ == "__main__":

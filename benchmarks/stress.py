@@ -163,12 +163,12 @@ def train(free: Queue[str], run: Path, module: str, *words: str) -> None:
     print(f"{run.parent.name} {run.name}: begins, {said}\n", end="", flush=True)  # one write: there are more threads
     try:
         command(free, said, module, *RECIPE, *RUN, f"out={quoted(str(run))}", *words)
+        if not ended(run):
+            raise RuntimeError(f"{run} has not finished, and was left with status 0: {said} has what it said")
     except RuntimeError as error:
         if not ended(run):
             print(f"{run.parent.name} {run.name}: {error}\n", end="", flush=True)
             raise
-    if not ended(run):
-        raise RuntimeError(f"{run} has not finished, and was left with status 0: {said} has what it said")
     status = json.loads((run / "run.json").read_text())["status"]
     print(f"{run.parent.name} {run.name}: {status}\n", end="", flush=True)
 

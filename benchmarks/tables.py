@@ -553,8 +553,12 @@ def spread(rows: list[Row], column: str, base: list[Row] | None = None, of_base:
 
 def compared(folder: str, what: str, arm: str = OURS) -> str:
     """Phrase: what sagetrain.compare found of an arm beside the baseline's runs of the same seeds, and 95% of it,
-    of a folder's comparison.json: `gap`, or `gap_trend`, what the gap gains in the second half of the steps."""
-    found = json.loads((RESULTS / folder / "comparison.json").read_text("utf-8"))["arms"][arm]
+    of a folder's comparison.json: `gap`, or `gap_trend`, what the gap gains in the second half of the steps. Or
+    `band`: the baseline's highest less its lowest seed."""
+    comparison = json.loads((RESULTS / folder / "comparison.json").read_text("utf-8"))
+    if what == "band":
+        return f"{comparison['band']:.4f}"
+    found = comparison["arms"][arm]
     low, high = found[f"{what}_interval"]
     return f"{found[what]:+.4f} (95%: {low:+.4f} to {high:+.4f})"
 

@@ -257,7 +257,8 @@ def test_what_a_comparison_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "run").mkdir()
     found = {"gap": 0.01234, "gap_interval": [-0.1, 0.2], "gap_trend": -0.5, "gap_trend_interval": [-0.7, -0.3]}
     arms = {"sage_int8": found, "paper": {"gap": 1.0, "gap_interval": None}}
-    (tmp_path / "run" / "comparison.json").write_text(json.dumps({"arms": arms}))
+    (tmp_path / "run" / "comparison.json").write_text(json.dumps({"arms": arms, "band": 0.04321}))
+    assert tables.made("compared", "run what=band") == "0.0432"
     assert tables.made("compared", "run what=gap") == "+0.0123 (95%: -0.1000 to +0.2000)"
     assert tables.made("compared", "run what=gap_trend") == "-0.5000 (95%: -0.7000 to -0.3000)"
     for wrong in ("what=gap arm=paper", "what=gap arm=none", "what=speed", ""):
