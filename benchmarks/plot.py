@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.tables import PEERS, TAIL, TRAINED, newest, read
+from benchmarks.tables import ARMS, PEERS, TAIL, TRAINED, newest, read
 
 COLOURS = {
     "sage_int8": "#e07a1f", "sage_int8_deterministic": "#f6d0ab", "sage_int8_fp32": "#f0b27a",
@@ -25,9 +25,9 @@ COLOURS = {
     "sdpa_flash": "#b7c4d1", "sdpa_cudnn": "#7f95ab", "fa4": "#3f5b78", "cudnn_fp8": "#76a08a",
 }  # fmt: skip
 OF_ARMS = {  # beside BF16
-    "sage_int8": COLOURS["sage_int8"], "noisy": "#76a08a", "published": "#9c5a8c", "fa4": "#2e8a99", "flex": "#b08d3c",
+    "sage_int8": COLOURS["sage_int8"], "noisy": "#76a08a", "published": "#9c5a8c", "fa4": "#2e8a99", "flex": "#555555",
 }  # fmt: skip
-NAMES = PEERS | TRAINED | {
+NAMES = PEERS | {  # of backends
     "sage_int8": "SageTrain INT8", "sage_int8_fp32": "SageTrain INT8, FP32 tensors",
     "sage_int8_deterministic": "SageTrain INT8, deterministic",
     "sdpa_flash": "FlashAttention-2", "sdpa_cudnn": "cuDNN BF16", "fa4": "FlashAttention-4",
@@ -37,7 +37,8 @@ NAMES = PEERS | TRAINED | {
 def arm_name(arm: str) -> str:
     """`SageTrain INT8, model.linear=float8`: the attention and the settings that an arm is named by."""
     attention, _, settings = arm.partition(" ")
-    return ", ".join([NAMES.get(attention, attention), *([settings] if settings else [])])
+    name = NAMES["sage_int8"] if attention == "sage_int8" else ARMS.get(attention, attention)
+    return ", ".join([name, *([settings] if settings else [])])
 
 
 def save(figure: plt.Figure, target: Path) -> Path:

@@ -55,8 +55,12 @@ PEERS = {
     "sdpa_fp32": "SDPA FP32", "sdpa_bf16": "SDPA BF16", "sage_int8_deterministic": "`deterministic`",
     "varlen": "torch varlen", "flex": "FlexAttention", "sdpa": "SDPA", "fa2": "FA2, own package", "fa3": "FA3",
 }  # fmt: skip
-TRAINED = {"bf16": "BF16", OURS: "INT8", "noisy": "BF16 with noise", "published": "published scheme"}  # arms, in order
-NAMES = PEERS | TRAINED
+TRAINED = {  # arms, in order
+    "bf16": "BF16", "flex": "BF16 by FlexAttention", "fa4": "BF16 by FlashAttention-4", OURS: "INT8",
+    "noisy": "BF16 with noise", "published": "published scheme",
+}  # fmt: skip
+NAMES = TRAINED | PEERS  # of backends
+ARMS = PEERS | TRAINED
 PARTS = {  # of a step, and the columns of benchmarks.pretrain that have them; the first three are attention
     "attention forward": ("ms_attention_forward",), "backward": ("ms_attention_backward",),
     "quantise": ("ms_quantise",), "linear layers": ("ms_products",), "loss": ("ms_loss",),
@@ -415,7 +419,7 @@ def loss(folder: str, speed: str = "yes") -> str:
     for arm, runs in arms.items():
         gap = mean(run["loss"] - base[seed]["loss"] for seed, run in runs.items())
         run, (attention, *settings) = next(iter(runs.values())), arm.split(" ")
-        cells = [" ".join([NAMES.get(attention, attention), *settings]), str(len(runs)), f"{run['steps']:.0f}"]
+        cells = [" ".join([ARMS.get(attention, attention), *settings]), str(len(runs)), f"{run['steps']:.0f}"]
         cells += [f"{mean(run['loss'] for run in runs.values()):.4f}", "" if arm == first else f"{gap:+.4f}"]
         seeds = f"{band:.4f}" if arm == first and len(base) > 1 else ""
         lines.append([*cells, seeds, *([f"{run['speed']:,.0f}"] if speed == "yes" else [])])
@@ -486,7 +490,7 @@ def losses(file: str, **wanted: str) -> str:
     for (lr, arm), runs in sorted(cases.items(), key=lambda case: (case[0][0], in_order(case[0][1]))):
         base = {} if arm == "bf16" else cases.get((lr, "bf16"), {})
         gap = above(runs, base, "val_loss")
-        cells = [NAMES.get(arm, arm), f"{lr:g}", ", ".join(sorted(runs))]
+        cells = [ARMS.get(arm, arm), f"{lr:g}", ", ".join(sorted(runs))]
         cells += [spread(list(runs.values()), column) for column in ("train_loss", "val_loss")]
         lines.append([*cells, gap, digits(median(float(row["grad_norm"]) for row in runs.values()))])
     return markdown(["", "learning rate", "seeds", "training loss", "validation loss", "gap", "gradient norm"], lines)
@@ -508,7 +512,7 @@ def stress(file: str, **wanted: str) -> str:
         base: dict[str, Row] = {}
         for arm, runs in sorted(arms.items(), key=lambda arm: in_order(arm[0])):
             whole = {seed: row for seed, row in runs.items() if row["status"] == "finished"}
-            cells = [setting, NAMES.get(arm, arm), str(len(runs))]
+            cells = [setting, ARMS.get(arm, arm), str(len(runs))]
             cells += [spread(list(whole.values()), "train_loss") if whole else "", above(whole, base, "train_loss")]
             if arm == "bf16":
                 base = whole

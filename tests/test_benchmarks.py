@@ -251,7 +251,10 @@ def test_runs_of_fine_tuning_are_not_repeated_and_give_their_rows(
         ),
         (
             ["bf16", "flex", "noisy", "fa4", "sage_int8", "published"],
-            ["BF16", "FlexAttention", "BF16 with noise", "FlashAttention-4", "SageTrain INT8", "published scheme"],
+            [
+                "BF16", "BF16 by FlexAttention", "BF16 with noise", "BF16 by FlashAttention-4", "SageTrain INT8",
+                "published scheme",
+            ],
             ["flex", "noisy", "fa4", "sage_int8", "published"], "difference to\nBF16",
         ),
         (
