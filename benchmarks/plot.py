@@ -109,7 +109,10 @@ def attention(path: Path, device: str | None = None) -> Path:
     legend = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
     labels = [NAMES[name] for name in names]
     figure.legend(legend, labels, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8.5)
-    figure.suptitle(f"Attention on {device}: median, all passes included, higher is better", fontsize=10.5)
+    figure.suptitle(
+        f"Attention on {device}, kernels of {rows[0]['kernel']}: median, all passes included, higher is better",
+        fontsize=10.5,
+    )
     return save(figure, path.with_suffix(".png"))
 
 

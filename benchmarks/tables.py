@@ -60,7 +60,7 @@ TRAINED = {  # arms, in order
     "noisy": "BF16 with noise", "published": "published scheme",
 }  # fmt: skip
 NAMES = TRAINED | PEERS  # of backends
-ARMS = PEERS | TRAINED
+ARMS = PEERS | TRAINED  # of arms
 PARTS = {  # of a step, and the columns of benchmarks.pretrain that have them; the first three are attention
     "attention forward": ("ms_attention_forward",), "backward": ("ms_attention_backward",),
     "quantise": ("ms_quantise",), "linear layers": ("ms_products",), "loss": ("ms_loss",),
@@ -358,13 +358,13 @@ def bias(file: str, **wanted: str) -> str:
     if several := [column for column in case if len({row[column] for row in rows}) > 1]:
         raise ValueError(f"{file}.csv has rows of several cases: say {'=, '.join(several)}=")
     most = max(int(row["tokens"]) for row in rows)
-    for row in sorted(rows, key=lambda row: row["arm"] not in NAMES):
+    for row in sorted(rows, key=lambda row: row["arm"] not in ARMS):
         if int(row["tokens"]) == most:
             found.setdefault(row["arm"], {})[row["part"]] = row
     parts = [part for part in next(iter(found.values())) if not part.startswith("layer ")]
     lines = [
         [
-            NAMES.get(arm, f"`{arm}`"),
+            ARMS.get(arm, f"`{arm}`"),
             *(digits(float(of[part]["bias"])) for part in parts),
             digits(float(of["all"]["each"])),
         ]
